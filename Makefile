@@ -1,0 +1,41 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each makes its own environment first.
+PYTHON ?= python3
+# Installed first and by exact version: later packages then find it and fetch no other build.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+RUN := $(BIN)/python -m dflash_dist
+
+.PHONY: setup demo debug test check format tensorboard clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml .constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --constraint .constraints.txt --editable ".[demo,dev]"
+	touch $@
+
+demo: setup  ## a real target, real training over 2 ranks, export, evaluation: about 20 minutes on 2 cores
+	$(RUN) demo
+
+debug: setup  ## a whole run with a tiny random target: under a minute
+	$(RUN) train --config configs/debug.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup  ## formatter, linter, type checker
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+tensorboard: setup  ## all runs at http://localhost:6006
+	$(BIN)/tensorboard --logdir runs
+
+clean:
+	rm -rf .venv runs

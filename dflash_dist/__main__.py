@@ -1,0 +1,37 @@
+"""`python -m dflash_dist COMMAND ...`: the one face of the package."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+# command -> (module with a `main(argv)`, what it does); modules load when called, so that --help is instant
+COMMANDS = {
+    "train": ("dflash_dist.training.trainer", "train a draft from a config; alone or under torchrun"),
+    "regenerate": ("dflash_dist.target.answers", "let the target write the answers of a data set again"),
+    "export": ("dflash_dist.serving.export", "write a run's draft as serving engines load it"),
+    "evaluate": ("dflash_dist.serving.evaluate", "decode speculatively and plainly; report acceptance and speed"),
+    "demo": ("dflash_dist.demo", "all of it on a real small target: answers, training, export, evaluation"),
+}
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m dflash_dist COMMAND [--help] ...\n\ncommands:")
+        for name, (_, meaning) in COMMANDS.items():
+            print(f"  {name:<12} {meaning}")
+        return
+    command, *rest = argv
+    if command not in COMMANDS:
+        sys.exit(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
+    try:
+        importlib.import_module(COMMANDS[command][0]).main(rest)
+    except ValueError as error:  # a user's mistake: the message says what to do, a traceback would bury it
+        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        sys.exit(f"{rank}error: {error}")
+
+
+if __name__ == "__main__":
+    main()

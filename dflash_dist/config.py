@@ -1,0 +1,290 @@
+"""Every knob of a run on one page: its default, its meaning and its unit.
+
+A run is described by a YAML file with the sections below and by `section.name=value` overrides on the command line.
+Whatever is unknown or impossible is refused here, before any model loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Dtype = Literal["float32", "bfloat16"]
+
+# Decay of the loss weights by block size (arXiv 2602.06036, A.1).
+PUBLISHED_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
+
+
+def knob(default: Any, meaning: str) -> Any:
+    """A dataclass field that carries its meaning."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata={"meaning": meaning})
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass
+class TargetConfig:
+    path: str = knob("", "Hugging Face folder or hub id of the frozen target, or builtin:tiny (random, made on the spot)")
+    revision: str | None = knob(None, "branch, tag or commit when path is a hub id")
+    layer_ids: list[int] = knob([], "decoder layers whose outputs are captured, strictly increasing, never the last layer")
+    dtype: Dtype = knob("bfloat16", "dtype of the target's weights and of the captured features")
+    replicas: int = knob(1, "hybrid sharding: copies of the target, each sharded over world size / replicas ranks")
+    full_depth: bool = knob(False, "load every layer, also those above the deepest captured one")
+    attention: str | None = knob(None, "transformers attention implementation of the target; null: its default")
+
+
+@dataclass
+class DataConfig:
+    path: str = knob("", "JSONL file, one {'messages': [...]} a line, or builtin:chat (synthetic)")
+    val_path: str | None = knob(None, "JSONL file of held-out conversations")
+    val_conversations: int = knob(0, "without val_path: how many conversations at the end of path are held out")
+    seq_len: int = knob(3072, "length of a packed row [tokens]; longer conversations are cut at the end")
+    max_bad_rows: int = knob(0, "malformed lines that are skipped before the file is refused")
+    template_args: dict[str, Any] = knob({}, "arguments of the chat template, such as enable_thinking: false")
+
+
+@dataclass
+class DraftConfig:
+    mask_token_id: int | None = knob(None, "id of the mask token: reserved, inside the vocabulary, not pad, eos or bos")
+    block_size: int = knob(16, "slots of a block, the anchor included [tokens]; serve with the same")
+    num_layers: int = knob(5, "decoder layers of the draft")
+    intermediate_size: int | None = knob(None, "width of the draft's MLP; null: as the target")
+    num_attention_heads: int | None = knob(None, "query heads; null: as the target")
+    num_key_value_heads: int | None = knob(None, "key/value heads; null: as the target")
+    head_dim: int | None = knob(None, "size of a head; null: as the target")
+    init: Literal["random", "target"] = knob("random", "random weights, or a warm start from the target's own top layers")
+
+
+@dataclass
+class LossConfig:
+    anchors: int = knob(512, "blocks sampled from a packed row, at most")
+    gamma: float | None = knob(None, "decay of the weights exp(-(k-1)/gamma); null: 7, 5, 4 for blocks of 16, 10, 8")
+    chunk: int = knob(2048, "slots whose logits exist at the same time")
+
+
+@dataclass
+class TrainConfig:
+    max_steps: int | None = knob(None, "optimiser steps; null: as many as epochs ask for")
+    epochs: float = knob(6.0, "passes over the packed rows, where max_steps is null")
+    seed: int = knob(0, "seed of row order, anchors and initial weights")
+    global_batch_size: int = knob(64, "packed rows a step, over all ranks and micro-batches")
+    micro_batch_size: int = knob(1, "packed rows a rank runs at once")
+    lr: float = knob(6e-4, "peak learning rate")
+    warmup: float = knob(0.04, "share of the steps over which the learning rate rises linearly")
+    final_lr: float = knob(0.1, "learning rate at the end of the cosine, as a share of lr")
+    betas: list[float] = knob([0.9, 0.95], "AdamW's two decay rates")
+    weight_decay: float = knob(0.0, "AdamW's decoupled weight decay")
+    clip_norm: float = knob(1.0, "largest global norm of the gradient")
+    precision: Dtype = knob("bfloat16", "dtype of the draft's compute; parameters and optimiser are always float32")
+    gradient_checkpointing: bool = knob(False, "recompute the draft's layers in backward: less memory, more time")
+
+
+@dataclass
+class ValidateConfig:
+    every: int = knob(0, "steps between validations on the held-out rows, also after the last step; 0: never")
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = knob(500, "steps between checkpoints; one is also saved at the end and on SIGTERM or SIGINT")
+    keep: int = knob(2, "newest checkpoints kept")
+
+
+@dataclass
+class LogConfig:
+    every: int = knob(10, "steps between logged steps")
+
+
+@dataclass
+class Config:
+    output_dir: str = knob("", "folder of the run: resolved config, metrics, TensorBoard, checkpoints")
+    target: TargetConfig = field(default_factory=TargetConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def gamma(self) -> float:
+        """The decay in force: the stated one, or the published one for this block size."""
+        return self.loss.gamma if self.loss.gamma is not None else PUBLISHED_GAMMA[self.draft.block_size]
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `a.b=c` overrides and refuses what is unknown or impossible.
+
+    Raises:
+        ValueError: naming the file and the key, and what to write instead.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config file {path} does not exist")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected sections such as 'target:', found {type(tree).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r} is not of the form section.name=value")
+        _put(tree, key, yaml.safe_load(text) if text else None)
+    config = _build(Config, tree, str(path))
+    _refuse_impossible(config)
+    return config
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """The config as nested plain values, ready for YAML."""
+    return dataclasses.asdict(config)
+
+
+def describe() -> str:
+    """All knobs with defaults and meanings, for `train --help`."""
+    lines = []
+    for top in dataclasses.fields(Config):
+        if top.metadata:
+            lines.append(f"  {top.name} = {top.default!r}: {top.metadata['meaning']}")
+            continue
+        section = typing.get_type_hints(Config)[top.name]
+        for f, value in dataclasses.asdict(section()).items():
+            meaning = section.__dataclass_fields__[f].metadata["meaning"]
+            lines.append(f"  {top.name}.{f} = {value!r}: {meaning}")
+    return "\n".join(lines)
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, name = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"override {dotted!r}: {section!r} is a value, not a section")
+    tree[name] = value
+
+
+def _build(cls: type, tree: dict[str, Any], where: str, prefix: str = "") -> Any:
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if key not in hints:
+            raise ValueError(f"{where}: unknown key {dotted!r}{_nearest(dotted)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {dotted} is a section, found {value!r}")
+            values[key] = _build(typing.cast(type, hint), value, where, f"{dotted}.")
+        else:
+            values[key] = _coerce(hint, value, f"{where}: {dotted}")
+    return cls(**values)
+
+
+def _nearest(dotted: str) -> str:
+    known = [line.split(" = ")[0].strip() for line in describe().splitlines()]
+    sections = sorted({name.split(".")[0] for name in known})
+    close = difflib.get_close_matches(dotted, known + sections, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; sections are {', '.join(sections)}"
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """Turns a YAML value into the field's type. PyYAML reads 3e-4 as a string, so numbers may arrive as text."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, where)
+    if hint is Any:
+        return value
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, found {value!r}")
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, found {value!r}")
+        return [_coerce(args[0], item, where) for item in value]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a mapping, found {value!r}")
+        return value
+    try:
+        if hint is float and not isinstance(value, bool):
+            return float(value)
+        if hint is int and not isinstance(value, bool) and float(value) == int(float(value)):
+            return int(float(value))
+    except (TypeError, ValueError):
+        pass
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    raise ValueError(f"{where} must be of type {hint.__name__}, found {value!r}")
+
+
+def _refuse_impossible(config: Config) -> None:
+    """Raises a ValueError for values that no target could make possible."""
+    target, data, draft, loss, train = config.target, config.data, config.draft, config.loss, config.train
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise ValueError(message)
+
+    require(bool(config.output_dir), "output_dir is not set: name the folder that this run writes to")
+    require(bool(target.path), "target.path is not set: name the model folder or hub id of the frozen target")
+    require(bool(data.path), "data.path is not set: name the JSONL file of conversations")
+    ids = target.layer_ids
+    require(bool(ids), "target.layer_ids is empty: list the decoder layers to capture, such as [1, 9, 17, 25, 33]")
+    require(ids[0] >= 0, f"target.layer_ids {ids}: ids count from 0, the first decoder layer")
+    require(
+        all(a < b for a, b in zip(ids, ids[1:])),
+        f"target.layer_ids {ids} must be strictly increasing: serving engines sort them",
+    )
+    require(target.replicas >= 1, f"target.replicas must be at least 1, found {target.replicas}")
+    require(
+        draft.mask_token_id is not None,
+        "draft.mask_token_id is not set: choose a reserved token of the target's vocabulary that no text contains",
+    )
+    require(draft.block_size >= 2, f"draft.block_size must be at least 2 (the anchor and one slot), found {draft.block_size}")
+    require(draft.num_layers >= 1, f"draft.num_layers must be at least 1, found {draft.num_layers}")
+    require(data.seq_len > 2, f"data.seq_len must be above 2 tokens, found {data.seq_len}")
+    require(data.val_conversations >= 0, f"data.val_conversations must not be negative, found {data.val_conversations}")
+    require(data.max_bad_rows >= 0, f"data.max_bad_rows must not be negative, found {data.max_bad_rows}")
+    require(loss.anchors >= 1, f"loss.anchors must be at least 1, found {loss.anchors}")
+    require(loss.chunk >= 1, f"loss.chunk must be at least 1 slot, found {loss.chunk}")
+    require(
+        loss.gamma is not None or draft.block_size in PUBLISHED_GAMMA,
+        f"loss.gamma has no published value for draft.block_size {draft.block_size}: set it (7 was used for 16, 4 for 8)",
+    )
+    require(loss.gamma is None or loss.gamma > 0, f"loss.gamma must be positive, found {loss.gamma}")
+    require(train.max_steps is None or train.max_steps >= 0, f"train.max_steps must not be negative, found {train.max_steps}")
+    require(train.epochs > 0, f"train.epochs must be positive, found {train.epochs}")
+    require(train.micro_batch_size >= 1, f"train.micro_batch_size must be at least 1, found {train.micro_batch_size}")
+    require(
+        train.global_batch_size >= 1 and train.global_batch_size % train.micro_batch_size == 0,
+        f"train.global_batch_size {train.global_batch_size} must be a multiple of"
+        f" train.micro_batch_size {train.micro_batch_size}",
+    )
+    require(train.lr > 0, f"train.lr must be positive, found {train.lr}")
+    require(0 <= train.warmup < 1, f"train.warmup is a share of the steps, at least 0 and below 1, found {train.warmup}")
+    require(0 <= train.final_lr <= 1, f"train.final_lr is a share of train.lr, from 0 to 1, found {train.final_lr}")
+    require(
+        len(train.betas) == 2 and all(0 <= beta < 1 for beta in train.betas),
+        f"train.betas must be two numbers from 0 to below 1, found {train.betas}",
+    )
+    require(train.weight_decay >= 0, f"train.weight_decay must not be negative, found {train.weight_decay}")
+    require(train.clip_norm > 0, f"train.clip_norm must be positive, found {train.clip_norm}")
+    require(config.validate.every >= 0, f"validate.every must not be negative, found {config.validate.every}")
+    require(
+        config.validate.every == 0 or data.val_path is not None or data.val_conversations > 0,
+        "validate.every is set but nothing is held out: set data.val_path or data.val_conversations",
+    )
+    require(config.checkpoint.every >= 1, f"checkpoint.every must be at least 1, found {config.checkpoint.every}")
+    require(config.checkpoint.keep >= 1, f"checkpoint.keep must be at least 1, found {config.checkpoint.keep}")
+    require(config.log.every >= 1, f"log.every must be at least 1, found {config.log.every}")

@@ -1,0 +1,1 @@
+"""Speculative decoding: the draft proposes a block, the target verifies it, both roll back to what was accepted."""

@@ -1,0 +1,21 @@
+"""Who sees whom. The one place that says it; every attention backend derives its mask from these two predicates.
+
+A block sees the context strictly before its anchor, in the anchor's document, and its own slots in both directions.
+All arguments are integer tensors that broadcast against each other.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def sees_context(
+    anchor: torch.Tensor, anchor_document: torch.Tensor, context: torch.Tensor, context_document: torch.Tensor
+) -> torch.Tensor:
+    """Whether a block anchored at `anchor` sees the context token at index `context`."""
+    return (context < anchor) & (context_document == anchor_document)
+
+
+def sees_slot(block: torch.Tensor, other_block: torch.Tensor) -> torch.Tensor:
+    """Whether the slots of `block` see the slots of `other_block`."""
+    return block == other_block

@@ -1,0 +1,41 @@
+"""A run's newest checkpoint as a draft folder: `python -m dflash_dist export --run RUN --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from dflash_dist.draft.model import DraftShape
+from dflash_dist.serving.contract import write_draft
+from dflash_dist.training.checkpoint import read_state, step_folders
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="dflash_dist export", description=__doc__)
+    parser.add_argument("--run", required=True, type=Path, help="the run's output_dir")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--step", type=int, help="a kept checkpoint's step; the newest by default")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    args = parser.parse_args(argv)
+    export(args.run, args.out, args.step, args.dtype)
+
+
+def export(run: Path, out: Path, step: int | None = None, dtype: str = "bfloat16") -> None:
+    """Writes `config.json` and `model.safetensors` to `out`.
+
+    Raises:
+        ValueError: the run has no such checkpoint, or its tensors are not exactly a draft's.
+    """
+    folders = step_folders(run / "checkpoints")
+    if not folders:
+        raise ValueError(f"{run} holds no checkpoint: is it the output_dir of a training run?")
+    if step is not None and step not in folders:
+        raise ValueError(f"{run} keeps no checkpoint of step {step}, only of {', '.join(map(str, folders))}")
+    folder = folders[step if step is not None else max(folders)]
+    shape = DraftShape(**read_state(folder)["identity"]["draft"])
+    write_draft(out, shape, load_file(folder / "draft.safetensors"), dtype)
+    print(f"exported {folder} to {out} ({dtype}); serve it with blocks of {shape.block_size} tokens:")
+    print(f"  vLLM    num_speculative_tokens={shape.block_size - 1}")
+    print(f"  SGLang  --speculative-num-draft-tokens {shape.block_size}")

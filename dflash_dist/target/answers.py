@@ -1,0 +1,188 @@
+"""The target writes the answers itself: a draft learns to foretell its target, so it must see the target's own text.
+
+Every rank holds a whole copy of the target and writes a part file of its own share, keyed by row: nothing is
+collective, an interrupted run continues where it stopped, also on another number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dflash_dist.data.chat import ChatEncoder, Message, read_conversations
+from dflash_dist.ranks import World, join_world
+from dflash_dist.target.load import load_whole, read_info
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="dflash_dist regenerate", description=__doc__)
+    parser.add_argument("--target", required=True, help="model folder or hub id")
+    parser.add_argument("--prompts", required=True, help="JSONL of conversations; their answers are written again")
+    parser.add_argument("--out", required=True, help="JSONL to write")
+    parser.add_argument("--batch-size", type=int, default=24, help="conversations generated at once")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer [tokens]")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampled distribution")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--template-args", type=json.loads, default={}, help="JSON object for the chat template")
+    args = parser.parse_args(argv)
+    with join_world() as world:
+        regenerate(args, world)
+
+
+def regenerate(args: argparse.Namespace, world: World) -> None:
+    """Writes `args.out`: the conversations of `args.prompts` with every assistant turn written by the target.
+
+    Each line is `{"messages": [...], "row": i, "finish_reason": "stop" | "length"}`.
+
+    Raises:
+        ValueError: an earlier run with other prompts or settings left part files for this output.
+    """
+    conversations, _ = read_conversations(args.prompts)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    parts = Parts(out, _settings(args, conversations))
+    todo = [row for row in range(len(conversations)) if row not in parts.rows()]
+    mine = todo[world.rank :: world.size]
+    world.barrier()  # nobody writes before everybody knows what is done
+    if mine:
+        info = read_info(args.target)
+        model = load_whole(info, getattr(torch, args.dtype), world.device)
+        encoder = ChatEncoder(info.tokenizer, info.stop_ids, args.template_args)
+        begun, written = time.perf_counter(), 0
+        with parts.append(world.rank) as part:
+            for start in range(0, len(mine), args.batch_size):
+                rows = mine[start : start + args.batch_size]
+                torch.manual_seed(args.seed * 1_000_003 + rows[0])
+                for row, answer in zip(rows, write_answers(model, encoder, [conversations[r] for r in rows], args)):
+                    part.write(json.dumps({**answer, "row": row}, ensure_ascii=False) + "\n")
+                part.flush()
+                os.fsync(part.fileno())
+                written += len(rows)
+                rate = written / (time.perf_counter() - begun)
+                left = (len(mine) - written) / rate
+                print(f"[rank {world.rank}] {written}/{len(mine)} rows, {rate:.2f} rows/s, {left:.0f} s left", flush=True)
+    world.barrier()
+    if world.is_main:
+        parts.merge(len(conversations))
+        print(f"wrote {len(conversations)} rows to {out}")
+
+
+def _settings(args: argparse.Namespace, conversations: list[list[Message]]) -> dict[str, Any]:
+    """What the answers depend on; a run continues only under the same."""
+    names = ("target", "max_new_tokens", "temperature", "top_p", "seed", "dtype", "template_args")
+    prompts = hashlib.sha256(json.dumps(conversations).encode()).hexdigest()[:16]
+    return {name: getattr(args, name) for name in names} | {"prompts": prompts}
+
+
+class Parts:
+    """The part files beside an output file: one a rank, whole lines only."""
+
+    def __init__(self, out: Path, settings: dict[str, Any]):
+        self.out, self.folder = out, out.with_name(out.name + ".parts")
+        described = self.folder / "settings.json"
+        if described.is_file() and json.loads(described.read_text()) != settings:
+            raise ValueError(
+                f"{self.folder} was left by a run with other prompts or settings: finish that run, or delete the folder"
+            )
+        if not described.is_file():
+            self.folder.mkdir(exist_ok=True)
+            _write_whole(described, json.dumps(settings))
+
+    def rows(self) -> dict[int, dict[str, Any]]:
+        """The finished rows, by number. A line that an interruption cut short counts as unwritten."""
+        done = {}
+        for path in sorted(self.folder.glob("rank-*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                done[row["row"]] = row
+        return done
+
+    def append(self, rank: int) -> Any:
+        part = (self.folder / f"rank-{rank:05d}.jsonl").open("a+", encoding="utf-8")
+        if part.tell() and not (self.folder / f"rank-{rank:05d}.jsonl").read_bytes().endswith(b"\n"):
+            part.write("\n")  # closes a line that an interruption cut short
+        return part
+
+    def merge(self, count: int) -> None:
+        """Writes the output in row order and removes the parts."""
+        rows = self.rows()
+        assert len(rows) == count, f"{count - len(rows)} rows are missing from {self.folder}"
+        lines = (json.dumps(rows[i], ensure_ascii=False) + "\n" for i in range(count))
+        _write_whole(self.out, "".join(lines))
+        for path in self.folder.iterdir():
+            path.unlink()
+        self.folder.rmdir()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_answers(
+    model: torch.nn.Module, encoder: ChatEncoder, conversations: list[list[Message]], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Writes every assistant turn of the conversations again, turn by turn: a later turn answers to the new earlier
+    ones. A conversation that ends with a user's turn gets an answer to it."""
+    written: list[list[Message]] = [[] for _ in conversations]
+    reason = ["stop"] * len(conversations)
+    queues = [_until_answers(messages) for messages in conversations]
+    while any(queues):
+        batch = [i for i, queue in enumerate(queues) if queue]
+        for i in batch:
+            written[i] += queues[i].pop(0)
+        prompts = [encoder.prompt_ids(written[i]) for i in batch]
+        for i, (text, finished) in zip(batch, _generate(model, encoder, prompts, args)):
+            written[i].append({"role": "assistant", "content": text})
+            if not finished:
+                reason[i] = "length"
+                queues[i].clear()  # nothing sensible follows an answer that was cut
+    for messages, why in zip(written, reason):
+        yield {"messages": messages, "finish_reason": why}
+
+
+def _until_answers(messages: list[Message]) -> list[list[Message]]:
+    """The messages before each answer: one list a turn that the assistant is to write."""
+    turns: list[list[Message]] = [[]]
+    for message in messages:
+        if message["role"] == "assistant":
+            turns.append([])
+        else:
+            turns[-1].append(message)
+    return [turn for turn in turns if turn]
+
+
+def _generate(
+    model: Any, encoder: ChatEncoder, prompts: list[list[int]], args: argparse.Namespace
+) -> Iterator[tuple[str, bool]]:
+    width = max(map(len, prompts))
+    pad = encoder.tokenizer.pad_token_id if encoder.tokenizer.pad_token_id is not None else min(encoder.stop_ids)
+    padding = [width - len(prompt) for prompt in prompts]
+    input_ids = torch.tensor([[pad] * n + prompt for n, prompt in zip(padding, prompts)], device=model.device)
+    attention_mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=model.device)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=sorted(encoder.stop_ids),
+        pad_token_id=pad,
+        **(sampling if args.temperature > 0 else {"do_sample": False}),
+    )
+    for ids in output[:, width:].tolist():
+        end = next((i for i, token in enumerate(ids) if token in encoder.stop_ids), None)
+        yield encoder.tokenizer.decode(ids[:end], skip_special_tokens=False), end is not None

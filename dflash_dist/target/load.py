@@ -1,0 +1,208 @@
+"""Loads the frozen target: only the layers that are needed, sharded over the ranks, each reading its own shard."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.distributed import DistributedConfig
+from transformers.utils import cached_file
+
+from dflash_dist.ranks import World
+from dflash_dist.target.capture import HFDFlashTargetModel
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """What is known of a target before its weights are read."""
+
+    path: str
+    revision: str | None
+    config: Any  # the Hugging Face config of the whole model
+    tokenizer: Any
+    stop_ids: list[int]  # tokens that end an assistant's turn
+
+    @property
+    def text(self) -> Any:
+        """The config of the text decoder, also of multimodal wrappers."""
+        return self.config.get_text_config()
+
+
+@dataclass(frozen=True)
+class Target:
+    """The frozen target on this rank."""
+
+    model: HFDFlashTargetModel
+    embedding: torch.Tensor  # [V, H], a plain copy outside FSDP
+    head: torch.Tensor  # [V, H]; the same tensor as `embedding` where the target ties them
+
+
+def read_info(path: str, revision: str | None = None) -> TargetInfo:
+    """Reads config and tokenizer of a local folder or a hub id.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if not (Path(path) / "config.json").is_file() and (Path(path).exists() or not _looks_like_hub_id(path)):
+        raise ValueError(f"target model folder {path} does not exist or holds no config.json")
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except OSError as error:
+        raise ValueError(f"target {path} could not be read, neither as a folder nor from the hub: {error}") from error
+    stops = [tokenizer.eos_token_id, config.get_text_config().eos_token_id]
+    try:
+        stops.append(GenerationConfig.from_pretrained(path, revision=revision).eos_token_id)
+    except OSError:
+        pass  # a model folder need not have one
+    return TargetInfo(path, revision, config, tokenizer, sorted(set(_flat_ids(stops))))
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    return len(path.split("/")) == 2 and not path.startswith(("/", ".", "~"))
+
+
+def _flat_ids(values: Iterable[Any]) -> Iterable[int]:
+    for value in values:
+        if isinstance(value, int):
+            yield value
+        elif value is not None:
+            yield from value
+
+
+def check_capture(info: TargetInfo, layer_ids: Sequence[int]) -> None:
+    """Refuses layers that the target does not have, and its last one.
+
+    Raises:
+        ValueError: naming the ids and the range.
+    """
+    last = info.text.num_hidden_layers - 1
+    outside = [i for i in layer_ids if not 0 <= i <= last]
+    if outside:
+        raise ValueError(f"target.layer_ids {outside} are out of range: {info.path} has layers 0 to {last}")
+    if last in layer_ids:
+        raise ValueError(
+            f"target.layer_ids contains {last}, the last layer of {info.path}: serving engines disagree on whether its"
+            f" output is normalised, so capture layers up to {last - 1}"
+        )
+
+
+def check_mask_token(info: TargetInfo, mask_token_id: int) -> None:
+    """Refuses a mask token that is outside the vocabulary or has a meaning of its own.
+
+    Raises:
+        ValueError: naming the token.
+    """
+    if not 0 <= mask_token_id < info.text.vocab_size:
+        raise ValueError(f"draft.mask_token_id {mask_token_id} is outside the vocabulary of {info.text.vocab_size} tokens")
+    tokenizer = info.tokenizer
+    taken = {tokenizer.pad_token_id: "pad", tokenizer.bos_token_id: "bos"} | dict.fromkeys(info.stop_ids, "eos")
+    if mask_token_id in taken:
+        raise ValueError(
+            f"draft.mask_token_id {mask_token_id} is the {taken[mask_token_id]} token of {info.path}, which text contains:"
+            " choose a reserved token"
+        )
+
+
+def load_target(
+    info: TargetInfo,
+    layer_ids: Sequence[int],
+    dtype: torch.dtype,
+    world: World,
+    replicas: int = 1,
+    full_depth: bool = False,
+    attention: str | None = None,
+) -> Target:
+    """Loads the layers up to the deepest captured one, without the LM head, and shards them over the ranks.
+
+    Args:
+        layer_ids: decoder layers to capture.
+        dtype: of weights and features.
+        replicas: copies of the target, each sharded over `world.size / replicas` ranks.
+        full_depth: load all layers.
+
+    Raises:
+        ValueError: the ranks do not divide into `replicas`, or the checkpoint lacks the LM head.
+    """
+    if world.size % replicas:
+        raise ValueError(f"target.replicas {replicas} does not divide the {world.size} ranks of this run")
+    config = copy.deepcopy(info.config)
+    if not full_depth:
+        _truncate(config.get_text_config(), max(layer_ids) + 1)
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "revision": info.revision}
+    if attention:
+        options["attn_implementation"] = attention
+    if world.size > 1:
+        options["distributed_config"] = _sharding(world.size // replicas, replicas)
+    model = AutoModel.from_pretrained(info.path, **options)
+    if world.size == 1:
+        model = model.to(world.device)
+    model.requires_grad_(False)
+
+    embedding = model.get_input_embeddings().weight
+    # Gathered once, here: calling a sharded submodule outside the root's forward breaks the root.
+    embedding = embedding.full_tensor() if hasattr(embedding, "full_tensor") else embedding
+    embedding = embedding.detach().to(dtype)
+    if info.text.tie_word_embeddings or getattr(info.config, "tie_word_embeddings", False):
+        head = embedding
+    else:
+        head = read_tensor(info, "lm_head.weight").to(world.device, dtype)
+    return Target(HFDFlashTargetModel(model, layer_ids), embedding, head)
+
+
+def load_whole(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The complete causal language model, unsharded, for generating text."""
+    model = AutoModelForCausalLM.from_pretrained(info.path, revision=info.revision, dtype=dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _truncate(text_config: Any, layers: int) -> None:
+    text_config.num_hidden_layers = layers
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = text_config.layer_types[:layers]
+
+
+def _sharding(shards: int, replicas: int) -> DistributedConfig:
+    if replicas == 1:
+        return DistributedConfig(fsdp_size=shards)
+    if "dp_replicate_size" not in inspect.signature(DistributedConfig).parameters:
+        raise ValueError("target.replicas needs a newer transformers, with DistributedConfig.dp_replicate_size")
+    return DistributedConfig(fsdp_size=shards, dp_replicate_size=replicas)
+
+
+def read_tensor(info: TargetInfo, name: str) -> torch.Tensor:
+    """Reads one tensor of the checkpoint by the end of its name, without loading the rest.
+
+    Raises:
+        ValueError: the checkpoint is not safetensors or has no such tensor.
+    """
+
+    def file(filename: str) -> str | None:
+        return cached_file(info.path, filename, revision=info.revision, _raise_exceptions_for_missing_entries=False)
+
+    index = file("model.safetensors.index.json")
+    if index:
+        weight_map = json.loads(Path(index).read_text())["weight_map"]
+        found = next(((key, shard) for key, shard in weight_map.items() if _ends(key, name)), None)
+        if found:
+            with safe_open(file(found[1]), "pt") as shard:
+                return shard.get_tensor(found[0])
+    elif single := file("model.safetensors"):
+        with safe_open(single, "pt") as shard:
+            for key in shard.keys():
+                if _ends(key, name):
+                    return shard.get_tensor(key)
+    raise ValueError(f"the checkpoint of {info.path} has no tensor {name} in safetensors files")
+
+
+def _ends(key: str, name: str) -> bool:
+    return key == name or key.endswith(f".{name}")

@@ -1,0 +1,121 @@
+"""Checkpoints that are whole or absent, written in the background.
+
+Draft and optimiser are replicated, so rank 0 copies them to the host and a thread writes them: into a folder with
+another name, synced to disk, then renamed. A folder with a step's name is therefore complete. It holds
+    draft.safetensors   parameters, float32, with the published names
+    optimizer.pt        AdamW's moments and step counts
+    state.json          step, draft shape, and what a resumed run must share
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+
+
+def step_folders(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints in a run's checkpoint folder, by step, oldest first."""
+    found = {}
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if match := STEP_FOLDER.fullmatch(path.name):
+                found[int(match.group(1))] = path
+    return found
+
+
+class Checkpoints:
+    """Saves to and loads from one run's checkpoint folder, keeping the newest `keep`."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self._writer: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, step: int, draft: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Copies everything to the host now and writes it in the background; waits for an earlier write first."""
+        self.wait()
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in draft.state_dict().items()}
+        moments = _host_copy(optimizer.state_dict())
+        self._writer = threading.Thread(target=self._write, args=(step, tensors, moments, {**state, "step": step}))
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Returns once nothing is being written; raises what the last write failed with."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise RuntimeError(f"the last checkpoint could not be written to {self.folder}: {failure}") from failure
+
+    def load(self, step: int, draft: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Restores draft and optimiser in place, on any number of ranks."""
+        folder = step_folders(self.folder)[step]
+        draft.load_state_dict(load_file(folder / "draft.safetensors"))
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+
+    def _write(self, step: int, tensors: dict[str, torch.Tensor], moments: Any, state: dict[str, Any]) -> None:
+        try:
+            final = self.folder / f"step-{step:08d}"
+            partial = self.folder / f".{final.name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_file(tensors, partial / "draft.safetensors")
+            torch.save(moments, partial / "optimizer.pt")
+            (partial / "state.json").write_text(json.dumps(state, indent=2))
+            for path in (*partial.iterdir(), partial):
+                _sync(path)
+            shutil.rmtree(final, ignore_errors=True)  # left by a run that was cut back to an earlier step
+            partial.rename(final)
+            _sync(self.folder)
+            for old in list(step_folders(self.folder).values())[: -self.keep]:
+                shutil.rmtree(old)
+        except BaseException as error:  # a thread's exception would vanish: wait() raises it
+            self._failure = error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text())
+
+
+def refuse_changed(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    """Refuses to continue a run with what would make it another run.
+
+    Raises:
+        ValueError: naming what changed, from what to what.
+    """
+    changed = [f"{key}: {saved.get(key)!r} -> {value!r}" for key, value in current.items() if saved.get(key) != value]
+    if changed:
+        raise ValueError(
+            f"{folder} is a checkpoint of a different run, so it cannot be resumed. Changed: {'; '.join(changed)}."
+            " Restore these, or choose another output_dir"
+        )
+
+
+def _host_copy(tree: Any) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: _host_copy(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_host_copy(value) for value in tree]
+    return copy.copy(tree)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,102 @@
+"""What a run shows: TensorBoard, one JSON line a logged step, and a progress line. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from dflash_dist.draft.objective import Statistics
+
+
+class MetricLog:
+    """Writes metrics of a run folder from `step` on; what an earlier run wrote beyond it is cut away first."""
+
+    def __init__(self, folder: Path, step: int, total_steps: int, config_text: str):
+        self.path = folder / "metrics.jsonl"
+        _cut_back(self.path, step)
+        self._lines = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board.add_text("config", f"```yaml\n{config_text}\n```", step)
+        self.progress = Progress(step, total_steps)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """`values`: TensorBoard tag -> number."""
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()
+        for tag, value in values.items():
+            self._board.add_scalar(tag, value, step)
+        self._board.flush()
+
+    def show_slots(self, step: int, statistics: Statistics) -> None:
+        """A picture of the accuracy by slot."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(5, 3))
+        slots = range(1, len(statistics.slot_accuracy) + 1)
+        axes.bar(slots, statistics.slot_accuracy)
+        axes.set(xlabel="slot", ylabel="accuracy", ylim=(0, 1), title=f"held-out accuracy by slot, step {step}")
+        figure.tight_layout()
+        self._board.add_figure("val/slots", figure, step)
+
+    def close(self) -> None:
+        self.progress.close()
+        self._lines.close()
+        self._board.close()
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Keeps the lines up to `step`; a line that an interruption cut short goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+class Progress:
+    """One line that is drawn over on a terminal, plain lines elsewhere."""
+
+    def __init__(self, step: int, total_steps: int):
+        self.first, self.total, self.begun = step, total_steps, time.perf_counter()
+        self.terminal = sys.stderr.isatty()
+
+    def show(self, step: int, loss: float, tau: float, tokens_per_s: float) -> None:
+        seconds = (time.perf_counter() - self.begun) / max(step - self.first, 1)
+        left = int(seconds * (self.total - step))
+        line = (
+            f"step {step}/{self.total}  loss {loss:.3f}  tau {tau:.2f}"
+            f"  {tokens_per_s:,.0f} tokens/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+        )
+        print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        print(f"\r\033[K{text}" if self.terminal else text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.terminal:
+            print(file=sys.stderr)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory in use so far [MiB]: allocated on the GPU, or resident of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

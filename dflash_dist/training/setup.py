@@ -1,0 +1,150 @@
+"""What a run needs, made from its config: target, data, draft. Everything that can be refused is refused in this order,
+cheapest first."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dflash_dist import __version__
+from dflash_dist.config import Config, to_tree
+from dflash_dist.data.chat import ChatEncoder, encode_all, read_conversations
+from dflash_dist.data.packing import PackedRows
+from dflash_dist.draft.model import DFlashDraftModel, DraftShape
+from dflash_dist.ranks import World
+from dflash_dist.target.load import TargetInfo, check_capture, check_mask_token, read_info
+from dflash_dist.target.tiny import BUILTIN_CHAT, BUILTIN_TARGET, make_tiny_chats, make_tiny_target
+from dflash_dist.target.warm_start import warm_start
+
+
+def make_builtins(config: Config, world: World) -> Config:
+    """Writes the built-in target and data that the config names into the run folder, and names them instead."""
+    folder = Path(config.output_dir) / "builtin"
+    target, data = config.target, config.data
+    if target.path == BUILTIN_TARGET:
+        target = dataclasses.replace(target, path=str(folder / "target"))
+        if world.is_main:
+            make_tiny_target(folder / "target")
+    if data.path == BUILTIN_CHAT:
+        data = dataclasses.replace(data, path=str(folder / "chat.jsonl"))
+        if world.is_main:
+            make_tiny_chats(folder / "chat.jsonl")
+    world.barrier()
+    return dataclasses.replace(config, target=target, data=data)
+
+
+def check_world(config: Config, world: World) -> None:
+    """Refuses a world size that the batch does not divide by.
+
+    Raises:
+        ValueError: with world sizes that fit.
+    """
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if batch % (micro * world.size):
+        raise ValueError(
+            f"train.global_batch_size {batch} does not divide by {world.size} ranks x train.micro_batch_size {micro}:"
+            f" choose a multiple of {micro * world.size}, or another number of ranks"
+        )
+
+
+def check_target(config: Config) -> TargetInfo:
+    """Reads what is known of the target without its weights, and refuses a config that does not fit it."""
+    info = read_info(config.target.path, config.target.revision)
+    check_capture(info, config.target.layer_ids)
+    assert config.draft.mask_token_id is not None, "load_config refuses a missing mask token"
+    check_mask_token(info, config.draft.mask_token_id)
+    return info
+
+
+def make_rows(config: Config, info: TargetInfo, world: World) -> tuple[PackedRows, PackedRows | None]:
+    """Training rows, and held-out rows where the config holds any out."""
+    data = config.data
+    conversations, skipped = read_conversations(data.path, data.max_bad_rows)
+    held_out = []
+    if data.val_path:
+        held_out, _ = read_conversations(data.val_path, data.max_bad_rows)
+    elif data.val_conversations:
+        if data.val_conversations >= len(conversations):
+            raise ValueError(
+                f"data.val_conversations {data.val_conversations} leaves nothing to train on:"
+                f" {data.path} holds {len(conversations)} conversations"
+            )
+        conversations, held_out = conversations[: -data.val_conversations], conversations[-data.val_conversations :]
+
+    encoder = ChatEncoder(info.tokenizer, info.stop_ids, data.template_args)
+    pad_id = info.tokenizer.pad_token_id if info.tokenizer.pad_token_id is not None else info.stop_ids[0]
+
+    def pack(part: list, name: str) -> PackedRows:
+        documents, causes = encode_all(encoder, part, data.seq_len)
+        rows = PackedRows(documents, data.seq_len, pad_id)
+        if world.is_main:
+            supervised = rows.loss_mask.mean()
+            print(
+                f"{name}: {len(part)} conversations -> {len(documents)} documents, {len(rows.input_ids):,} tokens"
+                f" ({supervised:.0%} supervised) -> {len(rows)} rows of {data.seq_len}, {rows.filled:.1%} filled"
+            )
+            for cause, count in (causes + skipped if name == "train" else causes).items():
+                print(f"{name}: {count} x {cause}")
+        return rows
+
+    return pack(conversations, "train"), pack(held_out, "held out") if held_out else None
+
+
+def draft_shape(config: Config, info: TargetInfo) -> DraftShape:
+    """The draft's shape: as stated, and otherwise as the target's. The draft always trains with plain rotary positions
+    at the target's base frequency, so that none of the target's rotary scaling belongs into its config."""
+    draft, text = config.draft, info.text
+    assert draft.mask_token_id is not None
+    heads = draft.num_attention_heads or text.num_attention_heads
+    return DraftShape(
+        hidden_size=text.hidden_size,
+        num_layers=draft.num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=draft.num_key_value_heads or text.num_key_value_heads,
+        head_dim=draft.head_dim or getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        intermediate_size=draft.intermediate_size or text.intermediate_size,
+        rms_norm_eps=text.rms_norm_eps,
+        rope_theta=_rope_theta(text),
+        block_size=draft.block_size,
+        mask_token_id=draft.mask_token_id,
+        target_layer_ids=list(config.target.layer_ids),
+        num_target_layers=text.num_hidden_layers,
+        vocab_size=text.vocab_size,
+        max_position_embeddings=text.max_position_embeddings,
+    )
+
+
+def _rope_theta(text: Any) -> float:
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    return float(rope.get("rope_theta") or getattr(text, "rope_theta", 10_000.0))
+
+
+def make_draft(config: Config, info: TargetInfo) -> DFlashDraftModel:
+    """The draft in float32 on the host, the same on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        draft = DFlashDraftModel(draft_shape(config, info), config.train.gradient_checkpointing)
+    if config.draft.init == "target":
+        warm_start(draft, info)
+    return draft
+
+
+def describe_run(config: Config) -> str:
+    """Writes the resolved config and the versions into the run folder; returns the config as YAML."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(to_tree(config), sort_keys=False)
+    (folder / "config.yaml").write_text(text)
+    packages = ("torch", "transformers", "tokenizers", "safetensors")
+    versions = {"dflash_dist": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in packages}
+    (folder / "versions.json").write_text(json.dumps(versions, indent=2))
+    return text

@@ -1,0 +1,330 @@
+"""Trains a draft: `python -m dflash_dist train --config C.yaml [a.b=c ...]`, alone or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from dflash_dist.config import Config, describe, load_config
+from dflash_dist.data.packing import (
+    TRAINING_ANCHORS,
+    VALIDATION_ANCHORS,
+    PackedBatch,
+    PackedRows,
+    global_rows,
+    random_stream,
+)
+from dflash_dist.draft.attention import training_attention
+from dflash_dist.draft.blocks import Blocks, build_blocks
+from dflash_dist.draft.objective import Statistics, WeightedSlots, block_loss
+from dflash_dist.ranks import World, join_world
+from dflash_dist.target.load import load_target
+from dflash_dist.training import setup
+from dflash_dist.training.checkpoint import Checkpoints, read_state, refuse_changed, step_folders
+from dflash_dist.training.metrics import MetricLog, peak_memory_mib
+from dflash_dist.training.optim import apply_update, learning_rate, make_optimizer
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="dflash_dist train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"knobs, as YAML sections or overrides:\n{describe()}",
+    )
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="knobs set on the command line")
+    args = parser.parse_args(argv)
+    config = load_config(args.config, args.overrides)
+    with join_world() as world:
+        Trainer(config, world).run()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that one rank runs at once, with the blocks sampled from them; on the host until `to`."""
+
+    batch: PackedBatch
+    blocks: Blocks
+    slots: WeightedSlots
+
+    @property
+    def weight(self) -> float:
+        return self.blocks.weights.sum(dtype=torch.float64).item()
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return MicroBatch(self.batch.to(device), self.blocks.to(device), self.slots.to(device))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step left on the device; read one step late."""
+
+    step: int  # optimiser steps done, this one included
+    statistics: torch.Tensor
+    grad_norm: torch.Tensor
+    lr: float
+
+
+class Trainer:
+    """One run: builds what it needs, then steps until it is done or asked to stop."""
+
+    def __init__(self, config: Config, world: World):
+        setup.check_world(config, world)
+        self.config = config = setup.make_builtins(config, world)
+        self.world = world
+        info = setup.check_target(config)
+        self.rows, self.held_out = setup.make_rows(config, info, world)
+        train = config.train
+        epochs_steps = math.ceil(train.epochs * len(self.rows) / train.global_batch_size)
+        self.total_steps = train.max_steps if train.max_steps is not None else epochs_steps
+
+        self.compute_dtype = getattr(torch, train.precision)
+        target = config.target
+        loaded = load_target(
+            info,
+            target.layer_ids,
+            getattr(torch, target.dtype),
+            world,
+            target.replicas,
+            target.full_depth,
+            target.attention,
+        )
+        self.target = loaded.model
+        self.embedding, self.head = loaded.embedding.to(self.compute_dtype), loaded.head.to(self.compute_dtype)
+        self.draft = setup.make_draft(config, info).to(world.device)
+        self.optimizer = make_optimizer(self.draft, train)
+        # One rank has nobody to average with: nothing is wrapped.
+        self.ddp = DistributedDataParallel(self.draft, gradient_as_bucket_view=True) if world.size > 1 else self.draft
+        self.folder = Path(config.output_dir)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
+        self.stop_requested = False
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def train_step(self, step: int) -> tuple[StepResult, bool]:
+        """Step `step` (from 0). Returns what it showed and whether any rank was asked to stop."""
+        micro_batches = self.sample(step)
+        weight = sum(micro.weight for micro in micro_batches)
+        total_weight, stops = self.world.sum_numbers(weight, self.stop_requested)
+        statistics = []
+        for micro in micro_batches:
+            with self.gradients_stay_local(unless=micro is micro_batches[-1]):
+                loss, shown = self.forward(self.ddp, micro.to(self.world.device))
+                # DDP averages over ranks; the loss is a mean over all ranks' weights, so undo the former.
+                (loss * self.world.size / max(total_weight, 1e-30)).backward()
+            statistics.append(shown)
+        lr = learning_rate(step, self.total_steps, self.config.train)
+        grad_norm = apply_update(self.optimizer, lr, self.config.train.clip_norm)
+        return StepResult(step + 1, torch.stack(statistics).sum(0), grad_norm, lr), stops > 0
+
+    def sample(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step."""
+        train = self.config.train
+        rows = global_rows(step, len(self.rows), train.global_batch_size, train.seed)
+        return self.micro_batches(self.rows, rows, TRAINING_ANCHORS, step)
+
+    def micro_batches(self, source: PackedRows, rows: list[int], stream: int, step: int) -> list[MicroBatch]:
+        """This rank's share of `rows`, in micro-batches. A row's anchors depend on its place among `rows`, not on the
+        rank that gets it."""
+        micro_batches = []
+        numbered = self.world.share(list(enumerate(rows)))
+        size = self.config.train.micro_batch_size
+        for part in (numbered[i : i + size] for i in range(0, len(numbered), size)):
+            batch = source.batch([row for _, row in part])
+            assert self.config.draft.mask_token_id is not None
+            blocks = build_blocks(
+                batch.input_ids,
+                batch.loss_mask,
+                batch.document_ids,
+                batch.position_ids,
+                anchors=self.config.loss.anchors,
+                block_size=self.config.draft.block_size,
+                mask_token_id=self.config.draft.mask_token_id,
+                gamma=self.config.gamma,
+                generators=[random_stream(self.config.train.seed, stream, step, number) for number, _ in part],
+            )
+            micro_batches.append(MicroBatch(batch, blocks, WeightedSlots.of(blocks, self.config.loss.chunk)))
+        return micro_batches
+
+    def forward(self, draft: torch.nn.Module, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Target features, draft, loss sum and statistics of a micro-batch."""
+        batch, blocks = micro.batch, micro.blocks
+        context = self.target.generate_batch(
+            batch.input_ids, batch.attention_mask, batch.loss_mask, batch.position_ids
+        ).hidden_states
+        attend = training_attention(blocks, batch.document_ids)
+        slots = F.embedding(blocks.input_ids.flatten(1), self.embedding)
+        bf16 = self.compute_dtype == torch.bfloat16
+        with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16):
+            hidden = draft(
+                slots, blocks.position_ids.flatten(1), context.to(self.compute_dtype), batch.position_ids, attend
+            )
+        return block_loss(hidden, self.head, blocks, micro.slots)
+
+    def gradients_stay_local(self, unless: bool) -> contextlib.AbstractContextManager:
+        if unless or not isinstance(self.ddp, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.ddp.no_sync()
+
+    @torch.no_grad()
+    def validate(self) -> Statistics:
+        """Statistics on the held-out rows, with anchors of their own random stream: training is not touched."""
+        assert self.held_out is not None
+        self.draft.eval()
+        each = self.world.size * self.config.train.micro_batch_size
+        count = math.ceil(len(self.held_out) / each) * each  # rows past the end are padding: every rank runs as many
+        micro_batches = self.micro_batches(self.held_out, list(range(count)), VALIDATION_ANCHORS, 0)
+        shown = [self.forward(self.draft, micro.to(self.world.device))[1] for micro in micro_batches]
+        self.draft.train()
+        return Statistics.read(self.world.sum_tensor(torch.stack(shown).sum(0)))
+
+    # ------------------------------------------------------------------------------------------------ the run
+
+    def run(self) -> None:
+        """Steps from the newest checkpoint to the last step.
+
+        Raises:
+            FloatingPointError: a gradient was not finite; no update was applied and nothing was saved since.
+        """
+        begin = self.resume()
+        log = None
+        if self.world.is_main:
+            log = MetricLog(self.folder, begin, self.total_steps, setup.describe_run(self.config))
+        watch = _Watch(self, log)
+        with self.signals():
+            if begin == 0:
+                watch.validation(0)
+            done, stop, pending = begin, False, None
+            for step in range(begin, self.total_steps):
+                result, stop = self.train_step(step)
+                done = result.step
+                if pending is not None:
+                    watch.read(pending)
+                pending = result
+                if self.due(done, self.config.validate.every):
+                    watch.validation(done)
+                if stop or self.due(done, self.config.checkpoint.every):
+                    watch.read(pending)
+                    pending = None
+                    self.save(done)
+                if stop:
+                    break
+            if done == begin == self.total_steps and not step_folders(self.checkpoints.folder):
+                self.save(done)
+        if self.world.is_main:
+            self.checkpoints.wait()
+        if log is not None:
+            if stop and done < self.total_steps:
+                log.progress.say(f"stopped after step {done}, saved; start the same command again to continue")
+            log.close()
+        self.world.barrier()
+
+    def due(self, done: int, every: int) -> bool:
+        return every > 0 and (done % every == 0 or done == self.total_steps)
+
+    def identity(self) -> dict:
+        """What a resumed run must share with the one it continues."""
+        return {
+            "draft": dataclasses.asdict(self.draft.shape),
+            "train.seed": self.config.train.seed,
+            "train.global_batch_size": self.config.train.global_batch_size,
+            "data.seq_len": self.config.data.seq_len,
+            "data fingerprint": self.rows.fingerprint(),
+        }
+
+    def save(self, step: int) -> None:
+        if self.world.is_main:
+            state = {
+                "identity": self.identity(),
+                "target": self.config.target.path,
+                "template_args": self.config.data.template_args,
+            }
+            self.checkpoints.save(step, self.draft, self.optimizer, state)
+
+    def resume(self) -> int:
+        """Loads the newest checkpoint, if any; returns the steps it has done."""
+        folders = step_folders(self.checkpoints.folder)
+        if not folders:
+            return 0
+        step = max(folders)
+        refuse_changed(read_state(folders[step])["identity"], self.identity(), folders[step])
+        self.checkpoints.load(step, self.draft, self.optimizer)
+        if self.world.is_main:
+            print(f"resuming from {folders[step]}")
+        return step
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """While running, SIGTERM and SIGINT ask for a checkpoint and a clean end after the current step."""
+
+        def ask(*_) -> None:
+            self.stop_requested = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Watch:
+    """Turns step results into metrics, one step late, and stops a run whose gradients are not finite."""
+
+    def __init__(self, trainer: Trainer, log: MetricLog | None):
+        self.trainer, self.log = trainer, log
+        self.logged_at, self.logged_step = time.perf_counter(), None
+
+    def read(self, result: StepResult) -> None:
+        """Waits for the step to finish on the device; every rank calls it for every step."""
+        norm = result.grad_norm.item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"step {result.step}: the gradient norm is {norm}. No update was applied and nothing was saved since."
+                " Lower train.lr, or look at the rows of this step; the same command resumes from the last checkpoint"
+            )
+        trainer, config = self.trainer, self.trainer.config
+        if not trainer.due(result.step, config.log.every):
+            return
+        shown = Statistics.read(trainer.world.sum_tensor(result.statistics))
+        if self.log is None:
+            return
+        now = time.perf_counter()
+        steps = result.step - (self.logged_step if self.logged_step is not None else result.step - config.log.every)
+        seconds = (now - self.logged_at) / max(steps, 1)
+        self.logged_at, self.logged_step = now, result.step
+        tokens = config.train.global_batch_size * config.data.seq_len
+        values = {
+            "train/loss": shown.loss,
+            "train/tau": shown.tau,
+            "train/accuracy": sum(shown.slot_correct) / max(sum(shown.slot_count), 1.0),
+            "optim/lr": result.lr,
+            "optim/grad_norm": norm,
+            "perf/step_s": seconds,
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/peak_memory_mib": peak_memory_mib(trainer.world.device),
+        }
+        self.log.log(result.step, values)
+        self.log.progress.show(result.step, shown.loss, shown.tau, tokens / seconds)
+
+    def validation(self, step: int) -> None:
+        if self.trainer.config.validate.every == 0:
+            return
+        shown = self.trainer.validate()
+        if self.log is not None:
+            slots = {f"val/accuracy_slot_{k:02d}": accuracy for k, accuracy in enumerate(shown.slot_accuracy, 1)}
+            self.log.log(step, {"val/loss": shown.loss, "val/tau": shown.tau, **slots})
+            self.log.show_slots(step, shown)
+            self.log.progress.say(f"step {step}: held-out loss {shown.loss:.3f}, tau {shown.tau:.2f}")
