@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import types
 import typing
 from dataclasses import dataclass, field
@@ -31,9 +32,13 @@ def knob(default: Any, meaning: str) -> Any:
 
 @dataclass
 class TargetConfig:
-    path: str = knob("", "Hugging Face folder or hub id of the frozen target, or builtin:tiny (random, made on the spot)")
-    revision: str | None = knob(None, "branch, tag or commit when path is a hub id")
-    layer_ids: list[int] = knob([], "decoder layers whose outputs are captured, strictly increasing, never the last layer")
+    path: str = knob(
+        "", "Hugging Face folder or hub id of the frozen target, or builtin:tiny (random, made on the spot)"
+    )
+    revision: str = knob("main", "branch, tag or commit when path is a hub id")
+    layer_ids: list[int] = knob(
+        [], "decoder layers whose outputs are captured, strictly increasing, never the last layer"
+    )
     dtype: Dtype = knob("bfloat16", "dtype of the target's weights and of the captured features")
     replicas: int = knob(1, "hybrid sharding: copies of the target, each sharded over world size / replicas ranks")
     full_depth: bool = knob(False, "load every layer, also those above the deepest captured one")
@@ -59,7 +64,9 @@ class DraftConfig:
     num_attention_heads: int | None = knob(None, "query heads; null: as the target")
     num_key_value_heads: int | None = knob(None, "key/value heads; null: as the target")
     head_dim: int | None = knob(None, "size of a head; null: as the target")
-    init: Literal["random", "target"] = knob("random", "random weights, or a warm start from the target's own top layers")
+    init: Literal["random", "target"] = knob(
+        "random", "random weights, or a warm start from the target's own top layers"
+    )
 
 
 @dataclass
@@ -243,7 +250,7 @@ def _refuse_impossible(config: Config) -> None:
     require(bool(ids), "target.layer_ids is empty: list the decoder layers to capture, such as [1, 9, 17, 25, 33]")
     require(ids[0] >= 0, f"target.layer_ids {ids}: ids count from 0, the first decoder layer")
     require(
-        all(a < b for a, b in zip(ids, ids[1:])),
+        all(a < b for a, b in itertools.pairwise(ids)),
         f"target.layer_ids {ids} must be strictly increasing: serving engines sort them",
     )
     require(target.replicas >= 1, f"target.replicas must be at least 1, found {target.replicas}")
@@ -251,7 +258,10 @@ def _refuse_impossible(config: Config) -> None:
         draft.mask_token_id is not None,
         "draft.mask_token_id is not set: choose a reserved token of the target's vocabulary that no text contains",
     )
-    require(draft.block_size >= 2, f"draft.block_size must be at least 2 (the anchor and one slot), found {draft.block_size}")
+    require(
+        draft.block_size >= 2,
+        f"draft.block_size must be at least 2 (the anchor and one slot), found {draft.block_size}",
+    )
     require(draft.num_layers >= 1, f"draft.num_layers must be at least 1, found {draft.num_layers}")
     require(data.seq_len > 2, f"data.seq_len must be above 2 tokens, found {data.seq_len}")
     require(data.val_conversations >= 0, f"data.val_conversations must not be negative, found {data.val_conversations}")
@@ -260,10 +270,14 @@ def _refuse_impossible(config: Config) -> None:
     require(loss.chunk >= 1, f"loss.chunk must be at least 1 slot, found {loss.chunk}")
     require(
         loss.gamma is not None or draft.block_size in PUBLISHED_GAMMA,
-        f"loss.gamma has no published value for draft.block_size {draft.block_size}: set it (7 was used for 16, 4 for 8)",
+        f"loss.gamma has no published value for draft.block_size {draft.block_size}: set it (16 was trained with 7,"
+        " 8 with 4)",
     )
     require(loss.gamma is None or loss.gamma > 0, f"loss.gamma must be positive, found {loss.gamma}")
-    require(train.max_steps is None or train.max_steps >= 0, f"train.max_steps must not be negative, found {train.max_steps}")
+    require(
+        train.max_steps is None or train.max_steps >= 0,
+        f"train.max_steps must not be negative, found {train.max_steps}",
+    )
     require(train.epochs > 0, f"train.epochs must be positive, found {train.epochs}")
     require(train.micro_batch_size >= 1, f"train.micro_batch_size must be at least 1, found {train.micro_batch_size}")
     require(
@@ -272,7 +286,9 @@ def _refuse_impossible(config: Config) -> None:
         f" train.micro_batch_size {train.micro_batch_size}",
     )
     require(train.lr > 0, f"train.lr must be positive, found {train.lr}")
-    require(0 <= train.warmup < 1, f"train.warmup is a share of the steps, at least 0 and below 1, found {train.warmup}")
+    require(
+        0 <= train.warmup < 1, f"train.warmup is a share of the steps, at least 0 and below 1, found {train.warmup}"
+    )
     require(0 <= train.final_lr <= 1, f"train.final_lr is a share of train.lr, from 0 to 1, found {train.final_lr}")
     require(
         len(train.betas) == 2 and all(0 <= beta < 1 for beta in train.betas),

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -57,26 +56,3 @@ def debug_config(tmp_path: Path):
         return load_config(REPOSITORY / "configs/debug.yaml", [f"output_dir={tmp_path / 'run'}", *overrides])
 
     return load
-
-
-def tiny_shape(**changes: Any):
-    """A draft shape that fits the tiny target."""
-    from dflash_dist.draft.model import DraftShape
-
-    values: dict[str, Any] = {
-        "hidden_size": 64,
-        "num_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "intermediate_size": 128,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "block_size": 8,
-        "mask_token_id": 3,
-        "target_layer_ids": [1, 2, 4],
-        "num_target_layers": 6,
-        "vocab_size": 260,
-        "max_position_embeddings": 2048,
-    }
-    return DraftShape(**{**values, **changes})

@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: `run_ranks(fn, n, *args)` calls `fn(world, *args)` on `n` processes and returns the results.
+"""Real gloo ranks for tests: `run_ranks(fn, n, *args)` calls `fn(world, *args)` on `n` processes.
 
 The processes live for the whole test session, because a spawned one costs seconds of imports. They meet through a file,
 so no port is taken.

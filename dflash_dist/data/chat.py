@@ -6,6 +6,7 @@ token that ends the turn. Headers, user, system and tool text are context only.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -145,7 +146,7 @@ class ChatEncoder:
         if any(begin < start < end for start, _ in spans for begin, end in offsets):
             ids, offsets = [], []
             cuts = [0, *(start for start, _ in spans), len(text)]
-            for left, right in zip(cuts, cuts[1:]):
+            for left, right in itertools.pairwise(cuts):
                 piece = self.tokenizer(text[left:right], add_special_tokens=False, return_offsets_mapping=True)
                 ids += piece.input_ids
                 offsets += [(left + begin, left + end) for begin, end in piece.offset_mapping]

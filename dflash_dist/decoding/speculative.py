@@ -8,8 +8,9 @@ becomes the next anchor. The draft's cache holds accepted context only.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class Decoder:
         stop_ids: tokens that end an answer.
     """
 
-    def __init__(self, target: torch.nn.Module, draft: DFlashDraftModel, stop_ids: Sequence[int]):
+    def __init__(self, target: Any, draft: DFlashDraftModel, stop_ids: Sequence[int]):
         self.target, self.draft, self.stop_ids = target, draft, frozenset(stop_ids)
         self.layers = decoder_layers(target)
         self.embedding = target.get_input_embeddings().weight
@@ -77,7 +78,9 @@ class Decoder:
             if rejected:
                 cache.crop(-rejected)
             self.draft.extend(context, features[:, : accepted + 1])
-            emitted = self._until_stop([*proposals[:accepted], choices[accepted]])[: max_new_tokens - len(result.tokens)]
+            emitted = self._until_stop([*proposals[:accepted], choices[accepted]])[
+                : max_new_tokens - len(result.tokens)
+            ]
             result.tokens += emitted
             result.emitted.append(len(emitted))
             anchor = result.tokens[-1]
@@ -124,6 +127,5 @@ def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
     """The first index at which two outputs differ; None where they are equal."""
     if list(left) == list(right):
         return None
-    same: Callable[[int], bool] = lambda i: left[i] == right[i]  # noqa: E731
     shorter = min(len(left), len(right))
-    return next((i for i in range(shorter) if not same(i)), shorter)
+    return next((i for i in range(shorter) if left[i] != right[i]), shorter)

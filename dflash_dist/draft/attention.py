@@ -45,7 +45,7 @@ class ChunkedAttention:
         self.runs: list[tuple[int, slice, slice, torch.Tensor]] = []
         for row in range(len(blocks.anchors)):
             used = int((blocks.documents[row] >= 0).sum())
-            # A row without anchors still runs one block, so that every parameter has a (zero) gradient for DDP to reduce.
+            # A row without anchors still runs one block: DDP needs a gradient, if zero, from every parameter.
             used = max(used, 1)
             for start in range(0, used, anchors_at_once):
                 self.runs.append(self._run(row, start, min(start + anchors_at_once, used), blocks, document_ids))

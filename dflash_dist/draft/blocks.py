@@ -79,7 +79,7 @@ def build_blocks(
 
     row_of = torch.arange(rows)[:, None]
     offsets = torch.arange(block_size)
-    # A label counts while the chain of supervised successors from the anchor is unbroken. The row's last token has none.
+    # A label counts while the chain of supervised successors from the anchor is unbroken.
     before_label = (index[..., None] + offsets[:-1]).clamp(max=length - 1)  # [B, A, K-1]
     counts = supervised_next[row_of[..., None], before_label].cumprod(dim=-1) * used[..., None]
     label_index = (index[..., None] + offsets[1:]).clamp(max=length - 1)

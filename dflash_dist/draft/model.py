@@ -7,7 +7,9 @@ embedding and the LM head are the target's and live outside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +52,8 @@ class DFlashDraftModel(nn.Module):
         hidden, eps = shape.hidden_size, shape.rms_norm_eps
         self.fc = nn.Linear(len(shape.target_layer_ids) * hidden, hidden, bias=False)
         self.hidden_norm = RMSNorm(hidden, eps)
-        self.layers = nn.ModuleList(DraftLayer(shape) for _ in range(shape.num_layers))
+        layers = nn.ModuleList(DraftLayer(shape) for _ in range(shape.num_layers))
+        self.layers = cast("Sequence[DraftLayer]", layers)
         self.norm = RMSNorm(hidden, eps)
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -52,7 +52,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         ("number of target layers", draft.shape.num_target_layers, info.text.num_hidden_layers),
     ):
         if ours != theirs:
-            raise ValueError(f"{args.draft} was trained for another target than {args.target}: {name} {ours}, not {theirs}")
+            raise ValueError(
+                f"{args.draft} was trained for another target than {args.target}: {name} {ours}, not {theirs}"
+            )
     conversations, _ = read_conversations(args.prompts)
     encoder = ChatEncoder(info.tokenizer, info.stop_ids, args.template_args)
     decoder = Decoder(load_whole(info, dtype, device), draft, info.stop_ids)
@@ -114,7 +116,9 @@ def summarise(results: list[tuple[Decoded, Decoded, dict[str, Any] | None]], blo
 
 def print_report(report: dict[str, Any]) -> None:
     print(f"{report['prompts']} prompts, {report['tokens']} tokens, {report['dtype']}")
-    print(f"acceptance length   {report['tau']:.2f} tokens a pass ({report['tau_mean_of_prompts']:.2f} mean of prompts)")
+    print(
+        f"acceptance length   {report['tau']:.2f} tokens a pass ({report['tau_mean_of_prompts']:.2f} mean of prompts)"
+    )
     slots = "  ".join(f"{share:.2f}" for share in report["acceptance_by_slot"])
     print(f"acceptance by slot  {slots}")
     print(

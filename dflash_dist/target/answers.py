@@ -70,7 +70,9 @@ def regenerate(args: argparse.Namespace, world: World) -> None:
                 written += len(rows)
                 rate = written / (time.perf_counter() - begun)
                 left = (len(mine) - written) / rate
-                print(f"[rank {world.rank}] {written}/{len(mine)} rows, {rate:.2f} rows/s, {left:.0f} s left", flush=True)
+                print(
+                    f"[rank {world.rank}] {written}/{len(mine)} rows, {rate:.2f} rows/s, {left:.0f} s left", flush=True
+                )
     world.barrier()
     if world.is_main:
         parts.merge(len(conversations))

@@ -7,12 +7,24 @@ because the last entry of `hidden_states` is normalised and because a truncated 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+
+# Causal language models, bare decoders, GPT-2-like ones, and the language part of multimodal wrappers.
+LAYER_PLACES = (
+    "model.layers",
+    "layers",
+    "transformer.h",
+    "h",
+    "model.language_model.layers",
+    "language_model.layers",
+    "language_model.model.layers",
+)
 
 
 @dataclass
@@ -30,14 +42,14 @@ class HFDFlashTargetModel:
     """A Hugging Face decoder that gives the features of some of its layers.
 
     Args:
-        model: a decoder or a causal language model, sharded or not; put into eval mode.
+        model: a Hugging Face decoder or causal language model, sharded or not; put into eval mode.
         target_layer_ids: ids of the decoder layers to capture, unique; the features keep this order.
 
     Raises:
         ValueError: no decoder layers are found in the model, or the ids are empty, repeated or out of bounds.
     """
 
-    def __init__(self, model: nn.Module, target_layer_ids: Sequence[int]):
+    def __init__(self, model: Any, target_layer_ids: Sequence[int]):
         self.model = model.eval()
         self.target_layer_ids = list(target_layer_ids)
         self._validate_layer_ids()
@@ -91,15 +103,13 @@ class HFDFlashTargetModel:
             raise ValueError(f"target_layer_ids {outside} are out of bounds: the model has layers 0 to {count - 1}")
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: Any) -> list[nn.Module]:
     """The decoder layers of a Hugging Face model, in order.
 
     Raises:
         ValueError: none of the known places holds them.
     """
-    places = ("model.layers", "layers", "transformer.h", "h")
-    places += tuple(f"{wrapper}language_model.{place}" for wrapper in ("model.", "") for place in ("layers", "model.layers"))
-    for place in places:
+    for place in LAYER_PLACES:
         found: object = model
         for name in place.split("."):
             found = getattr(found, name, None)
@@ -108,13 +118,13 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         if isinstance(found, nn.ModuleDict) and set(found) == {str(i) for i in range(len(found))}:
             return [found[str(i)] for i in range(len(found))]
     raise ValueError(
-        f"no decoder layers found in {type(model).__name__}: looked for a ModuleList, or a ModuleDict keyed '0', '1', ...,"
-        f" at {', '.join(places)}"
+        f"no decoder layers found in {type(model).__name__}: looked for a ModuleList, or a ModuleDict keyed '0', '1',"
+        f" and so on, at {', '.join(LAYER_PLACES)}"
     )
 
 
 @contextmanager
-def capture_layers(layers: Sequence[nn.Module], ids: Sequence[int]) -> Iterator:
+def capture_layers(layers: Sequence[nn.Module], ids: Sequence[int]) -> Iterator[Callable[[], list[torch.Tensor]]]:
     """Hooks the layers `ids`; yields a function that gives the outputs [B, S, H] of the last forward, in that order.
 
     The hooks are removed on leaving, also when the forward raised.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
-from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.distributed import DistributedConfig
 from transformers.utils import cached_file
@@ -26,7 +27,7 @@ class TargetInfo:
     """What is known of a target before its weights are read."""
 
     path: str
-    revision: str | None
+    revision: str
     config: Any  # the Hugging Face config of the whole model
     tokenizer: Any
     stop_ids: list[int]  # tokens that end an assistant's turn
@@ -46,7 +47,7 @@ class Target:
     head: torch.Tensor  # [V, H]; the same tensor as `embedding` where the target ties them
 
 
-def read_info(path: str, revision: str | None = None) -> TargetInfo:
+def read_info(path: str, revision: str = "main") -> TargetInfo:
     """Reads config and tokenizer of a local folder or a hub id.
 
     Raises:
@@ -60,10 +61,8 @@ def read_info(path: str, revision: str | None = None) -> TargetInfo:
     except OSError as error:
         raise ValueError(f"target {path} could not be read, neither as a folder nor from the hub: {error}") from error
     stops = [tokenizer.eos_token_id, config.get_text_config().eos_token_id]
-    try:
+    with contextlib.suppress(OSError):  # a model folder need not have a generation config
         stops.append(GenerationConfig.from_pretrained(path, revision=revision).eos_token_id)
-    except OSError:
-        pass  # a model folder need not have one
     return TargetInfo(path, revision, config, tokenizer, sorted(set(_flat_ids(stops))))
 
 
@@ -103,13 +102,15 @@ def check_mask_token(info: TargetInfo, mask_token_id: int) -> None:
         ValueError: naming the token.
     """
     if not 0 <= mask_token_id < info.text.vocab_size:
-        raise ValueError(f"draft.mask_token_id {mask_token_id} is outside the vocabulary of {info.text.vocab_size} tokens")
+        raise ValueError(
+            f"draft.mask_token_id {mask_token_id} is outside the vocabulary of {info.text.vocab_size} tokens"
+        )
     tokenizer = info.tokenizer
     taken = {tokenizer.pad_token_id: "pad", tokenizer.bos_token_id: "bos"} | dict.fromkeys(info.stop_ids, "eos")
     if mask_token_id in taken:
         raise ValueError(
-            f"draft.mask_token_id {mask_token_id} is the {taken[mask_token_id]} token of {info.path}, which text contains:"
-            " choose a reserved token"
+            f"draft.mask_token_id {mask_token_id} is the {taken[mask_token_id]} token of {info.path}, which occurs in"
+            " text: choose a reserved token"
         )
 
 
@@ -138,12 +139,12 @@ def load_target(
     config = copy.deepcopy(info.config)
     if not full_depth:
         _truncate(config.get_text_config(), max(layer_ids) + 1)
-    options: dict[str, Any] = {"config": config, "dtype": dtype, "revision": info.revision}
+    options: dict[str, Any] = {"config": config, "dtype": dtype}
     if attention:
         options["attn_implementation"] = attention
     if world.size > 1:
         options["distributed_config"] = _sharding(world.size // replicas, replicas)
-    model = AutoModel.from_pretrained(info.path, **options)
+    model = _from_pretrained(AutoModel, info, **options)
     if world.size == 1:
         model = model.to(world.device)
     model.requires_grad_(False)
@@ -159,10 +160,27 @@ def load_target(
     return Target(HFDFlashTargetModel(model, layer_ids), embedding, head)
 
 
-def load_whole(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_whole(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> Any:
     """The complete causal language model, unsharded, for generating text."""
-    model = AutoModelForCausalLM.from_pretrained(info.path, revision=info.revision, dtype=dtype)
+    model = _from_pretrained(AutoModelForCausalLM, info, dtype=dtype)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _from_pretrained(auto_class: Any, info: TargetInfo, **options: Any) -> Any:
+    """Loads weights without the report of the layers that were left out on purpose, but never with missing ones."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model, report = auto_class.from_pretrained(
+            info.path, revision=info.revision, output_loading_info=True, **options
+        )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+    if report["missing_keys"]:
+        raise ValueError(f"the checkpoint of {info.path} lacks {', '.join(sorted(report['missing_keys']))}")
+    return model
 
 
 def _truncate(text_config: Any, layers: int) -> None:
@@ -198,9 +216,9 @@ def read_tensor(info: TargetInfo, name: str) -> torch.Tensor:
                 return shard.get_tensor(found[0])
     elif single := file("model.safetensors"):
         with safe_open(single, "pt") as shard:
-            for key in shard.keys():
-                if _ends(key, name):
-                    return shard.get_tensor(key)
+            found = next((key for key in list(shard.keys()) if _ends(key, name)), None)
+            if found:
+                return shard.get_tensor(found)
     raise ValueError(f"the checkpoint of {info.path} has no tensor {name} in safetensors files")
 
 

@@ -34,7 +34,9 @@ def warm_start(draft: DFlashDraftModel, info: TargetInfo) -> None:
         for which in ("q", "k"):
             norm, projection = getattr(layer.self_attn, f"{which}_norm"), getattr(layer.self_attn, f"{which}_proj")
             norm.weight.copy_(
-                _head_norm(info, f"{source}self_attn.{which}_norm.weight", projection.weight, layer.input_layernorm.weight)
+                _head_norm(
+                    info, f"{source}self_attn.{which}_norm.weight", projection.weight, layer.input_layernorm.weight
+                )
             )
 
 

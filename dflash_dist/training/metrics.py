@@ -84,7 +84,9 @@ class Progress:
             f"step {step}/{self.total}  loss {loss:.3f}  tau {tau:.2f}"
             f"  {tokens_per_s:,.0f} tokens/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
         )
-        print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True
+        )
 
     def say(self, text: str) -> None:
         """A line of its own."""

@@ -39,7 +39,8 @@ def apply_update(optimizer: torch.optim.AdamW, lr: float, clip_norm: float) -> t
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
-    optimizer.found_inf = (~norm.isfinite()).float()  # torch's fused AdamW reads this attribute, as GradScaler sets it
+    # torch's fused AdamW reads this attribute, which GradScaler sets otherwise: 1 means leave everything as it is.
+    setattr(optimizer, "found_inf", (~norm.isfinite()).float())  # noqa: B010
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

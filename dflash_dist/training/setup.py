@@ -15,7 +15,7 @@ import yaml
 
 from dflash_dist import __version__
 from dflash_dist.config import Config, to_tree
-from dflash_dist.data.chat import ChatEncoder, encode_all, read_conversations
+from dflash_dist.data.chat import ChatEncoder, Message, encode_all, read_conversations
 from dflash_dist.data.packing import PackedRows
 from dflash_dist.draft.model import DFlashDraftModel, DraftShape
 from dflash_dist.ranks import World
@@ -67,7 +67,7 @@ def make_rows(config: Config, info: TargetInfo, world: World) -> tuple[PackedRow
     """Training rows, and held-out rows where the config holds any out."""
     data = config.data
     conversations, skipped = read_conversations(data.path, data.max_bad_rows)
-    held_out = []
+    held_out: list[list[Message]] = []
     if data.val_path:
         held_out, _ = read_conversations(data.val_path, data.max_bad_rows)
     elif data.val_conversations:

@@ -285,7 +285,8 @@ class _Watch:
 
     def __init__(self, trainer: Trainer, log: MetricLog | None):
         self.trainer, self.log = trainer, log
-        self.logged_at, self.logged_step = time.perf_counter(), None
+        self.logged_at = time.perf_counter()
+        self.logged_step: int | None = None
 
     def read(self, result: StepResult) -> None:
         """Waits for the step to finish on the device; every rank calls it for every step."""
