@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,9 @@ class MetricLog:
         self.path = folder / "metrics.jsonl"
         _cut_back(self.path, step)
         self._lines = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        if step == 0:  # left by a run that ended before its first checkpoint
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self._board.add_text("config", f"```yaml\n{config_text}\n```", step)
         self.progress = Progress(step, total_steps)
 

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+
+from dflash_dist.data.packing import PackedBatch
+from dflash_dist.ranks import World
+from dflash_dist.target.load import check_capture, check_mask_token, load_target, read_info
+from dflash_dist.target.tiny import tiny_tokenizer
+from tests.ranks import run_ranks
+
+SMALL = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+}
+EXPERTS = {"num_experts_per_tok": 2}
+CONFIGS = {
+    "qwen3": Qwen3Config(**SMALL),
+    "qwen3-tied": Qwen3Config(**SMALL, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
+    "llama": LlamaConfig(**SMALL),
+    "qwen3-moe": Qwen3MoeConfig(**SMALL, **EXPERTS, num_experts=4, moe_intermediate_size=16, decoder_sparse_step=1),
+    "gpt-oss": GptOssConfig(**SMALL, **EXPERTS, num_local_experts=4, sliding_window=6),
+}
+LAYER_IDS = [0, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        made[name] = tmp_path_factory.mktemp("targets") / name
+        AutoModelForCausalLM.from_config(config).save_pretrained(made[name])
+        tiny_tokenizer().save_pretrained(made[name])
+    return made
+
+
+def packed_batch() -> PackedBatch:
+    """One row of two documents and padding."""
+    ids = torch.randint(4, 250, (1, 24), generator=torch.Generator().manual_seed(1))
+    positions = torch.tensor([[*range(9), *range(11), *range(4)]])
+    documents = torch.tensor([[0] * 9 + [1] * 11 + [2] * 4])
+    return PackedBatch(ids, documents < 2, documents < 2, positions, documents)
+
+
+def features(world: World, folder: Path, dtype: torch.dtype, replicas: int = 1) -> tuple[torch.Tensor, ...]:
+    """The target's features, embedding and head, and how many elements of its first matrix this rank holds."""
+    target = load_target(read_info(str(folder)), LAYER_IDS, dtype, world, replicas)
+    batch = packed_batch()
+    captured = target.model.generate_batch(batch.input_ids, None, None, batch.position_ids).hidden_states
+    assert len(target.model._get_transformer_layers()) == 4, "layers above the deepest captured one are not loaded"
+    weight = target.model._get_transformer_layers()[0].self_attn.q_proj.weight
+    held = weight.to_local().numel() / weight.numel() if isinstance(weight, DTensor) else 1.0
+    return captured, target.embedding, target.head, torch.tensor(held)
+
+
+def full_model_features(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same from the full model of transformers, unsharded, all layers and the head."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    batch = packed_batch()
+    with torch.no_grad():
+        states = model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, output_hidden_states=True
+        ).hidden_states
+    captured = torch.cat([states[i + 1] for i in LAYER_IDS], dim=-1)
+    return captured, model.get_input_embeddings().weight, model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_truncated_and_sharded_features_equal_the_full_models_bitwise(folders, alone, name, dtype) -> None:
+    expected = full_model_features(folders[name], dtype)
+    *one_rank, whole = features(alone, folders[name], dtype)
+    assert whole == 1
+    for ours, theirs in zip(one_rank, expected):
+        assert ours.dtype == dtype and torch.equal(ours, theirs)
+    for *sharded, held in run_ranks(features, 2, folders[name], dtype):
+        assert held == 0.5, "each rank holds its shard only"
+        for ours, theirs in zip(sharded, expected):
+            assert torch.equal(ours, theirs)
+
+
+def test_hybrid_sharding_gives_the_same_features(folders) -> None:
+    expected = full_model_features(folders["qwen3"], torch.float32)
+    for *hybrid, held in run_ranks(features, 4, folders["qwen3"], torch.float32, 2):
+        assert held == 0.5, "2 replicas of 2 shards"
+        for ours, theirs in zip(hybrid, expected):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_tied_head_is_the_embedding_itself(folders, alone) -> None:
+    """Ignoring tied embeddings cost another project its acceptance: a random head was trained against."""
+    tied = load_target(read_info(str(folders["qwen3-tied"])), LAYER_IDS, torch.float32, alone)
+    assert tied.head is tied.embedding
+    untied = load_target(read_info(str(folders["qwen3"])), LAYER_IDS, torch.float32, alone)
+    assert not torch.equal(untied.head, untied.embedding)
+
+
+def test_full_depth_loads_every_layer(folders, alone) -> None:
+    target = load_target(read_info(str(folders["llama"])), [0], torch.float32, alone, full_depth=True)
+    assert len(target.model._get_transformer_layers()) == 5
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"target model folder .*nowhere does not exist"):
+        read_info(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="holds no config.json"):
+        read_info(str(tmp_path))
+
+
+def test_a_checkpoint_with_missing_tensors_is_refused(folders, alone, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    info = read_info(str(folders["qwen3"]))
+    tensors = load_file(folders["qwen3"] / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    for file in folders["qwen3"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks layers\.1\.mlp\.up_proj\.weight"):
+        load_target(dataclasses.replace(info, path=str(tmp_path)), LAYER_IDS, torch.float32, alone)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [([0, 5], r"\[5\] are out of range: .* has layers 0 to 4"), ([1, 4], "contains 4, the last layer")],
+)
+def test_layers_that_must_not_be_captured_are_refused(folders, ids: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_capture(read_info(str(folders["qwen3"])), ids)
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [(260, "outside the vocabulary of 260"), (-1, "outside"), (2, "is the eos token"), (0, "is the pad token")],
+)
+def test_an_unfit_mask_token_is_refused(folders, token: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_mask_token(read_info(str(folders["qwen3"])), token)
+    check_mask_token(read_info(str(folders["qwen3"])), 3)
+
+
+def test_replicas_must_divide_the_ranks(folders, alone) -> None:
+    with pytest.raises(ValueError, match=r"target.replicas 2 does not divide the 1 ranks"):
+        load_target(read_info(str(folders["qwen3"])), LAYER_IDS, torch.float32, alone, replicas=2)

@@ -1,0 +1,116 @@
+"""The program from outside: real processes, signals, torchrun, and what a user reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+PROGRAM = [sys.executable, "-m", "dflash_dist"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dflash_dist"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+
+
+def start(command: list[str], *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*command, *arguments],
+        env=ENVIRONMENT,
+        cwd=REPOSITORY,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finish(command: list[str], *arguments: str, status: int = 0) -> str:
+    process = start(command, *arguments)
+    output, _ = process.communicate()
+    assert process.returncode == status, output
+    return output
+
+
+def read_until(process: subprocess.Popen, text: str) -> None:
+    """Blocks until the process prints a line with `text`."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never printed:\n{''.join(seen)}")
+
+
+def debug(folder: Path, *overrides: str) -> list[str]:
+    short = ["train.max_steps=24", "log.every=1", "checkpoint.every=6", "validate.every=12"]
+    return ["train", "--config", "configs/debug.yaml", f"output_dir={folder}", *short, *overrides]
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(PROGRAM, *debug(folder))
+    return folder
+
+
+def test_the_debug_preset_trains_exports_and_evaluates(undisturbed: Path, tmp_path: Path) -> None:
+    assert [step for step, _ in losses(undisturbed)] == list(range(1, 25))
+    assert (undisturbed / "config.yaml").is_file()
+    assert json.loads((undisturbed / "versions.json").read_text()).keys() >= {"torch", "transformers", "dflash_dist"}
+    finish(PROGRAM, "export", "--run", str(undisturbed), "--out", str(tmp_path / "draft"))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"messages": [{"role": "user", "content": "What is 1 plus 2?"}]}) + "\n")
+    inputs = ["--target", str(undisturbed / "builtin/target"), "--draft", str(tmp_path / "draft")]
+    options = ["--prompts", str(prompts), "--max-new-tokens", "24", "--json", str(tmp_path / "report.json")]
+    output = finish(PROGRAM, "evaluate", *inputs, *options)
+    assert "equal outputs       1 of 1" in output
+    assert json.loads((tmp_path / "report.json").read_text())["lossless"] is True
+
+
+@pytest.mark.parametrize("kill_at", [3, 16])
+def test_a_killed_run_continues_with_the_exact_losses(undisturbed: Path, tmp_path: Path, kill_at: int) -> None:
+    process = start(PROGRAM, *debug(tmp_path / "run"))
+    read_until(process, f"step {kill_at}/24")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert len(losses(tmp_path / "run")) < 24
+    finish(PROGRAM, *debug(tmp_path / "run"))
+    assert losses(tmp_path / "run") == losses(undisturbed)
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    process = start(PROGRAM, *debug(tmp_path / "run", "checkpoint.every=1000"))
+    read_until(process, "step 4/24")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 0 and "start the same command again to continue" in output
+    assert "resuming from" in finish(PROGRAM, *debug(tmp_path / "run", "checkpoint.every=1000"))
+    assert losses(tmp_path / "run") == losses(undisturbed)
+
+
+def test_torchrun_with_two_ranks_gives_the_same_run(undisturbed: Path, tmp_path: Path) -> None:
+    finish(TORCHRUN, *debug(tmp_path / "run"))
+    for (step, ours), (same, theirs) in zip(losses(tmp_path / "run"), losses(undisturbed), strict=True):
+        assert step == same and ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_users_mistake_is_one_clear_line(tmp_path: Path) -> None:
+    output = finish(PROGRAM, *debug(tmp_path), "train.max_step=3", status=1)
+    assert output == "error: configs/debug.yaml: unknown key 'train.max_step'; did you mean 'train.max_steps'?\n"
+
+
+def test_help_names_every_command_and_every_knob() -> None:
+    assert all(name in finish(PROGRAM) for name in ("train", "regenerate", "export", "evaluate", "demo"))
+    assert "checkpoint.every = 500: steps between checkpoints" in finish(PROGRAM, "train", "--help")
+    assert "unknown command 'trian'" in finish(PROGRAM, "trian", status=1)

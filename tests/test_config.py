@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dflash_dist.config import Config, describe, load_config, to_tree
+
+MINIMAL = """\
+output_dir: runs/x
+target: {path: some/model, layer_ids: [1, 9, 17]}
+data: {path: chats.jsonl}
+draft: {mask_token_id: 7}
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    """Loads a YAML text, the minimal one unless told, with overrides."""
+
+    def load(*overrides: str, text: str = MINIMAL) -> Config:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return load_config(path, overrides)
+
+    return load
+
+
+def test_what_is_not_stated_takes_its_default(load):
+    config = load()
+    assert (config.output_dir, config.target.layer_ids, config.draft.mask_token_id) == ("runs/x", [1, 9, 17], 7)
+    assert (config.draft.block_size, config.draft.num_layers, config.loss.anchors) == (16, 5, 512)
+    assert (config.train.lr, config.train.warmup, config.train.max_steps) == (6e-4, 0.04, None)
+
+
+def test_two_configs_share_no_list(load):
+    load().train.betas.append(0.5)
+    assert load().train.betas == [0.9, 0.95]
+
+
+def test_an_override_wins_over_the_file(load):
+    text = MINIMAL + "train: {lr: 1.0e-2, seed: 5}\n"
+    config = load("train.lr=0.5", text=text)
+    assert (config.train.lr, config.train.seed) == (0.5, 5)
+
+
+def test_the_last_override_wins(load):
+    assert load("train.seed=1", "train.seed=2").train.seed == 2
+
+
+def test_a_number_that_yaml_reads_as_text_becomes_a_float_in_the_file(load):
+    """PyYAML takes 3e-4 for a string, for want of a dot."""
+    lr = load(text=MINIMAL + "train: {lr: 3e-4}\n").train.lr
+    assert (type(lr), lr) == (float, 0.0003)
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "name", "expected"),
+    [
+        ("train.lr=3e-4", "train", "lr", 0.0003),
+        ("train.lr=1", "train", "lr", 1.0),
+        ("train.betas=[9e-1, 0]", "train", "betas", [0.9, 0.0]),
+        ("train.max_steps=1e3", "train", "max_steps", 1000),
+        ("train.max_steps=null", "train", "max_steps", None),
+        ("train.max_steps=", "train", "max_steps", None),
+        ("train.gradient_checkpointing=true", "train", "gradient_checkpointing", True),
+        ("target.layer_ids=[0,2,5]", "target", "layer_ids", [0, 2, 5]),
+        ("target.revision=refs/pr/4", "target", "revision", "refs/pr/4"),
+        ("target.dtype=float32", "target", "dtype", "float32"),
+        ("data.path=a=b.jsonl", "data", "path", "a=b.jsonl"),
+        ("data.template_args.enable_thinking=false", "data", "template_args", {"enable_thinking": False}),
+        ("data.template_args={date: null, n: 1}", "data", "template_args", {"date": None, "n": 1}),
+    ],
+)
+def test_an_override_gets_the_knobs_type(load, override, section, name, expected):
+    value = getattr(getattr(load(override), section), name)
+    assert repr(value) == repr(expected)  # repr, since 1 == 1.0 == True
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=fast", "train.lr must be of type float, found 'fast'"),
+        ("train.lr=true", "train.lr must be of type float, found True"),
+        ("train.lr=", "train.lr must be of type float, found None"),
+        ("train.seed=1.5", "train.seed must be of type int, found 1.5"),
+        ("train.seed=true", "train.seed must be of type int, found True"),
+        ("train.max_steps=.inf", "train.max_steps must be of type int, found inf"),
+        ("train.gradient_checkpointing=1", "train.gradient_checkpointing must be of type bool, found 1"),
+        ("target.path=3", "target.path must be of type str, found 3"),
+        ("target.dtype=float16", "target.dtype must be one of 'float32', 'bfloat16', found 'float16'"),
+        ("target.layer_ids=3", "target.layer_ids must be a list, found 3"),
+        ("target.layer_ids=[1, two]", "target.layer_ids must be of type int, found 'two'"),
+        ("data.template_args=3", "data.template_args must be a mapping, found 3"),
+        ("train=3", "train is a section, found 3"),
+        ("train.lr.peak=3", "override 'train.lr.peak': 'lr' is a value, not a section"),
+        ("train.lr", "override 'train.lr' is not of the form section.name=value"),
+        ("target.layer_ids=[1, 2", "override 'target.layer_ids=[1, 2'"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(load, override, message):
+    text = MINIMAL + "train: {lr: 0.1}\n"
+    with pytest.raises(ValueError) as refusal:
+        load(override, text=text)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lrr=1", "unknown key 'train.lrr'; did you mean 'train.lr'?"),
+        ("draft.blocksize=8", "unknown key 'draft.blocksize'; did you mean 'draft.block_size'?"),
+        ("trian.lr=1", "unknown key 'trian'; did you mean 'train'?"),
+        ("ouput_dir=x", "unknown key 'ouput_dir'; did you mean 'output_dir'?"),
+        ("xyzzy=1", "unknown key 'xyzzy'; sections are checkpoint, data, draft, log, loss, output_dir, target, train"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_name(load, override, message):
+    with pytest.raises(ValueError) as refusal:
+        load(override)
+    assert message in str(refusal.value)
+
+
+def test_an_unknown_key_in_the_file_names_the_file(load, tmp_path):
+    with pytest.raises(ValueError, match=r"unknown key 'loss\.anchor'; did you mean 'loss\.anchors'\?") as refusal:
+        load(text=MINIMAL + "loss: {anchor: 3}\n")
+    assert str(tmp_path / "run.yaml") in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output_dir=''", "output_dir is not set"),
+        ("target.path=''", "target.path is not set"),
+        ("target.layer_ids=[]", "target.layer_ids is empty"),
+        ("target.layer_ids=[-1, 2]", "ids count from 0"),
+        ("target.layer_ids=[2, 1]", "must be strictly increasing"),
+        ("target.layer_ids=[1, 4, 2]", "must be strictly increasing"),
+        ("target.layer_ids=[1, 1]", "must be strictly increasing"),
+        ("target.replicas=0", "target.replicas must be at least 1, found 0"),
+        ("data.path=''", "data.path is not set"),
+        ("data.seq_len=2", "data.seq_len must be above 2 tokens, found 2"),
+        ("data.val_conversations=-1", "data.val_conversations must not be negative, found -1"),
+        ("data.max_bad_rows=-1", "data.max_bad_rows must not be negative, found -1"),
+        ("draft.mask_token_id=null", "draft.mask_token_id is not set"),
+        ("draft.block_size=12", "loss.gamma has no published value for draft.block_size 12"),
+        ("draft.block_size=1", "draft.block_size must be at least 2"),
+        ("draft.num_layers=0", "draft.num_layers must be at least 1, found 0"),
+        ("draft.intermediate_size=0", "draft.intermediate_size"),
+        ("draft.num_attention_heads=-1", "draft.num_attention_heads"),
+        ("draft.num_key_value_heads=-1", "draft.num_key_value_heads"),
+        ("draft.head_dim=-2", "draft.head_dim"),
+        ("loss.anchors=0", "loss.anchors must be at least 1, found 0"),
+        ("loss.chunk=0", "loss.chunk must be at least 1 slot, found 0"),
+        ("loss.gamma=0", "loss.gamma must be positive, found 0"),
+        ("loss.gamma=.nan", "loss.gamma must be positive, found nan"),
+        ("train.max_steps=-1", "train.max_steps must not be negative, found -1"),
+        ("train.epochs=0", "train.epochs must be positive, found 0"),
+        ("train.epochs=.inf", "train.epochs"),
+        ("train.seed=-1", "train.seed"),
+        ("train.global_batch_size=0", "train.global_batch_size"),
+        ("train.global_batch_size=63", "63 must be a multiple of train.micro_batch_size 2"),
+        ("train.micro_batch_size=0", "train.micro_batch_size must be at least 1, found 0"),
+        ("train.lr=0", "train.lr must be positive, found 0"),
+        ("train.lr=.nan", "train.lr must be positive, found nan"),
+        ("train.lr=.inf", "train.lr"),
+        ("train.warmup=1", "train.warmup is a share of the steps"),
+        ("train.warmup=-0.1", "train.warmup is a share of the steps"),
+        ("train.final_lr=1.1", "train.final_lr is a share of train.lr"),
+        ("train.betas=[0.9]", "train.betas must be two numbers"),
+        ("train.betas=[0.9, 1.0]", "train.betas must be two numbers from 0 to below 1"),
+        ("train.weight_decay=-0.1", "train.weight_decay must not be negative, found -0.1"),
+        ("train.clip_norm=0", "train.clip_norm must be positive, found 0"),
+        ("validate.every=-1", "validate.every must not be negative, found -1"),
+        ("validate.every=5", "nothing is held out: set data.val_path or data.val_conversations"),
+        ("checkpoint.every=0", "checkpoint.every must be at least 1, found 0"),
+        ("checkpoint.keep=0", "checkpoint.keep must be at least 1, found 0"),
+        ("log.every=0", "log.every must be at least 1, found 0"),
+    ],
+)
+def test_an_impossible_value_is_refused_with_the_reason(load, override, message):
+    possible = MINIMAL + "train: {micro_batch_size: 2, global_batch_size: 64}\n"
+    load(text=possible)
+    with pytest.raises(ValueError) as refusal:
+        load(override, text=possible)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["draft.block_size=12", "loss.gamma=6"],
+        ["validate.every=5", "data.val_conversations=1"],
+        ["validate.every=5", "data.val_path=held_out.jsonl"],
+        ["train.max_steps=0"],
+        ["train.warmup=0", "train.final_lr=0"],
+        ["train.micro_batch_size=3", "train.global_batch_size=9"],
+        ["target.layer_ids=[0]"],
+        ["draft.mask_token_id=0"],
+    ],
+)
+def test_a_possible_combination_is_accepted(load, overrides):
+    tree = to_tree(load(*overrides))
+    for override in overrides:
+        key, _, text = override.partition("=")
+        section, name = key.split(".")
+        assert tree[section][name] == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(("block_size", "gamma"), [(16, 7.0), (10, 5.0), (8, 4.0)])
+def test_gamma_is_the_published_one_of_the_block_size(load, block_size, gamma):
+    assert load(f"draft.block_size={block_size}").gamma == gamma
+
+
+def test_a_stated_gamma_wins_over_the_published_one(load):
+    assert load("draft.block_size=16", "loss.gamma=2.5").gamma == 2.5
+
+
+def test_describe_names_every_knob_with_its_default():
+    named = [line.split(" = ")[0].strip() for line in describe().splitlines()]
+    tree = to_tree(Config())
+    assert tree.pop("output_dir") == ""
+    assert named == ["output_dir", *(f"{section}.{name}" for section in tree for name in tree[section])]
+
+
+def test_describe_gives_default_and_meaning():
+    lines = describe().splitlines()
+    assert "  train.lr = 0.0006: peak learning rate" in lines
+    assert "  train.betas = [0.9, 0.95]: AdamW's two decay rates" in lines
+    assert all(line.split(": ", 1)[1].strip() for line in lines)
+
+
+def test_a_config_survives_the_way_through_yaml(load):
+    config = load(
+        "train.lr=1e-5",
+        "train.betas=[0.8, 0.99]",
+        "train.max_steps=7",
+        "target.layer_ids=[0, 3]",
+        "target.revision=main",
+        "data.template_args={enable_thinking: false}",
+        "draft.init=target",
+        "loss.gamma=3",
+    )
+    text = yaml.safe_dump(to_tree(config), sort_keys=False)
+    assert load(text=text) == config
+    assert config != load()
+
+
+@pytest.mark.parametrize("text", ["train: {lr: 1", "\ttrain: 1", "a: b: c", "target: [1, 2"])
+def test_malformed_yaml_names_the_file(load, tmp_path, text):
+    with pytest.raises(ValueError, match="is not valid YAML") as refusal:
+        load(text=text)
+    assert str(tmp_path / "run.yaml") in str(refusal.value)
+
+
+@pytest.mark.parametrize(("text", "found"), [("- 1\n- 2\n", "list"), ("just words", "str")])
+def test_yaml_without_sections_names_the_file(load, tmp_path, text, found):
+    with pytest.raises(ValueError, match=f"expected sections such as 'target:', found {found}") as refusal:
+        load(text=text)
+    assert str(tmp_path / "run.yaml") in str(refusal.value)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"output_dir: \xff\n")
+    with pytest.raises(ValueError) as refusal:
+        load_config(path)
+    assert str(path) in str(refusal.value)
+
+
+def test_an_empty_file_is_told_what_to_set(load):
+    with pytest.raises(ValueError, match="output_dir is not set"):
+        load(text="")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"absent\.yaml does not exist"):
+        load_config(tmp_path / "absent.yaml")

@@ -1,0 +1,49 @@
+"""The structure of docs/design.md: a room imports from lower floors only, rooms on one floor do not know each other."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import dflash_dist
+
+PACKAGE = Path(dflash_dist.__file__).parent
+FLOORS = {
+    "config": 0,
+    "ranks": 0,
+    "data": 1,
+    "draft": 1,
+    "target": 2,
+    "decoding": 3,
+    "training": 4,
+    "serving": 5,
+    "demo": 6,
+    "__main__": 6,
+}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in modules if name.startswith("dflash_dist.")} & FLOORS.keys()
+
+
+def test_rooms_import_from_lower_floors_only() -> None:
+    seen = set()
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        seen.add(room)
+        for other in imported_rooms(path) - {room}:
+            assert FLOORS[other] < FLOORS[room], f"{path.relative_to(PACKAGE)} imports {other}"
+    assert seen == FLOORS.keys(), "every room has a floor"
+
+
+def test_the_drafts_mathematics_does_not_know_the_config() -> None:
+    for path in (PACKAGE / "draft").glob("*.py"):
+        assert imported_rooms(path) <= {"draft"}

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dflash_dist.config import TrainConfig
+from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.training import checkpoint
+from dflash_dist.training.checkpoint import Checkpoints, read_state, refuse_changed, step_folders
+from dflash_dist.training.optim import apply_update, make_optimizer
+from tests.tiny import tiny_shape
+
+
+def trained(seed: int = 0):
+    torch.manual_seed(seed)
+    draft = DFlashDraftModel(tiny_shape())
+    optimizer = make_optimizer(draft, TrainConfig())
+    for parameter in draft.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    apply_update(optimizer, 1e-3, 1.0)
+    return draft, optimizer
+
+
+def everything(draft, optimizer) -> list[torch.Tensor]:
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    return [tensor.clone() for tensor in (*draft.state_dict().values(), *moments)]
+
+
+def test_what_is_loaded_is_what_was_saved_bitwise(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    draft, optimizer = trained()
+    saved = everything(draft, optimizer)
+    checkpoints.save(7, draft, optimizer, {"identity": {"seed": 1}})
+    with torch.no_grad():  # training goes on while the thread writes
+        for parameter in draft.parameters():
+            parameter.zero_()
+    checkpoints.wait()
+    other, other_optimizer = trained(seed=1)
+    checkpoints.load(7, other, other_optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(saved, everything(other, other_optimizer), strict=True))
+    assert read_state(step_folders(tmp_path)[7]) == {"identity": {"seed": 1}, "step": 7}
+    assert all(parameter.dtype == torch.float32 for parameter in other.parameters())
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (5, 10, 15):
+        checkpoints.save(step, *trained(), {})
+    checkpoints.wait()
+    assert list(step_folders(tmp_path)) == [10, 15]
+
+
+@pytest.mark.parametrize("breaks", ["save_file", "_sync"])
+def test_an_interrupted_write_leaves_the_previous_checkpoint_and_is_reported(tmp_path, monkeypatch, breaks) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, *trained(), {})
+    checkpoints.wait()
+
+    def fail(*args) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, breaks, fail)
+    checkpoints.save(2, *trained(), {})
+    with pytest.raises(RuntimeError, match="could not be written to .* no space left on device"):
+        checkpoints.wait()
+    assert list(step_folders(tmp_path)) == [1]
+    monkeypatch.undo()
+    checkpoints.save(2, *trained(), {})  # what the failed write left behind is no obstacle
+    checkpoints.wait()
+    assert list(step_folders(tmp_path)) == [2]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_changed_identity_is_refused_by_name() -> None:
+    refuse_changed({"seed": 1, "old": 2}, {"seed": 1}, Path("x"))
+    with pytest.raises(ValueError, match=r"seed: 1 -> 2.*choose another output_dir"):
+        refuse_changed({"seed": 1}, {"seed": 2}, Path("x"))

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dflash_dist.training.metrics import MetricLog
+
+
+def write(folder: Path, begin: int, end: int, value: float) -> None:
+    log = MetricLog(folder, begin, 20, "seed: 0")
+    for step in range(begin + 1, end + 1):
+        log.log(step, {"train/loss": value + step, "val/tau": 1.0})
+    log.close()
+
+
+def board(folder: Path) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_is_cut_back_to_the_checkpoints_step_and_goes_on(tmp_path: Path) -> None:
+    write(tmp_path, 0, 9, 0.5)
+    write(tmp_path, 6, 12, 100.5)
+    expected = [(step, step + 0.5) for step in range(1, 7)] + [(step, step + 100.5) for step in range(7, 13)]
+    assert [(row["step"], row["train/loss"]) for row in lines(tmp_path)] == expected
+    assert board(tmp_path) == expected
+
+
+def test_a_run_that_starts_over_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
+    """Killed before its first checkpoint."""
+    write(tmp_path, 0, 4, 0.5)
+    write(tmp_path, 0, 2, 7.5)
+    assert [row["train/loss"] for row in lines(tmp_path)] == [8.5, 9.5]
+    assert board(tmp_path) == [(1, 8.5), (2, 9.5)]
+
+
+def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
+    write(tmp_path, 0, 3, 0.5)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-10])
+    write(tmp_path, 3, 4, 0.5)
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2, 4]
+
+
+def test_numbers_keep_their_full_precision(tmp_path: Path) -> None:
+    write(tmp_path, 0, 1, 0.1 + 0.2)
+    assert lines(tmp_path)[0]["train/loss"] == 0.1 + 0.2 + 1
+
+
+def test_the_config_is_shown_as_text(tmp_path: Path) -> None:
+    write(tmp_path, 0, 1, 0.0)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("config/text_summary")
+    assert b"seed: 0" in event.tensor_proto.string_val[0]

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dflash_dist.config import Config
+from dflash_dist.data.packing import global_rows
+from dflash_dist.ranks import World
+from dflash_dist.training import trainer as module
+from dflash_dist.training.checkpoint import step_folders
+from dflash_dist.training.trainer import Trainer
+from tests.ranks import run_ranks
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def losses(config: Config) -> dict[int, float]:
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def run(world: World, config: Config, stop_after: int | None = None) -> None:
+    """A whole run; the last rank gets a Ctrl-C while step `stop_after` is under way."""
+    trainer = Trainer(config, world)
+    sample = trainer.sample
+
+    def sample_and_ask(step: int):
+        if step + 1 == stop_after and world.rank == world.size - 1:
+            signal.raise_signal(signal.SIGINT)
+        return sample(step)
+
+    trainer.sample = sample_and_ask  # type: ignore[method-assign]
+    trainer.run()
+
+
+# ------------------------------------------------------------------------------------------------ invariances
+
+
+def first_step(world: World, config: Config, unsupervised: list[int] | None = None) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of the first step. The rows at the places `unsupervised` of its batch teach nothing."""
+    trainer = Trainer(config, world)
+    rows = global_rows(0, len(trainer.rows), config.train.global_batch_size, config.train.seed)
+    for place in unsupervised or []:
+        for document in trainer.rows.rows[rows[place]]:
+            trainer.rows.loss_mask[trainer.rows.starts[document] : trainer.rows.starts[document + 1]] = False
+    gradients: list[torch.Tensor] = []
+
+    def keep(optimizer, *_) -> torch.Tensor:
+        gradients.extend(p.grad.clone() for group in optimizer.param_groups for p in group["params"])
+        return torch.tensor(1.0)
+
+    module.apply_update, original = keep, module.apply_update
+    try:
+        result, _ = trainer.train_step(0)
+    finally:
+        module.apply_update = original
+    loss_sum, weight_sum = world.sum_tensor(result.statistics)[:2].tolist()
+    return loss_sum / weight_sum, gradients
+
+
+@pytest.mark.parametrize("unsupervised", [[], [0, 1], [2, 3]], ids=["all rows", "rank 0 empty", "rank 1 empty"])
+def test_two_ranks_give_the_loss_and_gradients_of_two_micro_batches(debug_config, unsupervised) -> None:
+    config = debug_config()
+    alone_loss, alone = first_step(ALONE, config, unsupervised)
+    for loss, gradients in run_ranks(first_step, 2, config, unsupervised):
+        assert loss == pytest.approx(alone_loss, rel=1e-6)
+        for ours, theirs in zip(gradients, alone, strict=True):
+            assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def test_micro_batches_do_not_change_the_gradient(debug_config) -> None:
+    whole_loss, whole = first_step(ALONE, debug_config("train.micro_batch_size=4"))
+    split_loss, split = first_step(ALONE, debug_config("train.micro_batch_size=1"))
+    assert split_loss == pytest.approx(whole_loss, rel=1e-6)
+    for ours, theirs in zip(split, whole, strict=True):
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def test_a_step_without_any_anchor_is_no_division_by_zero(debug_config) -> None:
+    loss_sum_only = debug_config("train.global_batch_size=2")
+    trainer = Trainer(loss_sum_only, ALONE)
+    trainer.rows.loss_mask[:] = False
+    before = [p.clone() for p in trainer.draft.parameters()]
+    result, _ = trainer.train_step(0)
+    assert result.grad_norm == 0 and not result.statistics.isnan().any()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.draft.parameters()))
+
+
+def test_bf16_compute_keeps_float32_parameters_and_state(debug_config) -> None:
+    trainer = Trainer(debug_config("train.precision=bfloat16", "target.dtype=bfloat16"), ALONE)
+    before = [p.clone() for p in trainer.draft.parameters()]
+    trainer.train_step(0)
+    for earlier, parameter in zip(before, trainer.draft.parameters()):
+        assert parameter.dtype == torch.float32
+        assert all(value.dtype == torch.float32 for value in trainer.optimizer.state[parameter].values())
+        # The mistake this guards against: an update too small for bf16 is lost, and norms never move.
+        assert not torch.equal(parameter, earlier)
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+def test_a_stopped_and_resumed_run_has_the_losses_of_an_uninterrupted_one(debug_config, tmp_path: Path) -> None:
+    short = ("train.max_steps=12", "log.every=1", "validate.every=4", "checkpoint.every=5")
+    whole = debug_config(*short, f"output_dir={tmp_path / 'whole'}")
+    parts = debug_config(*short, f"output_dir={tmp_path / 'parts'}")
+    run(ALONE, whole)
+    run(ALONE, parts, stop_after=7)
+    assert list(step_folders(tmp_path / "parts/checkpoints")) == [5, 7]
+    run(ALONE, parts)
+    assert losses(parts) == losses(whole) and len(losses(whole)) == 12
+
+
+def test_a_run_of_two_ranks_resumes_on_one(debug_config, tmp_path: Path) -> None:
+    short = ("train.max_steps=8", "log.every=1", "validate.every=0", "checkpoint.every=100")
+    whole = debug_config(*short, f"output_dir={tmp_path / 'whole'}")
+    parts = debug_config(*short, f"output_dir={tmp_path / 'parts'}")
+    run(ALONE, whole)
+    run_ranks(run, 2, parts, 4)
+    run(ALONE, parts)
+    assert list(losses(parts)) == list(range(1, 9))
+    for step, loss in losses(whole).items():
+        assert losses(parts)[step] == pytest.approx(loss, rel=1e-5)
+
+
+def test_validating_changes_nothing_in_training(debug_config, tmp_path: Path) -> None:
+    short = ("train.max_steps=6", "log.every=1")
+    with_it = debug_config(*short, "validate.every=2", f"output_dir={tmp_path / 'with'}")
+    without = debug_config(*short, "validate.every=0", f"output_dir={tmp_path / 'without'}")
+    run(ALONE, with_it)
+    run(ALONE, without)
+    assert losses(with_it) == losses(without)
+
+
+def test_validation_does_not_depend_on_the_ranks(debug_config) -> None:
+    config = debug_config("data.val_conversations=40")  # rows that do not divide evenly
+    alone = Trainer(config, ALONE).validate()
+    for shown in run_ranks(validate, 2, config):
+        assert shown.slot_count == alone.slot_count and shown.slot_correct == alone.slot_correct
+        assert shown.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+def validate(world: World, config: Config) -> Any:
+    return Trainer(config, world).validate()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("draft.block_size=16", "'block_size': 8"),
+        ("draft.mask_token_id=10", "'mask_token_id': 3"),
+        ("target.layer_ids=[1,2,3]", r"'target_layer_ids': \[1, 2, 4\]"),
+        ("draft.num_layers=1", "'num_layers': 2"),
+        ("train.seed=1", "train.seed: 0 -> 1"),
+        ("train.global_batch_size=8", "train.global_batch_size: 4 -> 8"),
+        ("data.seq_len=128", "data.seq_len: 256 -> 128"),
+        ("data.val_conversations=31", "data fingerprint: "),
+    ],
+)
+def test_a_changed_run_is_not_resumed(debug_config, change: str, message: str) -> None:
+    run(ALONE, debug_config("train.max_steps=1", "validate.every=0"))
+    with pytest.raises(ValueError, match=f"cannot be resumed. Changed: .*{message}"):
+        run(ALONE, debug_config("train.max_steps=2", "validate.every=0", change))
+
+
+def test_a_finished_run_started_again_does_nothing(debug_config) -> None:
+    config = debug_config("train.max_steps=2", "log.every=1")
+    run(ALONE, config)
+    first = losses(config)
+    run(ALONE, config)
+    assert losses(config) == first
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+def run_poisoned(world: World, config: Config, poisoned_step: int) -> str:
+    """A run whose loss is NaN on rank 0 in one step; returns what stopped it."""
+    trainer = Trainer(config, world)
+    forward, sample = trainer.forward, trainer.sample
+    current = 0
+
+    def watch(step: int):
+        nonlocal current
+        current = step + 1
+        return sample(step)
+
+    def poison(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, shown = forward(*args)
+        return (loss * math.nan if current == poisoned_step and world.rank == 0 else loss), shown
+
+    trainer.sample, trainer.forward = watch, poison  # type: ignore[method-assign]
+    try:
+        trainer.run()
+    except FloatingPointError as error:
+        assert all(p.isfinite().all() for p in trainer.draft.parameters())
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("poisoned_step", [5, 6], ids=["before a save", "at a save"])
+def test_a_gradient_that_is_not_finite_stops_all_ranks_and_is_never_saved(debug_config, poisoned_step: int) -> None:
+    config = debug_config("train.max_steps=12", "checkpoint.every=3", "validate.every=0")
+    for message in run_ranks(run_poisoned, 2, config, poisoned_step):
+        assert f"step {poisoned_step}: the gradient norm is nan" in message
+    assert max(step_folders(Path(config.output_dir) / "checkpoints")) == 3
+
+
+@pytest.mark.parametrize("call", [Trainer])
+def test_a_world_that_the_batch_does_not_divide_by_is_refused(debug_config, call: Callable) -> None:
+    three = World(0, 3, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"train.global_batch_size 4 does not divide by 3 ranks x .* multiple of 6"):
+        call(debug_config(), three)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("target.layer_ids=[1,5]", "contains 5, the last layer"),
+        ("target.layer_ids=[1,9]", r"\[9\] are out of range"),
+        ("draft.mask_token_id=1000", "outside the vocabulary of 260"),
+        ("draft.mask_token_id=2", "is the eos token"),
+        ("target.path=no/such/folder", "target model folder no/such/folder does not exist"),
+        ("data.path=no-such.jsonl", "data file no-such.jsonl does not exist"),
+        ("data.val_conversations=256", "leaves nothing to train on"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_model_loads(debug_config, monkeypatch, override, message) -> None:
+    monkeypatch.setattr(module, "load_target", lambda *args: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=message):
+        Trainer(debug_config(override), ALONE)
