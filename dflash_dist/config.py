@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -137,8 +138,8 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected sections such as 'target:', found {type(tree).__name__}")
@@ -146,7 +147,10 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r} is not of the form section.name=value")
-        _put(tree, key, yaml.safe_load(text) if text else None)
+        try:
+            _put(tree, key, yaml.safe_load(text) if text else None)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r}: the value is not valid YAML: {error}") from error
     config = _build(Config, tree, str(path))
     _refuse_impossible(config)
     return config
@@ -189,9 +193,9 @@ def _build(cls: type, tree: dict[str, Any], where: str, prefix: str = "") -> Any
             raise ValueError(f"{where}: unknown key {dotted!r}{_nearest(dotted)}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict):
+            if not isinstance(value, dict | None):
                 raise ValueError(f"{where}: {dotted} is a section, found {value!r}")
-            values[key] = _build(typing.cast(type, hint), value, where, f"{dotted}.")
+            values[key] = _build(typing.cast(type, hint), value or {}, where, f"{dotted}.")
         else:
             values[key] = _coerce(hint, value, f"{where}: {dotted}")
     return cls(**values)
@@ -228,7 +232,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             return float(value)
         if hint is int and not isinstance(value, bool) and float(value) == int(float(value)):
             return int(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     if hint in (bool, str) and isinstance(value, hint):
         return value
@@ -263,6 +267,9 @@ def _refuse_impossible(config: Config) -> None:
         f"draft.block_size must be at least 2 (the anchor and one slot), found {draft.block_size}",
     )
     require(draft.num_layers >= 1, f"draft.num_layers must be at least 1, found {draft.num_layers}")
+    for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        size = getattr(draft, name)
+        require(size is None or size >= 1, f"draft.{name} must be at least 1, or null for the target's, found {size}")
     require(data.seq_len > 2, f"data.seq_len must be above 2 tokens, found {data.seq_len}")
     require(data.val_conversations >= 0, f"data.val_conversations must not be negative, found {data.val_conversations}")
     require(data.max_bad_rows >= 0, f"data.max_bad_rows must not be negative, found {data.max_bad_rows}")
@@ -278,14 +285,15 @@ def _refuse_impossible(config: Config) -> None:
         train.max_steps is None or train.max_steps >= 0,
         f"train.max_steps must not be negative, found {train.max_steps}",
     )
-    require(train.epochs > 0, f"train.epochs must be positive, found {train.epochs}")
+    require(0 < train.epochs < math.inf, f"train.epochs must be positive, found {train.epochs}")
     require(train.micro_batch_size >= 1, f"train.micro_batch_size must be at least 1, found {train.micro_batch_size}")
     require(
         train.global_batch_size >= 1 and train.global_batch_size % train.micro_batch_size == 0,
         f"train.global_batch_size {train.global_batch_size} must be a multiple of"
         f" train.micro_batch_size {train.micro_batch_size}",
     )
-    require(train.lr > 0, f"train.lr must be positive, found {train.lr}")
+    require(0 < train.lr < math.inf, f"train.lr must be positive, found {train.lr}")
+    require(train.seed >= 0, f"train.seed must not be negative, found {train.seed}")
     require(
         0 <= train.warmup < 1, f"train.warmup is a share of the steps, at least 0 and below 1, found {train.warmup}"
     )

@@ -84,11 +84,16 @@ def main(argv: list[str]) -> None:
 
 # ---------------------------------------------------------------------------------------------------- prompts
 
-NAMES = "Anna Ben Clara David Emma Felix Grace Hugo Ivan Julia Kevin Lily Maria Noah Olga Paul Ruth Sam Tom Zoe".split()
-THINGS = (
-    "apples balls beads books buttons cards coins cookies flowers keys marbles pencils ribbons shells stamps stickers"
-    " stones tickets"
-).split()
+# fmt: off
+NAMES = [
+    "Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Hugo", "Ivan", "Julia",
+    "Kevin", "Lily", "Maria", "Noah", "Olga", "Paul", "Ruth", "Sam", "Tom", "Zoe",
+]
+THINGS = [
+    "apples", "balls", "beads", "books", "buttons", "cards", "coins", "cookies", "flowers",
+    "keys", "marbles", "pencils", "ribbons", "shells", "stamps", "stickers", "stones", "tickets",
+]
+# fmt: on
 LIST_FUNCTIONS = {
     "count": "how many there are",
     "sort": "them in sorted order",
@@ -101,7 +106,10 @@ LIST_FUNCTIONS = {
 
 def _total(pick: random.Random) -> str:
     things, here, there = pick.choice(THINGS), pick.randint(5, 60), pick.randint(5, 60)
-    return f"There are {here} {things} on the table and {there} {things} on the floor. How many {things} are there in total?"
+    return (
+        f"There are {here} {things} on the table and {there} {things} on the floor."
+        f" How many {things} are there in total?"
+    )
 
 
 def _share(pick: random.Random) -> str:
@@ -185,7 +193,7 @@ def convert(folder: Path) -> None:
     model.load_state_dict(packed.state_dict())
     model.generation_config = packed.generation_config
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    # The conversion drops this model's digit splitter, without which numbers become other tokens than it was trained on.
+    # The conversion drops this model's digit splitter, without which numbers become tokens it was not trained on.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )

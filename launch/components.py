@@ -24,5 +24,12 @@ def train(*overrides: str, config: str, j: str = "1x8", gpu: int = -1, image: st
     arguments = ("train", "--config", config, *overrides)
     # Cores and memory a process: enough to load a target's shard and to pack the data while the GPU computes.
     return dist.ddp(
-        *arguments, m="dflash_dist", name="dflash", image=image, j=j, gpu=gpus, cpu=4 * processes, memMB=32_000 * processes
+        *arguments,
+        m="dflash_dist",
+        name="dflash",
+        image=image,
+        j=j,
+        gpu=gpus,
+        cpu=4 * processes,
+        memMB=32_000 * processes,
     )

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -43,7 +46,7 @@ def read_conversations(path: str | Path, max_bad_rows: int = 0) -> tuple[list[li
     if not path.is_file():
         raise ValueError(f"data file {path} does not exist")
     conversations, skipped = [], Counter[str]()
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -61,9 +64,11 @@ def read_conversations(path: str | Path, max_bad_rows: int = 0) -> tuple[list[li
     return conversations, skipped
 
 
-def _parse(line: str) -> list[Message]:
+def _parse(line: bytes) -> list[Message]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"malformed JSON: {error}") from error
     messages = row.get("messages") if isinstance(row, dict) else None
@@ -76,6 +81,8 @@ def _parse(line: str) -> list[Message]:
             raise ValueError(f"unknown role: {message['role']!r} is not one of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise ValueError(f"no content: the content of a {message['role']} message must be text")
+        if any("\ud800" <= character <= "\udfff" for character in message["content"]):
+            raise ValueError("broken text: half of a surrogate pair, which no tokenizer accepts")
     return messages
 
 
@@ -94,21 +101,26 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.stop_ids = frozenset(stop_ids)
         self.template_args = template_args or {}
-        self.template_marks_answers = "generation %}" in tokenizer.get_chat_template().replace("-%}", "%}")
+        self.template_marks_answers = bool(re.search(r"{%[-+]?\s*generation\b", tokenizer.get_chat_template()))
 
     def encode(self, messages: list[Message]) -> list[Document]:
         """One document for the conversation, or one for each assistant turn where the rendering of a turn changes
-        once others follow it (Qwen3 strips thinking from the history). None without an assistant turn.
+        once others follow it (Qwen3 strips thinking from the history). Empty without an assistant turn; one that opens
+        a conversation answers nothing and is context.
 
         Raises:
-            ValueError: the template cannot tell the assistant's tokens apart.
+            ValueError: the template refuses the conversation, or cannot tell the assistant's tokens apart.
         """
-        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant" and k > 0]
         if not turns:
             return []
-        if self.template_marks_answers:
-            return [self._encode_marked(messages)]
-        spans = [self._answer_span(messages, k) for k in turns]
+        try:
+            spans = [self._answer_span(messages, k) for k in turns]
+        except _NoPrefixError:
+            # Rendering prefixes is exact wherever it works; a template's own marks serve the others.
+            if self.template_marks_answers:
+                return [self._encode_marked(messages)]
+            raise
         whole = self.render(messages)
         if all(whole.startswith(text) for text, _ in spans):
             return [self._tokenise(whole, [(start, len(text)) for text, start in spans])]
@@ -116,9 +128,12 @@ class ChatEncoder:
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """The template's text, up to where the assistant would begin to write if `add_generation_prompt`."""
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.template_args
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.template_args
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """The tokens a serving engine would prefill before the assistant writes."""
@@ -129,7 +144,7 @@ class ChatEncoder:
         prompt = self.render(messages[:k], add_generation_prompt=True)
         text = self.render(messages[: k + 1])
         if not text.startswith(prompt):
-            raise ValueError(
+            raise _NoPrefixError(
                 "the chat template renders an answer without its own generation prompt before it, so the assistant's"
                 " tokens cannot be told apart: mark them with {% generation %} in the template"
             )
@@ -138,23 +153,27 @@ class ChatEncoder:
     def _tokenise(self, text: str, spans: list[tuple[int, int]]) -> Document:
         """Tokenises `text` and supervises the character ranges `spans`.
 
-        A serving engine tokenises the prompt on its own, so a token that would reach across an answer's start is
-        split there.
+        A serving engine tokenises the prompt on its own. Where the answer's first characters would change the tokens
+        of the prompt, the two are tokenised apart.
         """
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(encoded.input_ids), list(encoded.offset_mapping)
-        if any(begin < start < end for start, _ in spans for begin, end in offsets):
+        ids, offsets = self._ids_and_offsets(text)
+        prompts = [self._ids_and_offsets(text[:start])[0] for start, _ in spans]
+        if any(ids[: len(prompt)] != prompt for prompt in prompts):
             ids, offsets = [], []
-            cuts = [0, *(start for start, _ in spans), len(text)]
-            for left, right in itertools.pairwise(cuts):
-                piece = self.tokenizer(text[left:right], add_special_tokens=False, return_offsets_mapping=True)
-                ids += piece.input_ids
-                offsets += [(left + begin, left + end) for begin, end in piece.offset_mapping]
+            for left, right in itertools.pairwise([0, *(start for start, _ in spans), len(text)]):
+                piece_ids, piece_offsets = self._ids_and_offsets(text[left:right])
+                ids += piece_ids
+                offsets += [(left + begin, left + end) for begin, end in piece_offsets]
         mask = [False] * len(ids)
         for start, end in spans:
             for i, (left, right) in enumerate(offsets):
-                mask[i] |= start <= left < right <= end
+                # Tokenizers that trim offsets give a token of spaces an empty range at its end.
+                mask[i] |= start <= left and start < right <= end
         return self._end_at_stop(ids, mask)
+
+    def _ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded.input_ids), list(encoded.offset_mapping)
 
     def _encode_marked(self, messages: list[Message]) -> Document:
         encoded = self.tokenizer.apply_chat_template(
@@ -173,6 +192,10 @@ class ChatEncoder:
             if stops:
                 mask[stops[-1] + 1 : end] = [False] * (end - stops[-1] - 1)
         return Document(ids, mask)
+
+
+class _NoPrefixError(ValueError):
+    """A template's generation prompt is not the beginning of what it renders for an answer."""
 
 
 def _runs(mask: list[bool]) -> Iterator[tuple[int, int]]:
@@ -195,8 +218,11 @@ def encode_all(
         ValueError: nothing is left to learn from; says why.
     """
     documents, causes = [], Counter[str]()
-    for messages in conversations:
-        encoded = encoder.encode(messages)
+    for number, messages in enumerate(conversations, 1):
+        try:
+            encoded = encoder.encode(messages)
+        except ValueError as error:
+            raise ValueError(f"conversation {number}: {error}") from error
         if not encoded:
             causes["no assistant turn"] += 1
         for document in encoded:

@@ -62,7 +62,8 @@ class PackedRows:
     def fingerprint(self) -> str:
         """Changes with any token, mask, or the way the rows are packed."""
         digest = hashlib.sha256()
-        for array in (self.input_ids, self.loss_mask, self.starts, np.concatenate(self.rows)):
+        row_lengths = np.array([len(row) for row in self.rows])
+        for array in (self.input_ids, self.loss_mask, self.starts, np.concatenate(self.rows), row_lengths):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
 

@@ -63,7 +63,7 @@ def test_an_interrupted_write_leaves_the_previous_checkpoint_and_is_reported(tmp
 
     monkeypatch.setattr(checkpoint, breaks, fail)
     checkpoints.save(2, *trained(), {})
-    with pytest.raises(RuntimeError, match="could not be written to .* no space left on device"):
+    with pytest.raises(RuntimeError, match=r"could not be written to .* no space left on device"):
         checkpoints.wait()
     assert list(step_folders(tmp_path)) == [1]
     monkeypatch.undo()
