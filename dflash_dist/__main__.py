@@ -28,9 +28,20 @@ def main() -> None:
         sys.exit(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
     try:
         importlib.import_module(COMMANDS[command][0]).main(rest)
-    except ValueError as error:  # a user's mistake: the message says what to do, a traceback would bury it
+    except (ValueError, FloatingPointError) as error:
+        if not _is_ours(error):
+            raise
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         sys.exit(f"{rank}error: {error}")
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised the error, for a user to read: the message says what to do, a traceback would bury
+    it. What a library raises is a bug, and shown whole."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals.get("__name__", "").startswith("dflash_dist.")
 
 
 if __name__ == "__main__":

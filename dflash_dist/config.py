@@ -282,6 +282,10 @@ def _refuse_impossible(config: Config) -> None:
     )
     require(loss.gamma is None or loss.gamma > 0, f"loss.gamma must be positive, found {loss.gamma}")
     require(
+        math.exp(-(draft.block_size - 2) / config.gamma) > 1e-9,
+        f"loss.gamma {loss.gamma} leaves the last slot of a block of {draft.block_size} without weight: raise it",
+    )
+    require(
         train.max_steps is None or train.max_steps >= 0,
         f"train.max_steps must not be negative, found {train.max_steps}",
     )

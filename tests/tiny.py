@@ -1,8 +1,12 @@
-"""Tiny shapes that fit together."""
+"""Tiny models that fit together."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoConfig, Qwen3ForCausalLM
 
 from dflash_dist.draft.model import DraftShape
 
@@ -26,3 +30,15 @@ def tiny_shape(**changes: Any):
         "max_position_embeddings": 2048,
     }
     return DraftShape(**{**values, **changes})
+
+
+def lively_target(tiny_target: Path) -> Qwen3ForCausalLM:
+    """The tiny target with large, untied weights.
+
+    As it stands, it repeats one token whatever the context: a decoder that mixed up its caches would pass. With these
+    weights every token of the context changes what it writes.
+    """
+    config = AutoConfig.from_pretrained(tiny_target, tie_word_embeddings=False, initializer_range=0.3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return Qwen3ForCausalLM(config).eval().requires_grad_(False)

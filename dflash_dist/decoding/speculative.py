@@ -29,6 +29,7 @@ class Decoded:
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0  # prefill included
     emitted: list[int] = field(default_factory=list)  # speculative: tokens of each verification pass
+    accepted: list[int] = field(default_factory=list)  # speculative: how many of those were proposals
 
     @property
     def passes(self) -> int:
@@ -83,6 +84,7 @@ class Decoder:
             ]
             result.tokens += emitted
             result.emitted.append(len(emitted))
+            result.accepted.append(min(accepted, len(emitted)))
             anchor = result.tokens[-1]
         result.seconds = time.perf_counter() - begun
         return result

@@ -101,7 +101,7 @@ class DFlashDraftModel(nn.Module):
         """One block [1, K, H] after the cached context, its anchor at the next position; returns hidden states."""
         positions = torch.arange(cache.length, cache.length + slots.shape[1], device=slots.device)[None]
         rope, hidden = self._rope(positions), slots
-        for layer, context in zip(self.layers, cache.layers):
+        for layer, context in zip(self.layers, cache.layers, strict=True):
             hidden = layer(hidden, rope, context, full_attention)
         return self.norm(hidden)
 

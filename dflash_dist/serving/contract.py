@@ -117,7 +117,11 @@ def refuse_mismatch(tensors: dict[str, torch.Tensor], shape: DraftShape) -> None
         if found[name] != expected[name]
     ]
     ids = shape.target_layer_ids
-    if any(a >= b for a, b in itertools.pairwise(ids)) or not 0 <= ids[0] <= ids[-1] < shape.num_target_layers - 1:
+    if (
+        not ids
+        or any(a >= b for a, b in itertools.pairwise(ids))
+        or not 0 <= ids[0] <= ids[-1] < shape.num_target_layers - 1
+    ):
         faults.append(f"target_layer_ids {ids} are not strictly increasing below the target's last layer")
     if not 0 <= shape.mask_token_id < shape.vocab_size:
         faults.append(f"mask_token_id {shape.mask_token_id} is outside the vocabulary of {shape.vocab_size}")

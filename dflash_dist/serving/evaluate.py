@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--draft", required=True, type=Path, help="exported draft folder")
     parser.add_argument("--prompts", required=True, help="JSONL of conversations; each is cut before its last answer")
     parser.add_argument("--json", type=Path, help="file for the report")
-    parser.add_argument("--limit", type=int, help="first N prompts only")
+    parser.add_argument("--limit", type=int, help="the first N prompts only; all by default")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="float32 shows equality")
     parser.add_argument("--template-args", type=json.loads, default={}, help="JSON object for the chat template")
@@ -42,6 +42,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: target, draft or prompts cannot be read, or draft and target do not belong together.
     """
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, found {args.limit}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
     info = read_info(args.target)
@@ -92,6 +94,7 @@ def summarise(results: list[tuple[Decoded, Decoded, dict[str, Any] | None]], blo
     slot k is the share of passes whose first k proposals were all accepted.
     """
     emitted = [count for _, fast, _ in results for count in fast.emitted]
+    accepted = [count for _, fast, _ in results for count in fast.accepted]
     per_prompt = [sum(fast.emitted) / fast.passes for _, fast, _ in results if fast.passes]
     plain_rate = sum(len(plain.tokens) for plain, _, _ in results) / sum(plain.seconds for plain, _, _ in results)
     fast_rate = sum(len(fast.tokens) for _, fast, _ in results) / sum(fast.seconds for _, fast, _ in results)
@@ -103,7 +106,7 @@ def summarise(results: list[tuple[Decoded, Decoded, dict[str, Any] | None]], blo
         "tau": sum(emitted) / max(len(emitted), 1),
         "tau_mean_of_prompts": sum(per_prompt) / max(len(per_prompt), 1),
         "acceptance_by_slot": [
-            sum(count > slot for count in emitted) / max(len(emitted), 1) for slot in range(1, block_size)
+            sum(count >= slot for count in accepted) / max(len(accepted), 1) for slot in range(1, block_size)
         ],
         "plain_tokens_per_s": plain_rate,
         "speculative_tokens_per_s": fast_rate,

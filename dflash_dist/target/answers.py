@@ -45,13 +45,18 @@ def regenerate(args: argparse.Namespace, world: World) -> None:
     Each line is `{"messages": [...], "row": i, "finish_reason": "stop" | "length"}`.
 
     Raises:
-        ValueError: an earlier run with other prompts or settings left part files for this output.
+        ValueError: a conversation has nothing to answer, or a run with other prompts or settings left part files for
+            this output.
     """
     conversations, _ = read_conversations(args.prompts)
+    for number, messages in enumerate(conversations, 1):
+        if all(message["role"] == "assistant" for message in messages):
+            raise ValueError(f"{args.prompts}, conversation {number}: there is nothing to answer")
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     parts = Parts(out, _settings(args, conversations))
-    todo = [row for row in range(len(conversations)) if row not in parts.rows()]
+    done = parts.rows()
+    todo = [row for row in range(len(conversations)) if row not in done]
     mine = todo[world.rank :: world.size]
     world.barrier()  # nobody writes before everybody knows what is done
     if mine:
@@ -104,10 +109,10 @@ class Parts:
         """The finished rows, by number. A line that an interruption cut short counts as unwritten."""
         done = {}
         for path in sorted(self.folder.glob("rank-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_bytes().split(b"\n"):  # bytes: a cut may fall inside a character
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError:
+                except ValueError:
                     continue
                 done[row["row"]] = row
         return done
@@ -124,7 +129,7 @@ class Parts:
         assert len(rows) == count, f"{count - len(rows)} rows are missing from {self.folder}"
         lines = (json.dumps(rows[i], ensure_ascii=False) + "\n" for i in range(count))
         _write_whole(self.out, "".join(lines))
-        for path in self.folder.iterdir():
+        for path in sorted(self.folder.iterdir()):  # the settings last: they guard what is left if this is cut short
             path.unlink()
         self.folder.rmdir()
 
@@ -183,6 +188,7 @@ def _generate(
         max_new_tokens=args.max_new_tokens,
         eos_token_id=sorted(encoder.stop_ids),
         pad_token_id=pad,
+        repetition_penalty=1.0,  # a generation config may set another: the draft is to foretell the plain model
         **(sampling if args.temperature > 0 else {"do_sample": False}),
     )
     for ids in output[:, width:].tolist():

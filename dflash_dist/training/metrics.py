@@ -29,7 +29,7 @@ class MetricLog:
         self._board.add_text("config", f"```yaml\n{config_text}\n```", step)
         self.progress = Progress(step, total_steps)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float]) -> None:
         """`values`: TensorBoard tag -> number."""
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()

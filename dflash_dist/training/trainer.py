@@ -32,8 +32,8 @@ from dflash_dist.ranks import World, join_world
 from dflash_dist.target.load import load_target
 from dflash_dist.training import setup
 from dflash_dist.training.checkpoint import Checkpoints, read_state, refuse_changed, step_folders
-from dflash_dist.training.metrics import MetricLog, peak_memory_mib
 from dflash_dist.training.optim import apply_update, learning_rate, make_optimizer
+from dflash_dist.training.watch import StepResult, Watch, due
 
 
 def main(argv: list[str]) -> None:
@@ -67,16 +67,6 @@ class MicroBatch:
         return MicroBatch(self.batch.to(device), self.blocks.to(device), self.slots.to(device))
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What a step left on the device; read one step late."""
-
-    step: int  # optimiser steps done, this one included
-    statistics: torch.Tensor
-    grad_norm: torch.Tensor
-    lr: float
-
-
 class Trainer:
     """One run: builds what it needs, then steps until it is done or asked to stop."""
 
@@ -107,6 +97,14 @@ class Trainer:
         self.optimizer = make_optimizer(self.draft, train)
         # One rank has nobody to average with: nothing is wrapped.
         self.ddp = DistributedDataParallel(self.draft, gradient_as_bucket_view=True) if world.size > 1 else self.draft
+        # What a resumed run must share with the one it continues.
+        self.identity = {
+            "draft": dataclasses.asdict(self.draft.shape),
+            "train.seed": train.seed,
+            "train.global_batch_size": train.global_batch_size,
+            "data.seq_len": config.data.seq_len,
+            "data fingerprint": self.rows.fingerprint(),
+        }
         self.folder = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         self.stop_requested = False
@@ -199,55 +197,39 @@ class Trainer:
             FloatingPointError: a gradient was not finite; no update was applied and nothing was saved since.
         """
         begin = self.resume()
-        log = None
-        if self.world.is_main:
-            log = MetricLog(self.folder, begin, self.total_steps, setup.describe_run(self.config))
-        watch = _Watch(self, log)
-        with self.signals():
+        config_text = setup.describe_run(self.config) if self.world.is_main else ""
+        watch = Watch(self.config, self.world, begin, self.total_steps, config_text)
+        with contextlib.closing(watch), self.signals():
             if begin == 0:
-                watch.validation(0)
-            done, stop, pending = begin, False, None
+                self.validate_if_due(0, watch)
+                if self.total_steps == 0:
+                    self.save(0)
+            pending = None
             for step in range(begin, self.total_steps):
                 result, stop = self.train_step(step)
-                done = result.step
                 if pending is not None:
                     watch.read(pending)
                 pending = result
-                if self.due(done, self.config.validate.every):
-                    watch.validation(done)
-                if stop or self.due(done, self.config.checkpoint.every):
+                self.validate_if_due(result.step, watch)
+                if stop or due(result.step, self.config.checkpoint.every, self.total_steps):
                     watch.read(pending)
                     pending = None
-                    self.save(done)
+                    self.save(result.step)
                 if stop:
+                    watch.say(f"stopped after step {result.step}; start the same command again to continue")
                     break
-            if done == begin == self.total_steps and not step_folders(self.checkpoints.folder):
-                self.save(done)
-        if self.world.is_main:
             self.checkpoints.wait()
-        if log is not None:
-            if stop and done < self.total_steps:
-                log.progress.say(f"stopped after step {done}, saved; start the same command again to continue")
-            log.close()
         self.world.barrier()
 
-    def due(self, done: int, every: int) -> bool:
-        return every > 0 and (done % every == 0 or done == self.total_steps)
-
-    def identity(self) -> dict:
-        """What a resumed run must share with the one it continues."""
-        return {
-            "draft": dataclasses.asdict(self.draft.shape),
-            "train.seed": self.config.train.seed,
-            "train.global_batch_size": self.config.train.global_batch_size,
-            "data.seq_len": self.config.data.seq_len,
-            "data fingerprint": self.rows.fingerprint(),
-        }
+    def validate_if_due(self, step: int, watch: Watch) -> None:
+        if due(step, self.config.validate.every, self.total_steps):
+            begun = time.perf_counter()
+            watch.validated(step, self.validate(), time.perf_counter() - begun)
 
     def save(self, step: int) -> None:
         if self.world.is_main:
             state = {
-                "identity": self.identity(),
+                "identity": self.identity,
                 "target": self.config.target.path,
                 "template_args": self.config.data.template_args,
             }
@@ -256,10 +238,13 @@ class Trainer:
     def resume(self) -> int:
         """Loads the newest checkpoint, if any; returns the steps it has done."""
         folders = step_folders(self.checkpoints.folder)
+        step = max(folders, default=0)
+        (steps,) = self.world.sum_numbers(step)
+        if steps != step * self.world.size:
+            raise ValueError(f"the ranks see different checkpoints in {self.folder}: put output_dir on a shared disk")
         if not folders:
             return 0
-        step = max(folders)
-        refuse_changed(read_state(folders[step])["identity"], self.identity(), folders[step])
+        refuse_changed(read_state(folders[step])["identity"], self.identity, folders[step])
         self.checkpoints.load(step, self.draft, self.optimizer)
         if self.world.is_main:
             print(f"resuming from {folders[step]}")
@@ -278,54 +263,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class _Watch:
-    """Turns step results into metrics, one step late, and stops a run whose gradients are not finite."""
-
-    def __init__(self, trainer: Trainer, log: MetricLog | None):
-        self.trainer, self.log = trainer, log
-        self.logged_at = time.perf_counter()
-        self.logged_step: int | None = None
-
-    def read(self, result: StepResult) -> None:
-        """Waits for the step to finish on the device; every rank calls it for every step."""
-        norm = result.grad_norm.item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"step {result.step}: the gradient norm is {norm}. No update was applied and nothing was saved since."
-                " Lower train.lr, or look at the rows of this step; the same command resumes from the last checkpoint"
-            )
-        trainer, config = self.trainer, self.trainer.config
-        if not trainer.due(result.step, config.log.every):
-            return
-        shown = Statistics.read(trainer.world.sum_tensor(result.statistics))
-        if self.log is None:
-            return
-        now = time.perf_counter()
-        steps = result.step - (self.logged_step if self.logged_step is not None else result.step - config.log.every)
-        seconds = (now - self.logged_at) / max(steps, 1)
-        self.logged_at, self.logged_step = now, result.step
-        tokens = config.train.global_batch_size * config.data.seq_len
-        values = {
-            "train/loss": shown.loss,
-            "train/tau": shown.tau,
-            "train/accuracy": sum(shown.slot_correct) / max(sum(shown.slot_count), 1.0),
-            "optim/lr": result.lr,
-            "optim/grad_norm": norm,
-            "perf/step_s": seconds,
-            "perf/tokens_per_s": tokens / seconds,
-            "perf/peak_memory_mib": peak_memory_mib(trainer.world.device),
-        }
-        self.log.log(result.step, values)
-        self.log.progress.show(result.step, shown.loss, shown.tau, tokens / seconds)
-
-    def validation(self, step: int) -> None:
-        if self.trainer.config.validate.every == 0:
-            return
-        shown = self.trainer.validate()
-        if self.log is not None:
-            slots = {f"val/accuracy_slot_{k:02d}": accuracy for k, accuracy in enumerate(shown.slot_accuracy, 1)}
-            self.log.log(step, {"val/loss": shown.loss, "val/tau": shown.tau, **slots})
-            self.log.show_slots(step, shown)
-            self.log.progress.say(f"step {step}: held-out loss {shown.loss:.3f}, tau {shown.tau:.2f}")

@@ -118,7 +118,7 @@ def test_full_depth_loads_every_layer(folders, alone) -> None:
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"target model folder .*nowhere does not exist"):
         read_info(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="holds no config.json"):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
         read_info(str(tmp_path))
 
 

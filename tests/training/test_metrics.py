@@ -11,7 +11,7 @@ from dflash_dist.training.metrics import MetricLog
 def write(folder: Path, begin: int, end: int, value: float) -> None:
     log = MetricLog(folder, begin, 20, "seed: 0")
     for step in range(begin + 1, end + 1):
-        log.log(step, {"train/loss": value + step, "val/tau": 1.0})
+        log.write(step, {"train/loss": value + step, "val/tau": 1.0})
     log.close()
 
 

@@ -16,7 +16,7 @@ def test_the_rate_rises_linearly_and_falls_as_a_cosine() -> None:
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
     assert rates[52] == pytest.approx(0.55)  # half-way down from 1.0 to 0.1
     assert learning_rate(100, 100, train) == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
 
 
 def test_one_step_and_no_warmup_use_the_peak() -> None:

@@ -1,0 +1,90 @@
+"""Follows a run: turns step results into metrics, one step late, and stops a run whose gradients are not finite."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dflash_dist.config import Config
+from dflash_dist.draft.objective import Statistics
+from dflash_dist.ranks import World
+from dflash_dist.training.metrics import MetricLog, peak_memory_mib
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step left on the device."""
+
+    step: int  # optimiser steps done, this one included
+    statistics: torch.Tensor  # this rank's, see `Statistics`
+    grad_norm: torch.Tensor
+    lr: float
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens each `every` steps, and after the last one, happens after `step`."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+class Watch:
+    """All ranks call it for every step; rank 0 writes."""
+
+    def __init__(self, config: Config, world: World, begin: int, total_steps: int, config_text: str):
+        self.config, self.world, self.total_steps = config, world, total_steps
+        self.log = MetricLog(Path(config.output_dir), begin, total_steps, config_text) if world.is_main else None
+        self.clock, self.clock_step = time.perf_counter(), begin
+
+    def read(self, result: StepResult) -> None:
+        """Waits for the step to finish on the device, and logs it if it is one to log.
+
+        Raises:
+            FloatingPointError: on every rank, where the gradient norm was not finite.
+        """
+        norm = result.grad_norm.item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"step {result.step}: the gradient norm is {norm}. No update was applied and nothing was saved since."
+                " Lower train.lr, or look at the rows of this step; the same command resumes from the last checkpoint"
+            )
+        if not due(result.step, self.config.log.every, self.total_steps):
+            return
+        shown = Statistics.read(self.world.sum_tensor(result.statistics))
+        if self.log is None:
+            return
+        now = time.perf_counter()
+        seconds = (now - self.clock) / (result.step - self.clock_step)
+        self.clock, self.clock_step = now, result.step
+        tokens_per_s = self.config.train.global_batch_size * self.config.data.seq_len / seconds
+        values = {
+            "train/loss": shown.loss,
+            "train/tau": shown.tau,
+            "train/accuracy": sum(shown.slot_correct) / max(sum(shown.slot_count), 1.0),
+            "optim/lr": result.lr,
+            "optim/grad_norm": norm,
+            "perf/step_s": seconds,
+            "perf/tokens_per_s": tokens_per_s,
+            "perf/peak_memory_mib": peak_memory_mib(self.world.device),
+        }
+        self.log.write(result.step, values)
+        self.log.progress.show(result.step, shown.loss, shown.tau, tokens_per_s)
+
+    def validated(self, step: int, shown: Statistics, seconds: float) -> None:
+        """Logs a validation that took `seconds`, which do not count as training."""
+        self.clock += seconds
+        if self.log is not None:
+            slots = {f"val/accuracy_slot_{k:02d}": accuracy for k, accuracy in enumerate(shown.slot_accuracy, 1)}
+            self.log.write(step, {"val/loss": shown.loss, "val/tau": shown.tau, **slots})
+            self.log.show_slots(step, shown)
+            self.say(f"step {step}: held-out loss {shown.loss:.3f}, tau {shown.tau:.2f}")
+
+    def say(self, text: str) -> None:
+        if self.log is not None:
+            self.log.progress.say(text)
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dflash_dist.draft.attention import ChunkedAttention, FlexAttention, training_attention
+from dflash_dist.draft.blocks import Blocks
+from dflash_dist.draft.objective import WeightedSlots, block_loss
+from tests.reference import (
+    DenseAttention,
+    Rows,
+    eligible_anchors,
+    lively_draft,
+    packed_row,
+    random_rows,
+    reference_blocks,
+    used_slots,
+)
+from tests.tiny import tiny_shape
+
+A, K = 10, 4
+HEADS, KV_HEADS, D = 4, 2, 16
+BACKENDS = {
+    **{
+        f"chunked by {n}": lambda blocks, ids, n=n: ChunkedAttention(blocks, ids, anchors_at_once=n) for n in (1, 3, 16)
+    },
+    "flex": lambda blocks, ids: FlexAttention(blocks, ids, compiled=False),
+}
+both_backends = pytest.mark.parametrize("backend", ["chunked by 1", "chunked by 3", "chunked by 16", "flex"])
+# torch warns that FlexAttention without a compiler is slow
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+def two_rows() -> tuple[Rows, Blocks]:
+    """Two rows [2, 30] of several documents, with anchors at first tokens (0, 6, 16) and at the row's end, and fewer
+    anchors than A."""
+    first = packed_row([1] * 6, [1] * 10, [0] + [1] * 13, length=30)
+    second = packed_row([0, 0] + [1] * 8, [1] * 12, length=30)
+    rows = Rows(*(torch.cat(pair) for pair in zip(first, second)))
+    anchors = [[0, 1, 4, 6, 7, 15, 16, 20, 28, 29], [2, 8, 10, 11, 20]]
+    return rows, reference_blocks(rows, anchors, A, K, gamma=4.0)
+
+
+def random_inputs(rows: Rows, blocks: Blocks, seed: int = 0) -> list[torch.Tensor]:
+    """Query, context key and value, block key and value."""
+    generator = torch.Generator().manual_seed(seed)
+    b, length = rows.input_ids.shape
+    slots = blocks.anchors.shape[1] * blocks.block_size
+    sizes = [(HEADS, slots), (KV_HEADS, length), (KV_HEADS, length), (KV_HEADS, slots), (KV_HEADS, slots)]
+    return [torch.randn(b, heads, tokens, D, generator=generator) for heads, tokens in sizes]
+
+
+def outputs_and_gradients(
+    attend, inputs: list[torch.Tensor], blocks: Blocks
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The used slots' outputs, and the gradients of a random weighting of them, with respect to all five inputs."""
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    output = attend(*inputs).transpose(1, 2)[used_slots(blocks)]
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
+    return output.detach(), list(torch.autograd.grad((output * cotangent).sum(), inputs))
+
+
+def draft_inputs(draft, rows: Rows, blocks: Blocks, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Slots, slot positions, features, context positions; random slots and features, with gradient."""
+    shape, generator = draft.shape, torch.Generator().manual_seed(seed)
+    b, length = rows.input_ids.shape
+    width = len(shape.target_layer_ids) * shape.hidden_size
+    slots = torch.randn(b, blocks.input_ids[0].numel(), shape.hidden_size, generator=generator, requires_grad=True)
+    features = torch.randn(b, length, width, generator=generator, requires_grad=True)
+    return slots, blocks.position_ids.flatten(1), features, rows.position_ids
+
+
+# ------------------------------------------------------------------------------------------- equal to the reference
+
+
+@pytest.mark.parametrize("anchors_at_once", [1, 3, 16, 64])
+def test_chunked_attention_equals_the_dense_reference(anchors_at_once):
+    rows, blocks = two_rows()
+    inputs = random_inputs(rows, blocks)
+    attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once)
+    output, gradients = outputs_and_gradients(attend, inputs, blocks)
+    expected, expected_gradients = outputs_and_gradients(DenseAttention(blocks, rows.document_ids), inputs, blocks)
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
+    for gradient, dense in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, dense, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@both_backends
+def test_backends_equal_the_dense_reference_on_random_rows(backend, seed):
+    rows = random_rows(seed, rows=3)
+    allowed = [eligible_anchors(mask, ids) for mask, ids in zip(rows.loss_mask, rows.document_ids)]
+    blocks = reference_blocks(rows, [each[seed % 2 :: 2][:A] for each in allowed], A, K, gamma=4.0)
+    inputs = random_inputs(rows, blocks, seed)
+    output = BACKENDS[backend](blocks, rows.document_ids)(*inputs)
+    expected = DenseAttention(blocks, rows.document_ids)(*inputs)
+    used = used_slots(blocks)
+    torch.testing.assert_close(output.transpose(1, 2)[used], expected.transpose(1, 2)[used], rtol=0, atol=2e-6)
+
+
+def test_flex_attention_equals_the_dense_reference():
+    rows, blocks = two_rows()
+    inputs = random_inputs(rows, blocks)
+    output = FlexAttention(blocks, rows.document_ids, compiled=False)(*inputs)
+    expected = DenseAttention(blocks, rows.document_ids)(*inputs)
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)  # of unused blocks too
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward on GPUs only")
+def test_the_attention_for_gpus_equals_the_dense_reference_in_outputs_and_gradients():
+    rows, blocks = two_rows()
+    device = torch.device("cuda")
+    inputs = random_inputs(rows, blocks)
+    on_device = [tensor.to(device).requires_grad_() for tensor in inputs]
+    attend = training_attention(blocks.to(device), rows.document_ids.to(device))
+    assert isinstance(attend, FlexAttention)
+    output = attend(*on_device).transpose(1, 2)[used_slots(blocks).to(device)]
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(device)
+    gradients = torch.autograd.grad((output * cotangent).sum(), on_device)
+    expected, expected_gradients = outputs_and_gradients(DenseAttention(blocks, rows.document_ids), inputs, blocks)
+    # float32 products may run as TF32 there
+    torch.testing.assert_close(output.cpu(), expected, rtol=0, atol=5e-3)
+    for gradient, dense in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient.cpu(), dense, rtol=0, atol=3e-2)
+
+
+def test_the_cpu_trains_with_chunked_attention():
+    rows, blocks = two_rows()
+    assert isinstance(training_attention(blocks, rows.document_ids), ChunkedAttention)
+
+
+def test_chunked_attention_holds_no_dense_mask():
+    rows = packed_row([1] * 200, length=200)
+    blocks = reference_blocks(rows, [list(range(0, 128))], 128, K, gamma=4.0)
+    runs = ChunkedAttention(blocks, rows.document_ids, anchors_at_once=8).runs
+    assert len(runs) == 16
+    assert max(mask.numel() for *_, mask in runs) <= 8 * K * (128 + 8 * K)  # dense: 512 x 712
+
+
+# -------------------------------------------------------------------------------------------- who can influence whom
+
+
+@pytest.mark.parametrize("anchors_at_once", [1, 3, 16])
+def test_a_block_has_gradient_from_the_context_before_its_anchor_in_its_document_and_from_nothing_else(anchors_at_once):
+    rows, blocks = two_rows()
+    draft = lively_draft(tiny_shape(block_size=K))
+    slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
+    attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once)
+    hidden = draft(slots, slot_positions, features, positions, attend).unflatten(1, (A, K))
+    for b, a in [(0, 0), (0, 2), (0, 3), (0, 4), (0, 5), (0, 6), (0, 8), (1, 1), (1, 2), (1, 4)]:
+        anchor, document = int(blocks.anchors[b, a]), int(blocks.documents[b, a])
+        total = hidden[b, a].square().sum() + hidden[b, a].sum()  # the norm alone makes the square nearly constant
+        (gradient,) = torch.autograd.grad(total, features, retain_graph=True)
+        index = torch.arange(rows.input_ids.shape[1])
+        seen = torch.zeros_like(rows.loss_mask)
+        seen[b] = (index < anchor) & (rows.document_ids[b] == document)
+        assert torch.equal((gradient != 0).any(dim=-1), seen), (b, anchor)
+        assert (gradient[seen].abs().amax(dim=-1) > 1e-7).all()
+
+
+@pytest.mark.parametrize("anchors_at_once", [1, 3, 16])
+def test_a_block_has_gradient_from_all_of_its_own_slots_and_from_no_other_block(anchors_at_once):
+    rows, blocks = two_rows()
+    draft = lively_draft(tiny_shape(block_size=K))
+    slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
+    attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once)
+    hidden = draft(slots, slot_positions, features, positions, attend).unflatten(1, (A, K))
+    for b, a, slot in [(0, 0, 0), (0, 1, 3), (0, 5, 1), (0, 9, 0), (1, 0, 2), (1, 4, 0)]:
+        (gradient,) = torch.autograd.grad(hidden[b, a, slot].sum(), slots, retain_graph=True)
+        own = torch.zeros(2, A, dtype=torch.bool)
+        own[b, a] = True
+        # earlier slots have gradient from later ones: the block is bidirectional
+        assert torch.equal((gradient != 0).any(dim=-1), own.repeat_interleave(K, dim=1)), (b, a, slot)
+
+
+@both_backends
+def test_only_a_visible_context_token_changes_a_block(backend):
+    rows, blocks = two_rows()
+    draft = lively_draft(tiny_shape(block_size=K))
+    slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
+    attend = BACKENDS[backend](blocks, rows.document_ids)
+
+    def run(token: int | None) -> torch.Tensor:
+        changed = features.detach().clone()
+        if token is not None:
+            changed[0, token] += 3
+        with torch.no_grad():
+            return draft(slots, slot_positions, changed, positions, attend).unflatten(1, (A, K))
+
+    plain = run(None)
+    for token in (0, 5, 6, 14, 15, 16, 27, 28, 29):
+        changed = (run(token) != plain).flatten(2).any(dim=-1)
+        document = rows.document_ids[0, token]
+        seen = (token < blocks.anchors[0]) & (blocks.documents[0] == document)
+        assert torch.equal(changed[0], seen), token
+        assert not changed[1].any()  # the other row
+
+
+@both_backends
+def test_a_later_slot_changes_the_earlier_slots_of_its_block_and_no_other_block(backend):
+    rows, blocks = two_rows()
+    draft = lively_draft(tiny_shape(block_size=K))
+    slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
+    attend = BACKENDS[backend](blocks, rows.document_ids)
+    changed_slots = slots.detach().clone().unflatten(1, (A, K))
+    changed_slots[0, 4, K - 1] += 3
+    with torch.no_grad():
+        plain = draft(slots, slot_positions, features, positions, attend).unflatten(1, (A, K))
+        changed = draft(changed_slots.flatten(1, 2), slot_positions, features, positions, attend).unflatten(1, (A, K))
+    difference = (changed - plain).abs().amax(dim=-1)  # [B, A, K]
+    assert (difference[0, 4] > 1e-3).all()
+    difference[0, 4] = 0
+    assert (difference == 0).all()
+
+
+def test_masking_does_not_depend_on_how_large_a_hidden_score_would_be():
+    # an invisible token whose score would swamp every other must still get probability zero
+    rows, blocks = two_rows()
+    inputs = random_inputs(rows, blocks)
+    loud = [tensor.clone() for tensor in inputs]
+    # the last token of its document: before the anchors of the next document, visible to none
+    loud[1][0, :, 15] = 1e6
+    loud[2][0, :, 15] = 1e6
+    for make in BACKENDS.values():
+        attend = make(blocks, rows.document_ids)
+        assert torch.equal(attend(*loud), attend(*inputs))
+
+
+# -------------------------------------------------------------------------------------------------- nothing to train
+
+
+@both_backends
+def test_rows_and_blocks_without_an_anchor_give_finite_outputs(backend):
+    rows, blocks = two_rows()
+    empty = reference_blocks(rows, [[], []], A, K, gamma=4.0)
+    partly = reference_blocks(rows, [[], [3]], A, K, gamma=4.0)
+    for each in (empty, partly, blocks):
+        output = BACKENDS[backend](each, rows.document_ids)(*random_inputs(rows, each))
+        assert output.shape == (2, HEADS, A * K, D)
+        assert output.isfinite().all()
+
+
+def test_a_micro_batch_without_an_anchor_gives_every_parameter_a_gradient_of_zero():
+    # DDP waits for a gradient of every parameter; a missing one is a hang, a NaN spoils the step of all ranks
+    rows, _ = two_rows()
+    blocks = reference_blocks(rows, [[], []], A, K, gamma=4.0)
+    draft = lively_draft(tiny_shape(block_size=K))
+    hidden = draft(*draft_inputs(draft, rows, blocks), ChunkedAttention(blocks, rows.document_ids))
+    head = torch.randn(260, 64, generator=torch.Generator().manual_seed(1))
+    loss, _ = block_loss(hidden, head, blocks, WeightedSlots.of(blocks, 16))
+    loss.backward()
+    assert hidden.isfinite().all()
+    assert loss == 0
+    for name, parameter in draft.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad == 0).all(), name
+
+
+def test_a_row_without_an_anchor_adds_nothing_to_the_gradient_of_the_row_beside_it():
+    rows, _ = two_rows()
+    anchors = [[], [3, 12]]
+    head = torch.randn(260, 64, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for start in (0, 1):  # both rows; the second row alone
+        part = Rows(*(field[start:] for field in rows))
+        blocks = reference_blocks(part, anchors[start:], A, K, gamma=4.0)
+        draft = lively_draft(tiny_shape(block_size=K))
+        slots, _, features, _ = draft_inputs(draft, rows, reference_blocks(rows, anchors, A, K, gamma=4.0))
+        attend = ChunkedAttention(blocks, part.document_ids)
+        hidden = draft(slots[start:], blocks.position_ids.flatten(1), features[start:], part.position_ids, attend)
+        loss, _ = block_loss(hidden, head, blocks, WeightedSlots.of(blocks, 16))
+        loss.backward()
+        gradients.append([parameter.grad for parameter in draft.parameters()])
+    assert all(gradient.abs().max() > 1e-3 for gradient in gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, fields
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dflash_dist.draft.blocks import Blocks
+from dflash_dist.draft.objective import Statistics, WeightedSlots, block_loss
+from tests.reference import eligible_anchors, naive_loss, naive_statistics, packed_row, random_rows, reference_blocks
+
+A, K, H, V = 6, 8, 16, 260
+
+
+def random_blocks(seed: int = 0, rows: int = 3) -> Blocks:
+    """Some blocks full, some cut short, some unused; the first slot of all carries weight in some seeds only."""
+    packed = random_rows(seed, rows=rows)
+    allowed = [eligible_anchors(mask, ids) for mask, ids in zip(packed.loss_mask, packed.document_ids)]
+    allowed[-1] = allowed[-1][:2]
+    return reference_blocks(packed, [each[::2][:A] for each in allowed], A, K, gamma=4.0)
+
+
+def random_hidden(blocks: Blocks, seed: int = 0, size: int = H) -> torch.Tensor:
+    shape = (len(blocks.anchors), blocks.input_ids[0].numel(), size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def random_head(seed: int = 1, size: int = H, vocabulary: int = V) -> torch.Tensor:
+    return torch.randn(vocabulary, size, generator=torch.Generator().manual_seed(seed))
+
+
+def fused_loss(hidden: torch.Tensor, head: torch.Tensor, blocks: Blocks, chunk: int = 16) -> torch.Tensor:
+    return block_loss(hidden, head, blocks, WeightedSlots.of(blocks, chunk))[0]
+
+
+def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((value - exact).norm() / exact.norm())
+
+
+# ---------------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
+def test_fused_loss_and_gradient_equal_the_naive_ones(chunk, seed):
+    blocks, head = random_blocks(seed), random_head()
+    hidden = random_hidden(blocks, seed)
+    loss, expected = fused_loss(hidden, head, blocks, chunk), naive_loss(hidden, head, blocks)
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    # the trainer divides by the step's total weight, so backward must scale
+    (gradient,) = torch.autograd.grad(loss * 0.37, hidden)
+    (expected_gradient,) = torch.autograd.grad(expected * 0.37, hidden)
+    assert expected_gradient.norm() > 1
+    assert relative_error(gradient, expected_gradient) < 1e-6
+
+
+def test_the_chunk_size_does_not_change_the_result():
+    blocks, head = random_blocks(), random_head()
+    count = int((blocks.weights > 0).sum())
+    assert count % 5 == 0  # the sizes below divide the number of slots, or do not
+    results = []
+    for chunk in (count, 5, 6, count - 1, count + 1):
+        slots = WeightedSlots.of(blocks, chunk)
+        hidden = random_hidden(blocks)
+        loss, statistics = block_loss(hidden, head, blocks, slots)
+        loss.backward()
+        results.append((loss.item(), hidden.grad, statistics))
+    for loss, gradient, statistics in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        assert relative_error(gradient, results[0][1]) < 1e-6
+        torch.testing.assert_close(statistics, results[0][2], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_weighted_slots_are_exactly_those_with_weight_padded_to_whole_chunks(chunk):
+    blocks = random_blocks()
+    slots = WeightedSlots.of(blocks, chunk)
+    weights = blocks.weights.flatten()
+    assert slots.index[: slots.count].tolist() == [i for i, weight in enumerate(weights.tolist()) if weight > 0]
+    assert len(slots.index) % chunk == 0
+    assert 0 <= len(slots.index) - slots.count < chunk
+    assert slots.index.max() < len(weights)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss():
+    blocks = random_blocks()
+    hidden, head = random_hidden(blocks), random_head() * 1e4
+    loss, expected = fused_loss(hidden, head, blocks), naive_loss(hidden, head, blocks)
+    assert expected.item() > 1e5
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert gradient.isfinite().all()
+
+
+def test_a_bfloat16_head_stays_within_one_percent():
+    blocks, head = random_blocks(), random_head()
+    rough, exact = random_hidden(blocks), random_hidden(blocks)
+    loss, expected = fused_loss(rough, head.bfloat16(), blocks), fused_loss(exact, head, blocks)
+    loss.backward()
+    expected.backward()
+    assert loss.dtype == torch.float32
+    assert loss != expected  # or the head was not used in bfloat16
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    assert rough.grad.dtype == torch.float32
+    assert relative_error(rough.grad, exact.grad) < 2e-2
+
+
+def test_autocast_around_the_loss_changes_nothing():
+    # the head's dtype alone decides about the products
+    blocks, head = random_blocks(), random_head()
+    plain = fused_loss(random_hidden(blocks), head, blocks)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = fused_loss(random_hidden(blocks), head, blocks)
+    assert torch.equal(inside, plain)
+
+
+# ------------------------------------------------------------------------------------------------- what has no weight
+
+
+@pytest.mark.parametrize("first_slot", ["weighted", "without weight"])
+def test_only_slots_with_weight_reach_the_loss(first_slot):
+    # padding repeats index 0, so it must work both where that slot counts and where it does not
+    blocks, head = random_blocks(), random_head()
+    if first_slot == "without weight":
+        blocks.weights[0, 0] = 0
+    weightless = torch.ones(3, A, K, dtype=torch.bool)  # the anchor slot never has weight
+    weightless[:, :, 1:] = blocks.weights == 0
+    weightless = weightless.flatten(1)
+    clean = random_hidden(blocks)
+    poisoned = torch.where(weightless[..., None], 1e4, clean.detach()).requires_grad_()
+    slots = WeightedSlots.of(blocks, 16)
+    assert slots.count % 16 != 0
+    (loss, statistics), (expected, expected_statistics) = (
+        block_loss(h, head, blocks, slots) for h in (poisoned, clean)
+    )
+    assert torch.equal(loss, expected)
+    assert torch.equal(statistics, expected_statistics)
+    loss.backward()
+    expected.backward()
+    assert torch.equal(poisoned.grad, clean.grad)
+    assert (poisoned.grad[weightless] == 0).all()
+    assert (poisoned.grad[~weightless].abs().amax(dim=-1) > 0).all()
+
+
+def test_without_any_weight_the_loss_is_zero_and_so_is_the_gradient():
+    rows = packed_row([0] * 20, length=20)
+    blocks = reference_blocks(rows, [[]], A, K, gamma=4.0)
+    hidden = random_hidden(blocks)
+    loss, statistics = block_loss(hidden, random_head(), blocks, WeightedSlots.of(blocks, 16))
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad is not None
+    assert (hidden.grad == 0).all()
+    assert (statistics == 0).all()
+    read = Statistics.read(statistics)
+    assert (read.loss, read.tau, read.slot_accuracy) == (0, 0, [0] * (K - 1))
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+class Watch(TorchDispatchMode):
+    """Remembers the size of the largest tensor that an operation returned, and the dtypes that were multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+        self.multiplied: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        if func is torch.ops.aten.mm.default:
+            self.multiplied |= {operand.dtype for operand in args}
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_is_larger_than_the_logits_of_one_chunk_and_products_have_the_heads_dtype(dtype):
+    # sizes at which hidden states and a view of the head stay below the limit, and full logits far above
+    chunk, size, vocabulary = 8, 8, 2000
+    blocks = random_blocks()
+    hidden, head = random_hidden(blocks, size=size), random_head(size=size, vocabulary=vocabulary).to(dtype)
+    assert hidden.numel() < chunk * vocabulary
+    assert (blocks.weights > 0).sum() > 5 * chunk
+    with Watch() as seen:
+        loss, _ = block_loss(hidden, head, blocks, WeightedSlots.of(blocks, chunk))
+        loss.backward()
+    assert seen.largest == chunk * vocabulary
+    assert seen.multiplied == {dtype}
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+
+def hidden_for(guesses: list[list[int]], vocabulary: int) -> torch.Tensor:
+    """[1, A*K, V] for a head that is the identity: slot k's most likely token is guesses[a][k]."""
+    return F.one_hot(torch.tensor(guesses).flatten(), vocabulary)[None] * 5.0
+
+
+def test_statistics_on_an_example_written_out_by_hand():
+    # tokens 10..19 are the indices 0..9; the document ends at 8, so the block at 5 has one label missing of three
+    rows = packed_row([1] * 8, length=10)
+    blocks = reference_blocks(rows, [[0, 1, 3, 4, 5]], 6, 4, gamma=2.0)
+    assert blocks.weights[0, :, 2].gt(0).tolist() == [True, True, True, True, False, False]
+    hidden = hidden_for(
+        [
+            [0, 11, 12, 13],  # all right: 1 + 3
+            [0, 12, 13, 0],  # 1 + 2
+            [0, 0, 15, 16],  # wrong at once, right later: 1 + 0
+            [0, 15, 0, 17],  # 1 + 1: what is right after an error is not accepted
+            [0, 16, 17, 18],  # all right, but not a full set of labels: no part of tau
+            [0, 10, 10, 10],  # unused
+        ],
+        vocabulary=20,
+    )
+    _, vector = block_loss(hidden, torch.eye(20), blocks, WeightedSlots.of(blocks, 4))
+    assert vector.dtype == torch.float64
+    read = Statistics.read(vector)
+    assert read.full_blocks == 4
+    assert read.accepted == 4 + 3 + 1 + 2
+    assert read.tau == 10 / 4
+    assert read.slot_count == [5, 5, 4]
+    assert read.slot_correct == [4, 4, 3]
+    assert read.slot_accuracy == [0.8, 0.8, 0.75]
+    decay = [1, math.exp(-0.5), math.exp(-1)]
+    right, wrong = math.log(math.exp(5) + 19) - 5, math.log(math.exp(5) + 19)  # nll of one peak among 20 logits
+    weight_sum = 5 * decay[0] + 5 * decay[1] + 4 * decay[2]
+    loss_sum = right * (4 * decay[0] + 4 * decay[1] + 3 * decay[2]) + wrong * sum(decay)
+    assert read.weight_sum == pytest.approx(weight_sum, rel=1e-6)
+    assert read.loss_sum == pytest.approx(loss_sum, rel=1e-6)
+    assert read.loss == pytest.approx(loss_sum / weight_sum, rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [5, 16])
+@pytest.mark.parametrize("seed", range(4))
+def test_statistics_equal_the_naive_count(seed, chunk):
+    blocks, head = random_blocks(seed), random_head()
+    # most slots guess right, so that runs of several lengths appear
+    guesses = torch.randint(10, V, blocks.input_ids.shape, generator=torch.Generator().manual_seed(seed))
+    lucky = torch.rand(blocks.labels.shape, generator=torch.Generator().manual_seed(seed)) < 0.7
+    guesses[..., 1:] = torch.where(lucky, blocks.labels, guesses[..., 1:])
+    hidden = torch.linalg.pinv(head).T[guesses.flatten(1)] * 30
+    _, vector = block_loss(hidden, head, blocks, WeightedSlots.of(blocks, chunk))
+    expected = naive_statistics(hidden, head, blocks)
+    assert 1 < expected["accepted"] / expected["full_blocks"] < K
+    for name, value in asdict(Statistics.read(vector)).items():
+        assert value == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_sums_of_micro_batches_read_like_the_whole():
+    blocks, head = random_blocks(), random_head()
+    hidden = random_hidden(blocks).detach()
+
+    def vector(rows: slice) -> torch.Tensor:
+        part = Blocks(*(getattr(blocks, field.name)[rows] for field in fields(Blocks)))
+        return block_loss(hidden[rows], head, part, WeightedSlots.of(part, 16))[1]
+
+    whole, parts = Statistics.read(vector(slice(0, 3))), Statistics.read(vector(slice(0, 1)) + vector(slice(1, 3)))
+    for name, value in asdict(whole).items():
+        assert asdict(parts)[name] == pytest.approx(value, rel=1e-6), name
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert parts.tau == whole.tau
+    assert parts.slot_accuracy == whole.slot_accuracy
+
+
+def test_statistics_carry_no_gradient():
+    blocks = random_blocks()
+    _, vector = block_loss(random_hidden(blocks), random_head(), blocks, WeightedSlots.of(blocks, 16))
+    assert not vector.requires_grad
+
+
+def test_validation_runs_without_gradient():
+    blocks, head = random_blocks(), random_head()
+    expected, statistics = block_loss(random_hidden(blocks), head, blocks, WeightedSlots.of(blocks, 16))
+    with torch.no_grad():
+        loss, same = block_loss(random_hidden(blocks), head, blocks, WeightedSlots.of(blocks, 16))
+    assert torch.equal(loss, expected.detach())
+    assert torch.equal(same, statistics)

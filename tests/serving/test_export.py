@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.serving.contract import read_draft
+from dflash_dist.serving.export import main
+from dflash_dist.training.checkpoint import Checkpoints
+from tests.tiny import tiny_shape
+
+SHAPE = tiny_shape(hidden_size=16, num_layers=1, head_dim=4, intermediate_size=24, block_size=6)
+
+
+def _save_run(run, steps: list[int], state: dict | None = None) -> dict[int, dict[str, torch.Tensor]]:
+    """A run folder with a checkpoint for each step, as the trainer writes them; returns the drafts by step."""
+    checkpoints, drafts = Checkpoints(run / "checkpoints", keep=10), {}
+    for step in steps:
+        torch.manual_seed(step)
+        draft = DFlashDraftModel(SHAPE)
+        optimizer = torch.optim.AdamW(draft.parameters(), fused=True)
+        checkpoints.save(step, draft, optimizer, state or {"identity": {"draft": asdict(SHAPE)}})
+        drafts[step] = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+    checkpoints.wait()
+    return drafts
+
+
+def _assert_equal(folder, tensors: dict[str, torch.Tensor]) -> None:
+    found = load_file(folder / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, tensors[name].to(tensor.dtype)), name
+
+
+def test_the_newest_step_is_exported(tmp_path):
+    # 100 is newest by number, though not by the order of saving nor by the alphabet of bare numbers
+    drafts = _save_run(tmp_path / "run", [100, 20, 9])
+    main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft"), "--dtype", "float32"])
+    _assert_equal(tmp_path / "draft", drafts[100])
+
+
+def test_step_picks_a_kept_checkpoint(tmp_path):
+    drafts = _save_run(tmp_path / "run", [0, 20, 30])
+    for step in (0, 20):
+        out = tmp_path / f"draft-{step}"
+        main(["--run", str(tmp_path / "run"), "--out", str(out), "--step", str(step), "--dtype", "float32"])
+        _assert_equal(out, drafts[step])
+
+
+def test_the_export_is_bfloat16_unless_asked_otherwise(tmp_path):
+    drafts = _save_run(tmp_path / "run", [4])
+    main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
+    assert {tensor.dtype for tensor in load_file(tmp_path / "draft/model.safetensors").values()} == {torch.bfloat16}
+    _assert_equal(tmp_path / "draft", drafts[4])
+    assert json.loads((tmp_path / "draft/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_exported_folder_is_a_draft_of_the_runs_shape(tmp_path):
+    drafts = _save_run(tmp_path / "run", [4])
+    main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "deep/down/draft"), "--dtype", "float32"])
+    draft = read_draft(tmp_path / "deep/down/draft", torch.float32, torch.device("cpu"))
+    assert draft.shape == SHAPE
+    assert all(torch.equal(tensor, drafts[4][name]) for name, tensor in draft.state_dict().items())
+
+
+def test_a_second_export_replaces_the_first(tmp_path):
+    drafts = _save_run(tmp_path / "run", [20, 30])
+    for step in (30, 20):
+        main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft"), "--step", str(step)])
+    _assert_equal(tmp_path / "draft", drafts[20])
+
+
+def test_the_settings_of_the_engines_are_printed(tmp_path, capsys):
+    _save_run(tmp_path / "run", [4])
+    main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
+    printed = capsys.readouterr().out
+    assert "step-00000004" in printed
+    assert "num_speculative_tokens=5\n" in printed  # vLLM counts proposals, SGLang the block
+    assert "--speculative-num-draft-tokens 6\n" in printed
+
+
+def test_a_checkpoint_that_is_still_being_written_is_not_exported(tmp_path):
+    drafts = _save_run(tmp_path / "run", [4, 8])
+    folder = tmp_path / "run/checkpoints"
+    (folder / "step-00000008").rename(folder / ".step-00000008.partial")
+    main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft"), "--dtype", "float32"])
+    _assert_equal(tmp_path / "draft", drafts[4])
+
+
+def test_a_folder_without_a_checkpoint_is_refused_by_name(tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for run in (tmp_path / "run", tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=f"{run} holds no checkpoint"):
+            main(["--run", str(run), "--out", str(tmp_path / "draft")])
+    assert not (tmp_path / "draft").exists()
+
+
+def test_an_unknown_step_is_refused_with_the_kept_ones(tmp_path):
+    _save_run(tmp_path / "run", [20, 30])
+    with pytest.raises(ValueError, match="no checkpoint of step 25, only of 20, 30"):
+        main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft"), "--step", "25"])
+    assert not (tmp_path / "draft").exists()
+
+
+def test_tensors_that_do_not_fit_the_runs_shape_are_refused(tmp_path):
+    _save_run(tmp_path / "run", [4], {"identity": {"draft": {**asdict(SHAPE), "num_layers": 2}}})
+    with pytest.raises(ValueError, match=r"layers\.1\.input_layernorm\.weight is missing"):
+        main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
+    assert not (tmp_path / "draft").exists()

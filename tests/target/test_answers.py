@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+from dflash_dist.ranks import World
+from dflash_dist.target import answers
+from dflash_dist.target.answers import main, regenerate
+from tests.ranks import run_ranks
+from tests.tiny import lively_target
+
+STOPS = [2, 103, 105]  # the turn's end, and two tokens that this random target often writes
+LIMIT = 12
+
+# Of very different lengths, so that the prompts of a batch are padded.
+QUESTIONS = ["Hi", "What is 3 plus 4?", "Tell me all about the sea, and leave nothing out, please.", "Why?", "GG?", "!"]
+
+
+@pytest.fixture(scope="module")
+def target(tiny_target, tmp_path_factory):
+    """With stop tokens that end some of its short answers."""
+    folder = tmp_path_factory.mktemp("lively") / "target"
+    model = lively_target(tiny_target)
+    model.generation_config.eos_token_id = STOPS
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_target).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ask(target):
+    """The target's greedy answer to messages, alone and with transformers' own means, and why it ended."""
+    tokenizer, model = AutoTokenizer.from_pretrained(target), Qwen3ForCausalLM.from_pretrained(target)
+
+    def answer(messages: list[dict]) -> tuple[str, str]:
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        output = model.generate(**prompt, do_sample=False, max_new_tokens=LIMIT, eos_token_id=STOPS, pad_token_id=0)
+        ids = output[0, prompt["input_ids"].shape[1] :].tolist()
+        ended = ids[-1] in STOPS
+        return tokenizer.decode(ids[:-1] if ended else ids), "stop" if ended else "length"
+
+    return answer
+
+
+@pytest.fixture
+def arguments(tmp_path, target, write_chats):
+    """The settings of a greedy run over `QUESTIONS`, with changes."""
+
+    def make(**changes) -> Namespace:
+        prompts = write_chats(*[[("user", question), ("assistant", "an old answer")] for question in QUESTIONS])
+        settings = {
+            "target": str(target),
+            "prompts": str(prompts),
+            "out": str(tmp_path / "answers.jsonl"),
+            "batch_size": 4,
+            "max_new_tokens": LIMIT,
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "seed": 0,
+            "dtype": "float32",
+            "template_args": {},
+        }
+        return Namespace(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def answer(arguments, alone):
+    """Regenerates on one rank; returns the rows."""
+
+    def run(**changes) -> list[dict]:
+        args = arguments(**changes)
+        regenerate(args, alone)
+        return _read(args.out)
+
+    return run
+
+
+@pytest.fixture
+def interrupted(arguments, alone, monkeypatch) -> Namespace:
+    """The settings of a run that died after its first batch, rows 0 and 1."""
+    args = arguments(batch_size=2)
+    write_answers, batches = answers.write_answers, []
+
+    def write_once(*given):
+        batches.append(given)
+        if len(batches) > 1:
+            raise KeyboardInterrupt
+        return write_answers(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "write_answers", write_once)
+        with pytest.raises(KeyboardInterrupt):
+            regenerate(args, alone)
+    assert [json.loads(line)["row"] for line in _part(args).read_text().splitlines()] == [0, 1]
+    return args
+
+
+def _part(args: Namespace, rank: int = 0) -> Path:
+    return Path(f"{args.out}.parts/rank-{rank:05d}.jsonl")
+
+
+def _read(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_bytes().split(b"\n") if line]
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _regenerate(world: World, args: Namespace) -> list[str]:
+    """Regenerates as one of many ranks; returns the questions that this one answered."""
+    asked, write_answers = [], answers.write_answers
+
+    def watched(model, encoder, conversations, args):
+        asked.extend(messages[0]["content"] for messages in conversations)
+        return write_answers(model, encoder, conversations, args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "write_answers", watched)
+        regenerate(args, world)
+    return asked
+
+
+# ---- what is written ----
+
+
+def test_every_row_is_answered_in_order_and_keeps_its_question(answer, tmp_path):
+    rows = answer()
+    assert [row["row"] for row in rows] == list(range(len(QUESTIONS)))
+    for row, question in zip(rows, QUESTIONS):
+        assert row.keys() == {"messages", "row", "finish_reason"}
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+        assert row["messages"][0]["content"] == question
+        assert row["messages"][1]["content"] != "an old answer"
+    assert {path.name for path in tmp_path.iterdir()} == {"answers.jsonl", "chats.jsonl"}  # the parts are gone
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_answers_are_those_of_transformers_one_prompt_at_a_time(answer, ask, batch_size):
+    found = [(row["messages"][1]["content"], row["finish_reason"]) for row in answer(batch_size=batch_size)]
+    assert found == [ask([_user(question)]) for question in QUESTIONS]
+    assert len(set(found)) == len(QUESTIONS)
+    assert {reason for _, reason in found} == {"stop", "length"}
+    assert any("<|im_start|>" in text for text, _ in found)  # a special token is text like any other: it was foretold
+
+
+def test_a_pad_token_in_a_prompt_is_read_as_text(answer, ask, write_chats):
+    question = "<pad><pad>Hi<pad>?"
+    prompts = write_chats([("user", question)], [("user", QUESTIONS[2])], name="padded.jsonl")
+    assert (
+        answer(prompts=str(prompts))[0]["messages"][1]["content"] == ask([_user(question)])[0] != ask([_user("Hi?")])[0]
+    )
+
+
+def test_turns_are_answered_one_by_one_each_after_the_new_answer_before(answer, ask, write_chats):
+    old = ("assistant", "an old answer")
+    turns = [("system", "Be brief."), ("user", "Go on."), old, ("user", "More"), old, ("user", "Why?"), old]
+    prompts = write_chats(turns, [("user", "Why?"), old], name="turns.jsonl")
+    row = answer(prompts=str(prompts))[0]
+
+    expected = [{"role": "system", "content": "Be brief."}]
+    for question in ("Go on.", "More", "Why?"):
+        expected.append(_user(question))
+        text, reason = ask(expected)
+        expected.append({"role": "assistant", "content": text})
+        assert reason == "stop", "choose questions that this target answers to the end"
+    assert row == {"messages": expected, "row": 0, "finish_reason": "stop"}
+
+
+def test_a_final_question_is_answered_and_answers_without_a_question_are_left_out(answer, ask, write_chats):
+    prompts = write_chats([("assistant", "Welcome."), ("user", "Hi")], name="open.jsonl")
+    text, reason = ask([_user("Hi")])
+    assert answer(prompts=str(prompts)) == [
+        {"messages": [_user("Hi"), {"role": "assistant", "content": text}], "row": 0, "finish_reason": reason}
+    ]
+
+
+def test_nothing_follows_an_answer_that_was_cut(answer, ask, write_chats):
+    text, reason = ask([_user("What is 3 plus 4?")])
+    assert reason == "length"
+    turns = [("user", "What is 3 plus 4?"), ("assistant", "7"), ("user", "And?"), ("assistant", "8")]
+    prompts = write_chats(turns, [("user", "Hi"), ("assistant", ""), ("user", "And?")], name="cut.jsonl")
+    cut, whole = answer(prompts=str(prompts))
+    assert cut["messages"] == [_user("What is 3 plus 4?"), {"role": "assistant", "content": text}]
+    assert cut["finish_reason"] == "length"
+    assert len(whole["messages"]) == 4  # the other conversation of the batch goes on
+
+
+def test_the_command_line_generates_in_bfloat16(tmp_path, target, write_chats, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    loaded, load_whole = [], answers.load_whole
+    monkeypatch.setattr(answers, "load_whole", lambda *args: loaded.append(load_whole(*args)) or loaded[-1])
+    prompts, out = write_chats([("user", "Hi")], [("user", "Why?")]), tmp_path / "deep/down/out.jsonl"
+    main(["--target", str(target), "--prompts", str(prompts), "--out", str(out), "--max-new-tokens", "5"])
+    assert [row["messages"][0]["content"] for row in _read(out)] == ["Hi", "Why?"]
+    assert [model.dtype for model in loaded] == [torch.bfloat16]
+
+
+# ---- sampling ----
+
+
+def test_sampled_answers_depend_on_the_seed_alone(answer):
+    greedy, first = answer(), answer(temperature=1.0, seed=1)
+    torch.rand(17)  # whatever else has drawn numbers
+    assert answer(temperature=1.0, seed=1) == first
+    assert answer(temperature=1.0, seed=2) != first
+    assert greedy != first
+
+
+def test_a_tiny_nucleus_or_temperature_is_greedy(answer):
+    assert answer(temperature=1.0, top_p=1e-6) == answer(temperature=1e-4) == answer()
+
+
+# ---- interruptions ----
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [b"", b'{"messages": [{"role": "us', '{"messages": [{"role": "user", "content": "Grüß'.encode()[:-1]],
+    ids=["no line", "half a line", "half a character"],
+)
+def test_an_interrupted_run_continues_where_it_stopped(interrupted, alone, arguments, torn):
+    with _part(interrupted).open("ab") as part:
+        part.write(torn)
+    assert _regenerate(alone, interrupted) == QUESTIONS[2:]
+
+    whole = arguments(out=interrupted.out + ".whole", batch_size=2)
+    regenerate(whole, alone)
+    assert Path(interrupted.out).read_bytes() == Path(whole.out).read_bytes()
+    assert not _part(interrupted).parent.exists()
+
+
+def test_a_run_that_is_interrupted_twice_continues_too(interrupted, alone, monkeypatch, ask):
+    """The line that the first interruption cut short must not swallow what the second run writes."""
+    with _part(interrupted).open("ab") as part:
+        part.write(b'{"messages": [{"ro')
+    with monkeypatch.context() as patch:
+        patch.setattr(answers.Parts, "merge", _die)
+        with pytest.raises(KeyboardInterrupt):
+            regenerate(interrupted, alone)
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "write_answers", _die)  # nothing is left to write
+        regenerate(interrupted, alone)
+    assert [row["messages"][1]["content"] for row in _read(interrupted.out)] == [ask([_user(q)])[0] for q in QUESTIONS]
+
+
+def _die(*args):
+    raise KeyboardInterrupt
+
+
+def test_left_over_parts_of_other_settings_are_refused(interrupted, arguments, alone):
+    before = _part(interrupted).read_bytes()
+    changes = [{"max_new_tokens": 5}, {"temperature": 0.5}, {"top_p": 0.9}, {"seed": 1}, {"dtype": "bfloat16"}]
+    changes += [{"template_args": {"enable_thinking": False}}, {"target": "elsewhere"}]
+    for change in changes:
+        with pytest.raises(ValueError, match=f"{_part(interrupted).parent} was left by a run with other prompts or"):
+            regenerate(arguments(batch_size=2, **change), alone)
+    assert _part(interrupted).read_bytes() == before
+    assert not Path(interrupted.out).exists()
+
+
+def test_left_over_parts_of_other_prompts_are_refused(interrupted, write_chats, alone):
+    # the same file, but for one letter
+    write_chats(*[[("user", question.replace("Why", "Who")), ("assistant", "an old answer")] for question in QUESTIONS])
+    with pytest.raises(ValueError, match="other prompts or settings"):
+        regenerate(interrupted, alone)
+
+
+def test_a_run_may_continue_with_another_batch_size(interrupted, arguments, alone, ask):
+    regenerate(arguments(batch_size=3), alone)
+    assert [row["messages"][1]["content"] for row in _read(interrupted.out)] == [ask([_user(q)])[0] for q in QUESTIONS]
+
+
+def test_finished_rows_are_read_once_to_continue_and_once_to_merge(interrupted, alone, monkeypatch):
+    # not once for each conversation: a run over 100,000 of them would spend hours on reading
+    reads, rows = [], answers.Parts.rows
+    monkeypatch.setattr(answers.Parts, "rows", lambda self: reads.append(self) or rows(self))
+    regenerate(interrupted, alone)
+    assert len(reads) == 2
+
+
+def test_unicode_line_separators_in_a_conversation_do_not_break_its_line(answer, write_chats):
+    # JSON leaves them as they are, and Python's str.splitlines() breaks lines there
+    texts = ["line\u2028separator", "paragraph\u2029separator", "next\u0085line", "plain"]
+    rows = answer(prompts=str(write_chats(*[[("user", text)] for text in texts], name="separators.jsonl")))
+    assert [row["messages"][0]["content"] for row in rows] == texts
+
+
+# ---- ranks ----
+
+
+def test_two_ranks_write_the_file_of_one(arguments, alone):
+    one, two = arguments(), arguments(out=arguments().out + ".two", batch_size=2)
+    regenerate(one, alone)
+    assert run_ranks(_regenerate, 2, two) == [QUESTIONS[0::2], QUESTIONS[1::2]]
+    assert Path(two.out).read_bytes() == Path(one.out).read_bytes()
+    assert not _part(two).parent.exists()
+
+
+def test_more_ranks_than_rows_are_no_trouble(arguments, write_chats, ask):
+    args = arguments(prompts=str(write_chats([("user", "Hi")], name="one.jsonl")))
+    assert run_ranks(_regenerate, 2, args) == [["Hi"], []]
+    assert [row["messages"][1]["content"] for row in _read(args.out)] == [ask([_user("Hi")])[0]]
+
+
+def test_an_interrupted_run_continues_on_another_number_of_ranks(interrupted, arguments, alone):
+    first, second = run_ranks(_regenerate, 2, interrupted)
+    assert sorted(first + second) == sorted(QUESTIONS[2:])
+    whole = arguments(out=interrupted.out + ".whole")
+    regenerate(whole, alone)
+    assert Path(interrupted.out).read_bytes() == Path(whole.out).read_bytes()
+
+
+def test_a_conversation_with_nothing_to_answer_is_refused(arguments, alone, write_chats):
+    args = arguments()
+    args.prompts = str(write_chats([("user", "Hi")], [("assistant", "I talk to myself")], name="monologue.jsonl"))
+    with pytest.raises(ValueError, match=r"monologue\.jsonl, conversation 2: there is nothing to answer"):
+        regenerate(args, alone)
