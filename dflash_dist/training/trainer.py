@@ -215,7 +215,7 @@ class Trainer:
                     watch.read(pending)
                     pending = None
                     self.save(result.step)
-                if stop:
+                if stop and result.step < self.total_steps:
                     watch.say(f"stopped after step {result.step}; start the same command again to continue")
                     break
             self.checkpoints.wait()
