@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -55,6 +56,9 @@ def main(argv: list[str]) -> None:
     heldout = FOLDER / "heldout.jsonl"
     regenerate(held_out, FOLDER / "heldout-prompts.jsonl", heldout)
 
+    if (FOLDER / "report.json").is_file():  # an earlier demo finished: this one trains again
+        (FOLDER / "report.json").unlink()
+        shutil.rmtree(FOLDER / "checkpoints")
     untrained = evaluate_untrained(heldout)
     torchrun("train", "--config", str(CONFIG))
     run("export", "--run", str(FOLDER), "--out", str(FOLDER / "export"))
@@ -133,7 +137,7 @@ def prompts() -> dict[str, list[str]]:
 def split(made: dict[str, list[str]]) -> tuple[list[str], list[str]]:
     """Training prompts and held-out ones, as many of each pattern."""
     each = HELD_OUT // len(made)
-    held_out = [prompt for pattern in made.values() for prompt in pattern[:each]]
+    held_out = [prompt for group in zip(*(pattern[:each] for pattern in made.values())) for prompt in group]
     training = [prompt for pattern in made.values() for prompt in pattern[each:]]
     random.Random(1).shuffle(training)
     return training, held_out
@@ -201,6 +205,7 @@ def keep_finished(answers: Path, out: Path) -> None:
 def evaluate_untrained(heldout: Path) -> dict[str, Any]:
     """The draft as training begins, on a few prompts: the least that any training must beat."""
     folder = FOLDER / "untrained"
+    shutil.rmtree(folder, ignore_errors=True)
     run("train", "--config", str(CONFIG), f"output_dir={folder}", "train.max_steps=0", "validate.every=0")
     run("export", "--run", str(folder), "--out", str(folder / "export"))
     return evaluate(folder / "export", heldout, folder / "evaluation.json", 48, "--limit", "3")
@@ -257,8 +262,8 @@ def draw(curves: list[dict[str, Any]], untrained: dict[str, Any], trained: dict[
     left.set(title="loss")
     middle.set(title="teacher-forced acceptance length")
     slots = range(1, len(trained["acceptance_by_slot"]) + 1)
-    right.bar([k - 0.2 for k in slots], untrained["acceptance_by_slot"], width=0.4, label="untrained")
-    right.bar([k + 0.2 for k in slots], trained["acceptance_by_slot"], width=0.4, label="trained")
+    right.bar([k - 0.2 for k in slots], untrained["acceptance_by_slot"], width=0.4, label="before training")
+    right.bar([k + 0.2 for k in slots], trained["acceptance_by_slot"], width=0.4, label="after")
     right.set(title="share of passes accepting slot k", xlabel="slot", ylim=(0, 1))
     right.legend()
     figure.tight_layout()
@@ -268,7 +273,7 @@ def draw(curves: list[dict[str, Any]], untrained: dict[str, Any], trained: dict[
 def say_goodbye(report: dict[str, Any]) -> None:
     equal = f"{report['equal_outputs']} of {report['prompts']}"
     print(f"""
-tau          {report["tau_untrained"]:.2f} untrained -> {report["tau"]:.2f} after {report["train_steps"]} steps: tokens\
+tau          {report["tau_untrained"]:.2f} before training -> {report["tau"]:.2f} after {report["train_steps"]} steps: tokens\
  a verification pass, on prompts that training never saw
 output       equal to the target's own on {equal} prompts
 tokens/s     {report["plain_tokens_per_s"]:.1f} plain -> {report["speculative_tokens_per_s"]:.1f} speculative\
