@@ -270,6 +270,12 @@ def _refuse_impossible(config: Config) -> None:
     for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         size = getattr(draft, name)
         require(size is None or size >= 1, f"draft.{name} must be at least 1, or null for the target's, found {size}")
+    require(draft.head_dim is None or draft.head_dim % 2 == 0, f"draft.head_dim must be even, found {draft.head_dim}")
+    require(
+        not (target.attention or "").startswith("flash_attention") or train.micro_batch_size == 1,
+        "target.attention: flash_attention keeps packed documents apart in a single row only: set"
+        " train.micro_batch_size to 1, or leave target.attention unset",
+    )
     require(data.seq_len > 2, f"data.seq_len must be above 2 tokens, found {data.seq_len}")
     require(data.val_conversations >= 0, f"data.val_conversations must not be negative, found {data.val_conversations}")
     require(data.max_bad_rows >= 0, f"data.max_bad_rows must not be negative, found {data.max_bad_rows}")

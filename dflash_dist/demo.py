@@ -273,8 +273,8 @@ def draw(curves: list[dict[str, Any]], untrained: dict[str, Any], trained: dict[
 def say_goodbye(report: dict[str, Any]) -> None:
     equal = f"{report['equal_outputs']} of {report['prompts']}"
     print(f"""
-tau          {report["tau_untrained"]:.2f} before training -> {report["tau"]:.2f} after {report["train_steps"]} steps: tokens\
- a verification pass, on prompts that training never saw
+tau          {report["tau_untrained"]:.2f} before training -> {report["tau"]:.2f} after {report["train_steps"]} steps:\
+ tokens a verification pass, on prompts that training never saw
 output       equal to the target's own on {equal} prompts
 tokens/s     {report["plain_tokens_per_s"]:.1f} plain -> {report["speculative_tokens_per_s"]:.1f} speculative\
  ({report["speed_up"]:.2f}x)

@@ -43,6 +43,13 @@ class World:
             dist.all_reduce(total)
         return total.tolist()
 
+    def agrees_on(self, number: float) -> bool:
+        """Whether all ranks brought the same number; every rank gets the same answer."""
+        bounds = torch.tensor([number, -number], dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+        return bool(bounds[0] == -bounds[1])
+
     def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a device tensor over the ranks, in place."""
         if self.size > 1:

@@ -33,8 +33,15 @@ class Document:
         return any(here and after for here, after in zip(self.loss_mask, self.loss_mask[1:]))
 
 
-def read_conversations(path: str | Path, max_bad_rows: int = 0) -> tuple[list[list[Message]], Counter[str]]:
+def read_conversations(
+    path: str | Path, max_bad_rows: int = 0, finished_only: bool = False
+) -> tuple[list[list[Message]], Counter[str]]:
     """Reads a JSONL file of `{"messages": [{"role": ..., "content": ...}, ...]}`.
+
+    Args:
+        max_bad_rows: malformed lines that are skipped before the file is refused.
+        finished_only: leave out rows that `regenerate` marked as cut by the length limit: the end that a template would
+            give them is not one the target wrote.
 
     Returns:
         The conversations, and how many lines were skipped, by cause.
@@ -45,26 +52,33 @@ def read_conversations(path: str | Path, max_bad_rows: int = 0) -> tuple[list[li
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"data file {path} does not exist")
-    conversations, skipped = [], Counter[str]()
+    conversations, skipped, bad = [], Counter[str](), 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                conversations.append(_parse(line))
+                messages, finished = _parse(line)
             except ValueError as error:
                 skipped[str(error).split(":")[0]] += 1
-                if skipped.total() > max_bad_rows:
+                bad += 1
+                if bad > max_bad_rows:
                     raise ValueError(
-                        f"{path}, line {number}: {error}. Mend the line, or raise data.max_bad_rows"
-                        f" (now {max_bad_rows}) to skip such lines"
+                        f"{path}, line {number}: {error}. Mend the line; in training, data.max_bad_rows"
+                        f" (now {max_bad_rows}) lets such lines be skipped"
                     ) from error
+                continue
+            if finished or not finished_only:
+                conversations.append(messages)
+            else:
+                skipped["answer cut by the length limit"] += 1
     if not conversations:
         raise ValueError(f"data file {path} holds no conversation: expected one {{'messages': [...]}} a line")
     return conversations, skipped
 
 
-def _parse(line: bytes) -> list[Message]:
+def _parse(line: bytes) -> tuple[list[Message], bool]:
+    """The messages of a line, and whether the last answer came to its end."""
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -83,7 +97,7 @@ def _parse(line: bytes) -> list[Message]:
             raise ValueError(f"no content: the content of a {message['role']} message must be text")
         if any("\ud800" <= character <= "\udfff" for character in message["content"]):
             raise ValueError("broken text: half of a surrogate pair, which no tokenizer accepts")
-    return messages
+    return messages, row.get("finish_reason") != "length"
 
 
 class ChatEncoder:

@@ -34,7 +34,7 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str = "bfloat16
     if step is not None and step not in folders:
         raise ValueError(f"{run} keeps no checkpoint of step {step}, only of {', '.join(map(str, folders))}")
     folder = folders[step if step is not None else max(folders)]
-    shape = DraftShape(**read_state(folder)["identity"]["draft"])
+    shape = DraftShape(**read_state(folder)["shape"])
     write_draft(out, shape, load_file(folder / "draft.safetensors"), dtype)
     print(f"exported {folder} to {out} ({dtype}); serve it with blocks of {shape.block_size} tokens:")
     print(f"  vLLM    num_speculative_tokens={shape.block_size - 1}")

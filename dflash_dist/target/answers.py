@@ -7,10 +7,13 @@ collective, an interrupted run continues where it stopped, also on another numbe
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,16 +52,13 @@ def regenerate(args: argparse.Namespace, world: World) -> None:
             this output.
     """
     conversations, _ = read_conversations(args.prompts)
+    out = Path(args.out)
     for number, messages in enumerate(conversations, 1):
         if all(message["role"] == "assistant" for message in messages):
             raise ValueError(f"{args.prompts}, conversation {number}: there is nothing to answer")
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     parts = Parts(out, _settings(args, conversations))
-    done = parts.rows()
-    todo = [row for row in range(len(conversations)) if row not in done]
-    mine = todo[world.rank :: world.size]
-    world.barrier()  # nobody writes before everybody knows what is done
+    done = range(len(conversations)) if out.is_file() else parts.rows()
+    mine = [row for row in range(world.rank, len(conversations), world.size) if row not in done]
     if mine:
         info = read_info(args.target)
         model = load_whole(info, getattr(torch, args.dtype), world.device)
@@ -78,10 +78,10 @@ def regenerate(args: argparse.Namespace, world: World) -> None:
                 print(
                     f"[rank {world.rank}] {written}/{len(mine)} rows, {rate:.2f} rows/s, {left:.0f} s left", flush=True
                 )
-    world.barrier()
-    if world.is_main:
-        parts.merge(len(conversations))
-        print(f"wrote {len(conversations)} rows to {out}")
+    elif out.is_file() and world.is_main:
+        print(f"{out} is finished already")
+    if parts.merge(len(conversations)):
+        print(f"[rank {world.rank}] wrote {len(conversations)} rows to {out}")
 
 
 def _settings(args: argparse.Namespace, conversations: list[list[Message]]) -> dict[str, Any]:
@@ -92,18 +92,24 @@ def _settings(args: argparse.Namespace, conversations: list[list[Message]]) -> d
 
 
 class Parts:
-    """The part files beside an output file: one a rank, whole lines only."""
+    """The part files of an output: one a rank, whole lines only.
+
+    The settings lie beside the output and stay there: they tell how it was written, and that it is finished.
+    """
 
     def __init__(self, out: Path, settings: dict[str, Any]):
         self.out, self.folder = out, out.with_name(out.name + ".parts")
-        described = self.folder / "settings.json"
+        described = out.with_name(out.name + ".settings.json")
+        if out.is_file() and not described.is_file():
+            raise ValueError(f"{out} exists and was not written by this command: choose another --out, or delete it")
         if described.is_file() and json.loads(described.read_text()) != settings:
             raise ValueError(
-                f"{self.folder} was left by a run with other prompts or settings: finish that run, or delete the folder"
+                f"{described} belongs to a run with other prompts or settings: choose another --out,"
+                f" or delete it with {out} and {self.folder}"
             )
+        self.folder.mkdir(parents=True, exist_ok=True)
         if not described.is_file():
-            self.folder.mkdir(exist_ok=True)
-            _write_whole(described, json.dumps(settings))
+            _write_whole(described, json.dumps(settings, indent=2))
 
     def rows(self) -> dict[int, dict[str, Any]]:
         """The finished rows, by number. A line that an interruption cut short counts as unwritten."""
@@ -123,19 +129,28 @@ class Parts:
             part.write("\n")  # closes a line that an interruption cut short
         return part
 
-    def merge(self, count: int) -> None:
-        """Writes the output in row order and removes the parts."""
-        rows = self.rows()
-        assert len(rows) == count, f"{count - len(rows)} rows are missing from {self.folder}"
-        lines = (json.dumps(rows[i], ensure_ascii=False) + "\n" for i in range(count))
-        _write_whole(self.out, "".join(lines))
-        for path in sorted(self.folder.iterdir()):  # the settings last: they guard what is left if this is cut short
-            path.unlink()
-        self.folder.rmdir()
+    def merge(self, count: int) -> bool:
+        """Writes the output in row order and removes the parts, if all rows are there and nobody else did.
+
+        No rank waits for another: whichever finishes last finds everything. The lock is the operating system's, so it
+        falls with its holder.
+        """
+        with (self.folder.parent / f"{self.folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            rows = self.rows()
+            if len(rows) == count and not self.out.is_file():
+                _write_whole(self.out, "".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in range(count)))
+                merged = True
+            else:
+                merged = False
+            if self.out.is_file():
+                shutil.rmtree(self.folder, ignore_errors=True)
+                Path(lock.name).unlink(missing_ok=True)
+        return merged
 
 
 def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # ranks on several hosts may write at once
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

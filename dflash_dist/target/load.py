@@ -153,7 +153,7 @@ def load_target(
     # Gathered once, here: calling a sharded submodule outside the root's forward breaks the root.
     embedding = embedding.full_tensor() if hasattr(embedding, "full_tensor") else embedding
     embedding = embedding.detach().to(dtype)
-    if info.text.tie_word_embeddings or getattr(info.config, "tie_word_embeddings", False):
+    if getattr(info.text, "tie_word_embeddings", False) or getattr(info.config, "tie_word_embeddings", False):
         head = embedding
     else:
         head = read_tensor(info, "lm_head.weight").to(world.device, dtype)

@@ -59,6 +59,8 @@ class Checkpoints:
             failure, self._failure = self._failure, None
             raise RuntimeError(f"the last checkpoint could not be written to {self.folder}: {failure}") from failure
 
+    close = wait
+
     def load(self, step: int, draft: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Restores draft and optimiser in place, on any number of ranks."""
         folder = step_folders(self.folder)[step]
@@ -76,11 +78,11 @@ class Checkpoints:
             (partial / "state.json").write_text(json.dumps(state, indent=2))
             for path in (*partial.iterdir(), partial):
                 _sync(path)
-            shutil.rmtree(final, ignore_errors=True)  # left by a run that was cut back to an earlier step
+            _remove(final)  # left by a run that was cut back to an earlier step
             partial.rename(final)
             _sync(self.folder)
             for old in list(step_folders(self.folder).values())[: -self.keep]:
-                shutil.rmtree(old)
+                _remove(old)
         except BaseException as error:  # a thread's exception would vanish: wait() raises it
             self._failure = error
 
@@ -111,6 +113,15 @@ def _host_copy(tree: Any) -> Any:
     if isinstance(tree, list):
         return [_host_copy(value) for value in tree]
     return copy.copy(tree)
+
+
+def _remove(folder: Path) -> None:
+    """Takes the name away first: a folder with a step's name is whole at every moment."""
+    if folder.exists():
+        gone = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
 
 def _sync(path: Path) -> None:

@@ -21,10 +21,11 @@ class MetricLog:
 
     def __init__(self, folder: Path, step: int, total_steps: int, config_text: str):
         self.path = folder / "metrics.jsonl"
+        if step == 0:  # left by a run that ended before its first checkpoint
+            self.path.unlink(missing_ok=True)
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         _cut_back(self.path, step)
         self._lines = self.path.open("a", encoding="utf-8")
-        if step == 0:  # left by a run that ended before its first checkpoint
-            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self._board.add_text("config", f"```yaml\n{config_text}\n```", step)
         self.progress = Progress(step, total_steps)

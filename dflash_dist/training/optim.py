@@ -18,6 +18,12 @@ def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     )
 
 
+def restore_hyperparameters(optimizer: torch.optim.AdamW, train: TrainConfig) -> None:
+    """The config's values, where a loaded state brought those of the run that saved it."""
+    for group in optimizer.param_groups:
+        group.update(betas=tuple(train.betas), weight_decay=train.weight_decay)
+
+
 def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:
     """The rate of step `step` (from 0): linear over the first `warmup` share, then a cosine down to `final_lr`."""
     warmup_steps = math.ceil(train.warmup * total_steps)

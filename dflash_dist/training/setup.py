@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,11 @@ def check_target(config: Config) -> TargetInfo:
 def make_rows(config: Config, info: TargetInfo, world: World) -> tuple[PackedRows, PackedRows | None]:
     """Training rows, and held-out rows where the config holds any out."""
     data = config.data
-    conversations, skipped = read_conversations(data.path, data.max_bad_rows)
+    conversations, skipped = read_conversations(data.path, data.max_bad_rows, finished_only=True)
     held_out: list[list[Message]] = []
+    held_out_skipped = Counter[str]()
     if data.val_path:
-        held_out, _ = read_conversations(data.val_path, data.max_bad_rows)
+        held_out, held_out_skipped = read_conversations(data.val_path, data.max_bad_rows, finished_only=True)
     elif data.val_conversations:
         if data.val_conversations >= len(conversations):
             raise ValueError(
@@ -81,8 +83,11 @@ def make_rows(config: Config, info: TargetInfo, world: World) -> tuple[PackedRow
     encoder = ChatEncoder(info.tokenizer, info.stop_ids, data.template_args)
     pad_id = info.tokenizer.pad_token_id if info.tokenizer.pad_token_id is not None else info.stop_ids[0]
 
-    def pack(part: list, name: str) -> PackedRows:
-        documents, causes = encode_all(encoder, part, data.seq_len)
+    def pack(name: str, part: list[list[Message]], skipped: Counter[str], path: str) -> PackedRows:
+        try:
+            documents, causes = encode_all(encoder, part, data.seq_len)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         rows = PackedRows(documents, data.seq_len, pad_id)
         if world.is_main:
             supervised = rows.loss_mask.mean()
@@ -90,11 +95,12 @@ def make_rows(config: Config, info: TargetInfo, world: World) -> tuple[PackedRow
                 f"{name}: {len(part)} conversations -> {len(documents)} documents, {len(rows.input_ids):,} tokens"
                 f" ({supervised:.0%} supervised) -> {len(rows)} rows of {data.seq_len}, {rows.filled:.1%} filled"
             )
-            for cause, count in (causes + skipped if name == "train" else causes).items():
+            for cause, count in (causes + skipped).items():
                 print(f"{name}: {count} x {cause}")
         return rows
 
-    return pack(conversations, "train"), pack(held_out, "held out") if held_out else None
+    rows = pack("train", conversations, skipped, data.path)
+    return rows, pack("held out", held_out, held_out_skipped, data.val_path or data.path) if held_out else None
 
 
 def draft_shape(config: Config, info: TargetInfo) -> DraftShape:
@@ -102,8 +108,11 @@ def draft_shape(config: Config, info: TargetInfo) -> DraftShape:
     at the target's base frequency, so that none of the target's rotary scaling belongs into its config."""
     draft, text = config.draft, info.text
     assert draft.mask_token_id is not None
+    missing = [name for name in ("rms_norm_eps", "intermediate_size", "num_key_value_heads") if not hasattr(text, name)]
+    if missing:
+        raise ValueError(f"{info.path} is no Llama-like decoder: its config has no {', '.join(missing)}")
     heads = draft.num_attention_heads or text.num_attention_heads
-    return DraftShape(
+    shape = DraftShape(
         hidden_size=text.hidden_size,
         num_layers=draft.num_layers,
         num_attention_heads=heads,
@@ -119,6 +128,16 @@ def draft_shape(config: Config, info: TargetInfo) -> DraftShape:
         vocab_size=text.vocab_size,
         max_position_embeddings=text.max_position_embeddings,
     )
+    if heads % shape.num_key_value_heads:
+        raise ValueError(
+            f"draft.num_attention_heads {heads} must be a multiple of draft.num_key_value_heads"
+            f" {shape.num_key_value_heads}"
+        )
+    if config.data.seq_len > shape.max_position_embeddings:
+        raise ValueError(
+            f"data.seq_len {config.data.seq_len} is above the {shape.max_position_embeddings} positions of {info.path}"
+        )
+    return shape
 
 
 def _rope_theta(text: Any) -> float:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ from dflash_dist.ranks import World, join_world
 from dflash_dist.target.load import load_target
 from dflash_dist.training import setup
 from dflash_dist.training.checkpoint import Checkpoints, read_state, refuse_changed, step_folders
-from dflash_dist.training.optim import apply_update, learning_rate, make_optimizer
+from dflash_dist.training.optim import apply_update, learning_rate, make_optimizer, restore_hyperparameters
 from dflash_dist.training.watch import StepResult, Watch, due
 
 
@@ -80,6 +81,7 @@ class Trainer:
         epochs_steps = math.ceil(train.epochs * len(self.rows) / train.global_batch_size)
         self.total_steps = train.max_steps if train.max_steps is not None else epochs_steps
 
+        self.draft = setup.make_draft(config, info).to(world.device)
         self.compute_dtype = getattr(torch, train.precision)
         target = config.target
         loaded = load_target(
@@ -92,14 +94,14 @@ class Trainer:
             target.attention,
         )
         self.target = loaded.model
-        self.embedding, self.head = loaded.embedding.to(self.compute_dtype), loaded.head.to(self.compute_dtype)
-        self.draft = setup.make_draft(config, info).to(world.device)
+        self.embedding = loaded.embedding.to(self.compute_dtype)
+        self.head = self.embedding if loaded.head is loaded.embedding else loaded.head.to(self.compute_dtype)
         self.optimizer = make_optimizer(self.draft, train)
         # One rank has nobody to average with: nothing is wrapped.
         self.ddp = DistributedDataParallel(self.draft, gradient_as_bucket_view=True) if world.size > 1 else self.draft
         # What a resumed run must share with the one it continues.
         self.identity = {
-            "draft": dataclasses.asdict(self.draft.shape),
+            **{f"draft.{name}": value for name, value in dataclasses.asdict(self.draft.shape).items()},
             "train.seed": train.seed,
             "train.global_batch_size": train.global_batch_size,
             "data.seq_len": config.data.seq_len,
@@ -111,11 +113,13 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ one step
 
-    def train_step(self, step: int) -> tuple[StepResult, bool]:
-        """Step `step` (from 0). Returns what it showed and whether any rank was asked to stop."""
+    def train_step(self, step: int) -> StepResult | None:
+        """Step `step` (from 0). Does nothing and returns None where any rank was asked to stop."""
         micro_batches = self.sample(step)
         weight = sum(micro.weight for micro in micro_batches)
         total_weight, stops = self.world.sum_numbers(weight, self.stop_requested)
+        if stops:
+            return None
         statistics = []
         for micro in micro_batches:
             with self.gradients_stay_local(unless=micro is micro_batches[-1]):
@@ -125,7 +129,7 @@ class Trainer:
             statistics.append(shown)
         lr = learning_rate(step, self.total_steps, self.config.train)
         grad_norm = apply_update(self.optimizer, lr, self.config.train.clip_norm)
-        return StepResult(step + 1, torch.stack(statistics).sum(0), grad_norm, lr), stops > 0
+        return StepResult(step + 1, torch.stack(statistics).sum(0), grad_norm, lr)
 
     def sample(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""
@@ -199,26 +203,28 @@ class Trainer:
         begin = self.resume()
         config_text = setup.describe_run(self.config) if self.world.is_main else ""
         watch = Watch(self.config, self.world, begin, self.total_steps, config_text)
-        with contextlib.closing(watch), self.signals():
+        # However the run ends, a checkpoint that is being written gets finished, or its failure reported.
+        with contextlib.closing(watch), contextlib.closing(self.checkpoints), self.signals():
             if begin == 0:
                 self.validate_if_due(0, watch)
                 if self.total_steps == 0:
                     self.save(0)
-            pending = None
+            unread, saved = None, begin
             for step in range(begin, self.total_steps):
-                result, stop = self.train_step(step)
-                if pending is not None:
-                    watch.read(pending)
-                pending = result
-                self.validate_if_due(result.step, watch)
-                if stop or due(result.step, self.config.checkpoint.every, self.total_steps):
-                    watch.read(pending)
-                    pending = None
-                    self.save(result.step)
-                if stop and result.step < self.total_steps:
-                    watch.say(f"stopped after step {result.step}; start the same command again to continue")
+                result = self.train_step(step)
+                if unread is not None:
+                    watch.read(unread)
+                unread = result
+                if result is None:
+                    if step > saved:
+                        self.save(step)
+                    watch.say(f"stopped after step {step}; start the same command again to continue")
                     break
-            self.checkpoints.wait()
+                self.validate_if_due(result.step, watch)
+                if due(result.step, self.config.checkpoint.every, self.total_steps):
+                    watch.read(result)
+                    unread = None
+                    self.save(saved := result.step)
         self.world.barrier()
 
     def validate_if_due(self, step: int, watch: Watch) -> None:
@@ -228,36 +234,34 @@ class Trainer:
 
     def save(self, step: int) -> None:
         if self.world.is_main:
-            state = {
-                "identity": self.identity,
-                "target": self.config.target.path,
-                "template_args": self.config.data.template_args,
-            }
+            state = {"identity": self.identity, "shape": dataclasses.asdict(self.draft.shape)}
             self.checkpoints.save(step, self.draft, self.optimizer, state)
 
     def resume(self) -> int:
         """Loads the newest checkpoint, if any; returns the steps it has done."""
         folders = step_folders(self.checkpoints.folder)
         step = max(folders, default=0)
-        (steps,) = self.world.sum_numbers(step)
-        if steps != step * self.world.size:
+        if not self.world.agrees_on(step if folders else -1):
             raise ValueError(f"the ranks see different checkpoints in {self.folder}: put output_dir on a shared disk")
         if not folders:
             return 0
         refuse_changed(read_state(folders[step])["identity"], self.identity, folders[step])
         self.checkpoints.load(step, self.draft, self.optimizer)
+        restore_hyperparameters(self.optimizer, self.config.train)
         if self.world.is_main:
             print(f"resuming from {folders[step]}")
         return step
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """While running, SIGTERM and SIGINT ask for a checkpoint and a clean end after the current step."""
+        """While running, SIGTERM and SIGINT ask for a checkpoint and a clean end after the current step; a second one
+        acts as it would elsewhere."""
 
-        def ask(*_) -> None:
+        def ask(number: int, _frame: object) -> None:
             self.stop_requested = True
+            signal.signal(number, before[number])
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        before: dict[int, Any] = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:

@@ -23,7 +23,7 @@ def _save_run(run, steps: list[int], state: dict | None = None) -> dict[int, dic
         torch.manual_seed(step)
         draft = DFlashDraftModel(SHAPE)
         optimizer = torch.optim.AdamW(draft.parameters(), fused=True)
-        checkpoints.save(step, draft, optimizer, state or {"identity": {"draft": asdict(SHAPE)}})
+        checkpoints.save(step, draft, optimizer, state or {"shape": asdict(SHAPE)})
         drafts[step] = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
     checkpoints.wait()
     return drafts
@@ -107,7 +107,7 @@ def test_an_unknown_step_is_refused_with_the_kept_ones(tmp_path):
 
 
 def test_tensors_that_do_not_fit_the_runs_shape_are_refused(tmp_path):
-    _save_run(tmp_path / "run", [4], {"identity": {"draft": {**asdict(SHAPE), "num_layers": 2}}})
+    _save_run(tmp_path / "run", [4], {"shape": {**asdict(SHAPE), "num_layers": 2}})
     with pytest.raises(ValueError, match=r"layers\.1\.input_layernorm\.weight is missing"):
         main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
     assert not (tmp_path / "draft").exists()

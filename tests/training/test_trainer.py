@@ -27,12 +27,12 @@ def losses(config: Config) -> dict[int, float]:
 
 
 def run(world: World, config: Config, stop_after: int | None = None) -> None:
-    """A whole run; the last rank gets a Ctrl-C while step `stop_after` is under way."""
+    """A whole run; the last rank gets a Ctrl-C as step `stop_after` begins."""
     trainer = Trainer(config, world)
     sample = trainer.sample
 
     def sample_and_ask(step: int):
-        if step + 1 == stop_after and world.rank == world.size - 1:
+        if step == stop_after and world.rank == world.size - 1:
             signal.raise_signal(signal.SIGINT)
         return sample(step)
 
@@ -58,9 +58,10 @@ def first_step(world: World, config: Config, unsupervised: list[int] | None = No
 
     module.apply_update, original = keep, module.apply_update
     try:
-        result, _ = trainer.train_step(0)
+        result = trainer.train_step(0)
     finally:
         module.apply_update = original
+    assert result is not None
     loss_sum, weight_sum = world.sum_tensor(result.statistics)[:2].tolist()
     return loss_sum / weight_sum, gradients
 
@@ -88,8 +89,8 @@ def test_a_step_without_any_anchor_is_no_division_by_zero(debug_config) -> None:
     trainer = Trainer(loss_sum_only, ALONE)
     trainer.rows.loss_mask[:] = False
     before = [p.clone() for p in trainer.draft.parameters()]
-    result, _ = trainer.train_step(0)
-    assert result.grad_norm == 0 and not result.statistics.isnan().any()
+    result = trainer.train_step(0)
+    assert result is not None and result.grad_norm == 0 and not result.statistics.isnan().any()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.draft.parameters()))
 
 
@@ -154,10 +155,10 @@ def validate(world: World, config: Config) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("draft.block_size=16", "'block_size': 8"),
-        ("draft.mask_token_id=10", "'mask_token_id': 3"),
-        ("target.layer_ids=[1,2,3]", r"'target_layer_ids': \[1, 2, 4\]"),
-        ("draft.num_layers=1", "'num_layers': 2"),
+        ("draft.block_size=16", "draft.block_size: 8 -> 16"),
+        ("draft.mask_token_id=10", "draft.mask_token_id: 3 -> 10"),
+        ("target.layer_ids=[1,2,3]", r"draft.target_layer_ids: \[1, 2, 4\] -> \[1, 2, 3\]"),
+        ("draft.num_layers=1", "draft.num_layers: 2 -> 1"),
         ("train.seed=1", "train.seed: 0 -> 1"),
         ("train.global_batch_size=8", "train.global_batch_size: 4 -> 8"),
         ("data.seq_len=128", "data.seq_len: 256 -> 128"),
@@ -168,6 +169,30 @@ def test_a_changed_run_is_not_resumed(debug_config, change: str, message: str) -
     run(ALONE, debug_config("train.max_steps=1", "validate.every=0"))
     with pytest.raises(ValueError, match=f"cannot be resumed. Changed: .*{message}"):
         run(ALONE, debug_config("train.max_steps=2", "validate.every=0", change))
+
+
+def test_a_resumed_run_uses_the_hyperparameters_of_its_config(debug_config) -> None:
+    run(ALONE, debug_config("train.max_steps=1", "validate.every=0"))
+    trainer = Trainer(debug_config("train.max_steps=2", "train.weight_decay=0.1", "train.betas=[0.8,0.9]"), ALONE)
+    assert trainer.resume() == 1
+    (group,) = trainer.optimizer.param_groups
+    assert group["weight_decay"] == 0.1 and group["betas"] == (0.8, 0.9)
+
+
+def test_ranks_that_see_different_checkpoints_are_refused_together(debug_config, tmp_path: Path) -> None:
+    config = debug_config("train.max_steps=1", "validate.every=0")
+    run(ALONE, config)
+    for message in run_ranks(resume_from_own_disk, 2, config, str(tmp_path / "empty")):
+        assert "put output_dir on a shared disk" in message
+
+
+def resume_from_own_disk(world: World, config: Config, empty: str) -> str:
+    trainer = Trainer(config, world)
+    if world.rank == 1:
+        trainer.checkpoints.folder = Path(empty)
+    with pytest.raises(ValueError, match="different checkpoints") as refusal:
+        trainer.resume()
+    return str(refusal.value)
 
 
 def test_a_finished_run_started_again_does_nothing(debug_config) -> None:
@@ -229,9 +254,12 @@ def test_a_world_that_the_batch_does_not_divide_by_is_refused(debug_config) -> N
         ("target.path=no/such/folder", "target model folder no/such/folder does not exist"),
         ("data.path=no-such.jsonl", "data file no-such.jsonl does not exist"),
         ("data.val_conversations=256", "leaves nothing to train on"),
+        ("draft.num_key_value_heads=3", "4 must be a multiple of draft.num_key_value_heads 3"),
+        ("data.seq_len=4096", "above the 2048 positions"),
+        ("draft.intermediate_size=32 draft.init=target", "needs the target's shapes"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_model_loads(debug_config, monkeypatch, override, message) -> None:
     monkeypatch.setattr(module, "load_target", lambda *args: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):
-        Trainer(debug_config(override), ALONE)
+        Trainer(debug_config(*override.split()), ALONE)
