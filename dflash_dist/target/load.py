@@ -144,9 +144,9 @@ def load_target(
         options["attn_implementation"] = attention
     if world.size > 1:
         options["distributed_config"] = _sharding(world.size // replicas, replicas)
+    else:
+        options["device_map"] = world.device  # tensor by tensor: never the whole model in host memory
     model = _from_pretrained(AutoModel, info, **options)
-    if world.size == 1:
-        model = model.to(world.device)
     model.requires_grad_(False)
 
     embedding = model.get_input_embeddings().weight
@@ -162,8 +162,8 @@ def load_target(
 
 def load_whole(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> Any:
     """The complete causal language model, unsharded, for generating text."""
-    model = _from_pretrained(AutoModelForCausalLM, info, dtype=dtype)
-    return model.to(device).eval().requires_grad_(False)
+    model = _from_pretrained(AutoModelForCausalLM, info, dtype=dtype, device_map=device)
+    return model.eval().requires_grad_(False)
 
 
 def _from_pretrained(auto_class: Any, info: TargetInfo, **options: Any) -> Any:

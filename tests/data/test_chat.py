@@ -174,6 +174,14 @@ def test_half_a_surrogate_pair_is_refused_with_file_and_line(tmp_path):
     assert str(refusal.value).startswith(f"{path}, line 2: ")
 
 
+def test_answers_cut_by_the_length_limit_are_left_out_on_request_and_are_no_bad_rows(tmp_path):
+    cut = GOOD[:-1] + ', "finish_reason": "length"}'
+    path = write_lines(tmp_path, GOOD, cut, GOOD[:-1] + ', "finish_reason": "stop"}')
+    conversations, skipped = read_conversations(path, finished_only=True)
+    assert len(conversations) == 2 and skipped == {"answer cut by the length limit": 1}
+    assert len(read_conversations(path)[0]) == 3
+
+
 def test_as_many_bad_rows_as_allowed_are_skipped_and_counted(tmp_path):
     path = write_lines(tmp_path, "{", GOOD, '{"messages": [{"role": "human", "content": "x"}]}', "}", GOOD)
     conversations, skipped = read_conversations(path, max_bad_rows=3)

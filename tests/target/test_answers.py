@@ -78,6 +78,8 @@ def answer(arguments, alone):
 
     def run(**changes) -> list[dict]:
         args = arguments(**changes)
+        for path in Path(args.out).parent.glob(f"{Path(args.out).name}*"):
+            path.unlink()  # each time from the start
         regenerate(args, alone)
         return _read(args.out)
 
@@ -141,7 +143,8 @@ def test_every_row_is_answered_in_order_and_keeps_its_question(answer, tmp_path)
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         assert row["messages"][0]["content"] == question
         assert row["messages"][1]["content"] != "an old answer"
-    assert {path.name for path in tmp_path.iterdir()} == {"answers.jsonl", "chats.jsonl"}  # the parts are gone
+    # The parts are gone; the settings stay and tell how the answers were written.
+    assert {path.name for path in tmp_path.iterdir()} == {"answers.jsonl", "answers.jsonl.settings.json", "chats.jsonl"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -262,7 +265,7 @@ def test_left_over_parts_of_other_settings_are_refused(interrupted, arguments, a
     changes = [{"max_new_tokens": 5}, {"temperature": 0.5}, {"top_p": 0.9}, {"seed": 1}, {"dtype": "bfloat16"}]
     changes += [{"template_args": {"enable_thinking": False}}, {"target": "elsewhere"}]
     for change in changes:
-        with pytest.raises(ValueError, match=f"{_part(interrupted).parent} was left by a run with other prompts or"):
+        with pytest.raises(ValueError, match=f"{interrupted.out}.settings.json belongs to a run with other"):
             regenerate(arguments(batch_size=2, **change), alone)
     assert _part(interrupted).read_bytes() == before
     assert not Path(interrupted.out).exists()
@@ -293,6 +296,21 @@ def test_unicode_line_separators_in_a_conversation_do_not_break_its_line(answer,
     texts = ["line\u2028separator", "paragraph\u2029separator", "next\u0085line", "plain"]
     rows = answer(prompts=str(write_chats(*[[("user", text)] for text in texts], name="separators.jsonl")))
     assert [row["messages"][0]["content"] for row in rows] == texts
+
+
+def test_a_finished_run_started_again_writes_nothing(answer, arguments, alone, monkeypatch, capsys):
+    rows = answer()
+    monkeypatch.setattr(answers, "load_whole", _die)
+    regenerate(arguments(), alone)
+    assert "is finished already" in capsys.readouterr().out
+    assert _read(arguments().out) == rows
+
+
+def test_a_file_that_this_command_did_not_write_is_not_taken_for_its_output(arguments, alone):
+    Path(arguments().out).write_text("precious\n")
+    with pytest.raises(ValueError, match="was not written by this command"):
+        regenerate(arguments(), alone)
+    assert Path(arguments().out).read_text() == "precious\n"
 
 
 # ---- ranks ----
