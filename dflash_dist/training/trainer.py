@@ -129,7 +129,7 @@ class Trainer:
             statistics.append(shown)
         lr = learning_rate(step, self.total_steps, self.config.train)
         grad_norm = apply_update(self.optimizer, lr, self.config.train.clip_norm)
-        return StepResult(step + 1, torch.stack(statistics).sum(0), grad_norm, lr)
+        return StepResult(step + 1, torch.stack(statistics).sum(0), grad_norm, lr, time.perf_counter())
 
     def sample(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""
@@ -205,10 +205,10 @@ class Trainer:
         watch = Watch(self.config, self.world, begin, self.total_steps, config_text)
         # However the run ends, a checkpoint that is being written gets finished, or its failure reported.
         with contextlib.closing(watch), contextlib.closing(self.checkpoints), self.signals():
-            if begin == 0:
-                self.validate_if_due(0, watch)
-                if self.total_steps == 0:
-                    self.save(0)
+            if begin == 0 and self.config.validate.every:
+                self.validate_and_show(0, watch)
+            if self.total_steps == 0:
+                self.save(0)
             unread, saved = None, begin
             for step in range(begin, self.total_steps):
                 result = self.train_step(step)
@@ -220,17 +220,20 @@ class Trainer:
                         self.save(step)
                     watch.say(f"stopped after step {step}; start the same command again to continue")
                     break
-                self.validate_if_due(result.step, watch)
-                if due(result.step, self.config.checkpoint.every, self.total_steps):
+                to_validate = due(result.step, self.config.validate.every, self.total_steps)
+                to_save = due(result.step, self.config.checkpoint.every, self.total_steps)
+                if to_validate or to_save:
                     watch.read(result)
                     unread = None
+                if to_validate:
+                    self.validate_and_show(result.step, watch)
+                if to_save:
                     self.save(saved := result.step)
         self.world.barrier()
 
-    def validate_if_due(self, step: int, watch: Watch) -> None:
-        if due(step, self.config.validate.every, self.total_steps):
-            begun = time.perf_counter()
-            watch.validated(step, self.validate(), time.perf_counter() - begun)
+    def validate_and_show(self, step: int, watch: Watch) -> None:
+        begun = time.perf_counter()
+        watch.validated(step, self.validate(), time.perf_counter() - begun)
 
     def save(self, step: int) -> None:
         if self.world.is_main:

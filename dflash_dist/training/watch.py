@@ -23,6 +23,7 @@ class StepResult:
     statistics: torch.Tensor  # this rank's, see `Statistics`
     grad_norm: torch.Tensor
     lr: float
+    at: float  # when the host had issued it [s of time.perf_counter]; read late, it still tells the step's own time
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -55,9 +56,8 @@ class Watch:
         shown = Statistics.read(self.world.sum_tensor(result.statistics))
         if self.log is None:
             return
-        now = time.perf_counter()
-        seconds = (now - self.clock) / (result.step - self.clock_step)
-        self.clock, self.clock_step = now, result.step
+        seconds = (result.at - self.clock) / (result.step - self.clock_step)
+        self.clock, self.clock_step = result.at, result.step
         tokens_per_s = self.config.train.global_batch_size * self.config.data.seq_len / seconds
         values = {
             "train/loss": shown.loss,
@@ -73,7 +73,7 @@ class Watch:
         self.log.progress.show(result.step, shown.loss, shown.tau, tokens_per_s)
 
     def validated(self, step: int, shown: Statistics, seconds: float) -> None:
-        """Logs a validation that took `seconds`, which do not count as training."""
+        """Logs a validation that took `seconds`, which do not count as training. The step before it has been read."""
         self.clock += seconds
         if self.log is not None:
             slots = {f"val/accuracy_slot_{k:02d}": accuracy for k, accuracy in enumerate(shown.slot_accuracy, 1)}

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dflash_dist.draft.objective import Statistics
+from dflash_dist.training.watch import StepResult, Watch, due
+
+
+def result(step: int, at: float, norm: float = 1.0) -> StepResult:
+    statistics = torch.tensor([6.0, 3.0, 5.0, 2.0, *[1.0] * 7, *[2.0] * 7], dtype=torch.float64)
+    return StepResult(step, statistics, torch.tensor(norm), 1e-3, at)
+
+
+@pytest.fixture
+def watch(debug_config, alone):
+    config = debug_config("log.every=2")
+    Path(config.output_dir).mkdir()
+    watch = Watch(config, alone, 0, 8, "")
+    watch.clock = 100.0
+    yield watch
+    watch.close()
+
+
+def lines(watch: Watch) -> list[dict]:
+    return [json.loads(line) for line in (Path(watch.config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_steps_time_is_its_own_however_late_it_is_read_and_without_validation(watch) -> None:
+    watch.read(result(2, at=110.0))
+    watch.validated(2, Statistics.read(result(2, 0.0).statistics), seconds=50.0)
+    watch.read(result(4, at=166.0))
+    times = [row["perf/step_s"] for row in lines(watch) if "perf/step_s" in row]
+    assert times == [5.0, 3.0]
+    tokens = 4 * 256  # rows a step, tokens a row
+    assert lines(watch)[0]["perf/tokens_per_s"] == tokens / 5.0
+
+
+def test_only_the_steps_to_log_are_logged_and_their_sums_are_divided_once(watch) -> None:
+    for step in range(1, 5):
+        watch.read(result(step, at=100.0 + step))
+    assert [row["step"] for row in lines(watch)] == [2, 4]
+    first = lines(watch)[0]
+    assert (first["train/loss"], first["train/tau"], first["train/accuracy"]) == (2.0, 2.5, 0.5)
+    assert first["optim/lr"] == 1e-3 and first["perf/peak_memory_mib"] > 0
+
+
+def test_a_step_that_is_not_logged_is_checked_all_the_same(watch) -> None:
+    with pytest.raises(FloatingPointError, match="step 3: the gradient norm is inf"):
+        watch.read(result(3, at=101.0, norm=float("inf")))
+
+
+def test_what_is_due() -> None:
+    assert [step for step in range(1, 8) if due(step, 3, 7)] == [3, 6, 7]
+    assert not any(due(step, 0, 7) for step in range(8))
