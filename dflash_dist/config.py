@@ -123,6 +123,11 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     @property
+    def mask_token_id(self) -> int:
+        assert self.draft.mask_token_id is not None, "load_config refuses a missing mask token"
+        return self.draft.mask_token_id
+
+    @property
     def gamma(self) -> float:
         """The decay in force: the stated one, or the published one for this block size."""
         return self.loss.gamma if self.loss.gamma is not None else PUBLISHED_GAMMA[self.draft.block_size]

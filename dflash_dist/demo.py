@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
 
     if (FOLDER / "report.json").is_file():  # an earlier demo finished: this one trains again
         (FOLDER / "report.json").unlink()
-        shutil.rmtree(FOLDER / "checkpoints")
+        shutil.rmtree(FOLDER / "checkpoints", ignore_errors=True)
     untrained = evaluate_untrained(heldout)
     torchrun("train", "--config", str(CONFIG))
     run("export", "--run", str(FOLDER), "--out", str(FOLDER / "export"))

@@ -117,6 +117,12 @@ class ChatEncoder:
         self.template_args = template_args or {}
         self.template_marks_answers = bool(re.search(r"{%[-+]?\s*generation\b", tokenizer.get_chat_template()))
 
+    @property
+    def pad_id(self) -> int:
+        """The token that fills what is left empty; nothing ever looks at it."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else min(self.stop_ids)
+
     def encode(self, messages: list[Message]) -> list[Document]:
         """One document for the conversation, or one for each assistant turn where the rendering of a turn changes
         once others follow it (Qwen3 strips thinking from the history). Empty without an assistant turn; one that opens

@@ -124,8 +124,9 @@ class Parts:
         return done
 
     def append(self, rank: int) -> Any:
-        part = (self.folder / f"rank-{rank:05d}.jsonl").open("a+", encoding="utf-8")
-        if part.tell() and not (self.folder / f"rank-{rank:05d}.jsonl").read_bytes().endswith(b"\n"):
+        path = self.folder / f"rank-{rank:05d}.jsonl"
+        part = path.open("a+", encoding="utf-8")
+        if part.tell() and not path.read_bytes().endswith(b"\n"):
             part.write("\n")  # closes a line that an interruption cut short
         return part
 
@@ -138,11 +139,9 @@ class Parts:
         with (self.folder.parent / f"{self.folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             rows = self.rows()
-            if len(rows) == count and not self.out.is_file():
+            merged = len(rows) == count and not self.out.is_file()
+            if merged:
                 _write_whole(self.out, "".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in range(count)))
-                merged = True
-            else:
-                merged = False
             if self.out.is_file():
                 shutil.rmtree(self.folder, ignore_errors=True)
                 Path(lock.name).unlink(missing_ok=True)
@@ -192,9 +191,10 @@ def _generate(
     model: Any, encoder: ChatEncoder, prompts: list[list[int]], args: argparse.Namespace
 ) -> Iterator[tuple[str, bool]]:
     width = max(map(len, prompts))
-    pad = encoder.tokenizer.pad_token_id if encoder.tokenizer.pad_token_id is not None else min(encoder.stop_ids)
     padding = [width - len(prompt) for prompt in prompts]
-    input_ids = torch.tensor([[pad] * n + prompt for n, prompt in zip(padding, prompts)], device=model.device)
+    input_ids = torch.tensor(
+        [[encoder.pad_id] * n + prompt for n, prompt in zip(padding, prompts)], device=model.device
+    )
     attention_mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=model.device)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     output = model.generate(
@@ -202,7 +202,7 @@ def _generate(
         attention_mask=attention_mask,
         max_new_tokens=args.max_new_tokens,
         eos_token_id=sorted(encoder.stop_ids),
-        pad_token_id=pad,
+        pad_token_id=encoder.pad_id,
         repetition_penalty=1.0,  # a generation config may set another: the draft is to foretell the plain model
         **(sampling if args.temperature > 0 else {"do_sample": False}),
     )

@@ -59,8 +59,7 @@ def check_target(config: Config) -> TargetInfo:
     """Reads what is known of the target without its weights, and refuses a config that does not fit it."""
     info = read_info(config.target.path, config.target.revision)
     check_capture(info, config.target.layer_ids)
-    assert config.draft.mask_token_id is not None, "load_config refuses a missing mask token"
-    check_mask_token(info, config.draft.mask_token_id)
+    check_mask_token(info, config.mask_token_id)
     return info
 
 
@@ -81,14 +80,13 @@ def make_rows(config: Config, info: TargetInfo, world: World) -> tuple[PackedRow
         conversations, held_out = conversations[: -data.val_conversations], conversations[-data.val_conversations :]
 
     encoder = ChatEncoder(info.tokenizer, info.stop_ids, data.template_args)
-    pad_id = info.tokenizer.pad_token_id if info.tokenizer.pad_token_id is not None else info.stop_ids[0]
 
     def pack(name: str, part: list[list[Message]], skipped: Counter[str], path: str) -> PackedRows:
         try:
             documents, causes = encode_all(encoder, part, data.seq_len)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        rows = PackedRows(documents, data.seq_len, pad_id)
+        rows = PackedRows(documents, data.seq_len, encoder.pad_id)
         if world.is_main:
             supervised = rows.loss_mask.mean()
             print(
@@ -107,7 +105,6 @@ def draft_shape(config: Config, info: TargetInfo) -> DraftShape:
     """The draft's shape: as stated, and otherwise as the target's. The draft always trains with plain rotary positions
     at the target's base frequency, so that none of the target's rotary scaling belongs into its config."""
     draft, text = config.draft, info.text
-    assert draft.mask_token_id is not None
     missing = [name for name in ("rms_norm_eps", "intermediate_size", "num_key_value_heads") if not hasattr(text, name)]
     if missing:
         raise ValueError(f"{info.path} is no Llama-like decoder: its config has no {', '.join(missing)}")
@@ -122,7 +119,7 @@ def draft_shape(config: Config, info: TargetInfo) -> DraftShape:
         rms_norm_eps=text.rms_norm_eps,
         rope_theta=_rope_theta(text),
         block_size=draft.block_size,
-        mask_token_id=draft.mask_token_id,
+        mask_token_id=config.mask_token_id,
         target_layer_ids=list(config.target.layer_ids),
         num_target_layers=text.num_hidden_layers,
         vocab_size=text.vocab_size,

@@ -145,7 +145,6 @@ class Trainer:
         size = self.config.train.micro_batch_size
         for part in (numbered[i : i + size] for i in range(0, len(numbered), size)):
             batch = source.batch([row for _, row in part])
-            assert self.config.draft.mask_token_id is not None
             blocks = build_blocks(
                 batch.input_ids,
                 batch.loss_mask,
@@ -153,7 +152,7 @@ class Trainer:
                 batch.position_ids,
                 anchors=self.config.loss.anchors,
                 block_size=self.config.draft.block_size,
-                mask_token_id=self.config.draft.mask_token_id,
+                mask_token_id=self.config.mask_token_id,
                 gamma=self.config.gamma,
                 generators=[random_stream(self.config.train.seed, stream, step, number) for number, _ in part],
             )
