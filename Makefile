@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 RUN := $(BIN)/python -m dflash_dist
 
-.PHONY: setup demo debug test check format tensorboard clean
+.PHONY: setup demo debug test test-thorough check format tensorboard clean
 
 setup: .venv/installed
 
@@ -24,6 +24,9 @@ debug: setup  ## a whole run with a tiny random target: under a minute
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-thorough: setup  ## random conversations by the ten thousand: about 3 minutes
+	$(BIN)/python -m pytest tests/data/test_templates.py --hypothesis-profile=thorough
 
 check: setup  ## formatter, linter, type checker
 	$(BIN)/ruff format --check .

@@ -8,10 +8,16 @@ import sys
 
 # command -> (module with a `main(argv)`, what it does); modules load when called, so that --help is instant
 COMMANDS = {
+    "capture": (
+        "dflash_dist.training.capture",
+        "store the target's features, so that training need not run the target",
+    ),
     "train": ("dflash_dist.training.trainer", "train a draft from a config; alone or under torchrun"),
+    "preview": ("dflash_dist.training.preview", "look at the data of a config as training will see it"),
     "regenerate": ("dflash_dist.target.answers", "let the target write the answers of a data set again"),
     "export": ("dflash_dist.serving.export", "write a run's draft as serving engines load it"),
     "evaluate": ("dflash_dist.serving.evaluate", "decode speculatively and plainly; report acceptance and speed"),
+    "bench-data": ("dflash_dist.cost.bench_data", "time tokenising and packing against the obvious loop"),
     "demo": ("dflash_dist.demo", "all of it on a real small target: answers, training, export, evaluation"),
 }
 
@@ -28,6 +34,9 @@ def main() -> None:
         sys.exit(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
     try:
         importlib.import_module(COMMANDS[command][0]).main(rest)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, FloatingPointError) as error:
         if not _is_ours(error):
             raise

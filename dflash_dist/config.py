@@ -44,16 +44,29 @@ class TargetConfig:
     replicas: int = knob(1, "hybrid sharding: copies of the target, each sharded over world size / replicas ranks")
     full_depth: bool = knob(False, "load every layer, also those above the deepest captured one")
     attention: str | None = knob(None, "transformers attention implementation of the target; null: its default")
+    features: str | None = knob(
+        None,
+        "folder of features that `capture` stored, to read instead of running the target; replicas, full_depth and"
+        " attention then do nothing",
+    )
 
 
 @dataclass
 class DataConfig:
-    path: str = knob("", "JSONL file, one {'messages': [...]} a line, or builtin:chat (synthetic)")
-    val_path: str | None = knob(None, "JSONL file of held-out conversations")
-    val_conversations: int = knob(0, "without val_path: how many conversations at the end of path are held out")
+    path: str | dict[str, float] = knob(
+        "",
+        "chats: a JSONL or Parquet file, a folder of these, a hub dataset org/name[/subset][:split][@revision], or"
+        " builtin:chat (synthetic); several as a mapping of path to weight, where 2 counts a source twice an epoch",
+    )
+    val_path: str | None = knob(None, "held-out conversations, in any form that path may have")
+    val_conversations: int = knob(0, "without val_path: how many conversations, spread over all, are held out")
     seq_len: int = knob(3072, "length of a packed row [tokens]; longer conversations are cut at the end")
-    max_bad_rows: int = knob(0, "malformed lines that are skipped before the file is refused")
+    max_bad_rows: float = knob(0, "bad rows that are skipped before the data is refused: a count, or below 1 a share")
+    chat_template: str | None = knob(None, "file with a chat template in Jinja; null: the target's own")
     template_args: dict[str, Any] = knob({}, "arguments of the chat template, such as enable_thinking: false")
+    last_turn_only: bool = knob(False, "supervise only the assistant's last turn of a conversation")
+    drop_reasoning: bool = knob(False, "leave out the thinking before answers, for a target served without")
+    cache_dir: str | None = knob(None, "folder of tokenised data, shared by runs; null: ~/.cache/dflash_dist")
 
 
 @dataclass
@@ -217,7 +230,11 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     """Turns a YAML value into the field's type. PyYAML reads 3e-4 as a string, so numbers may arrive as text."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, where)
+        if value is None and type(None) in args:
+            return None
+        kinds = [kind for kind in args if kind is not type(None)]
+        mappings = [kind for kind in kinds if typing.get_origin(kind) is dict]
+        return _coerce(mappings[0] if mappings and isinstance(value, dict) else kinds[0], value, where)
     if hint is Any:
         return value
     if origin is Literal:
@@ -231,7 +248,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be a mapping, found {value!r}")
-        return value
+        return {str(key): _coerce(args[1], item, f"{where}.{key}") for key, item in value.items()}
     try:
         if hint is float and not isinstance(value, bool):
             return float(value)
@@ -254,7 +271,12 @@ def _refuse_impossible(config: Config) -> None:
 
     require(bool(config.output_dir), "output_dir is not set: name the folder that this run writes to")
     require(bool(target.path), "target.path is not set: name the model folder or hub id of the frozen target")
-    require(bool(data.path), "data.path is not set: name the JSONL file of conversations")
+    require(bool(data.path), "data.path is not set: name a file, folder or hub dataset of conversations")
+    if isinstance(data.path, dict):
+        require(
+            all(0 < weight < math.inf for weight in data.path.values()),
+            f"data.path: the weight of a source must be positive, found {data.path}",
+        )
     ids = target.layer_ids
     require(bool(ids), "target.layer_ids is empty: list the decoder layers to capture, such as [1, 9, 17, 25, 33]")
     require(ids[0] >= 0, f"target.layer_ids {ids}: ids count from 0, the first decoder layer")
@@ -283,7 +305,7 @@ def _refuse_impossible(config: Config) -> None:
     )
     require(data.seq_len > 2, f"data.seq_len must be above 2 tokens, found {data.seq_len}")
     require(data.val_conversations >= 0, f"data.val_conversations must not be negative, found {data.val_conversations}")
-    require(data.max_bad_rows >= 0, f"data.max_bad_rows must not be negative, found {data.max_bad_rows}")
+    require(data.max_bad_rows >= 0, f"data.max_bad_rows must not be negative, found {data.max_bad_rows:g}")
     require(loss.anchors >= 1, f"loss.anchors must be at least 1, found {loss.anchors}")
     require(loss.chunk >= 1, f"loss.chunk must be at least 1 slot, found {loss.chunk}")
     require(

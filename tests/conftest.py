@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from dflash_dist.config import Config, load_config
 from dflash_dist.ranks import World
@@ -13,9 +16,19 @@ from tests.ranks import close_pools
 
 REPOSITORY = Path(__file__).parent.parent
 
+# How many examples a property is tried with; `pytest --hypothesis-profile=thorough` tries 10,000 over the 8 templates.
+slow_machine = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("quick", max_examples=50, derandomize=True, **slow_machine)
+settings.register_profile("thorough", max_examples=1250, **slow_machine)
+settings.load_profile("quick")
 
-def pytest_configure() -> None:
+
+def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    # Set before any rank or command starts, so that none of them caches data in the user's home.
+    cache = tempfile.TemporaryDirectory(prefix="dflash-test-cache-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["XDG_CACHE_HOME"] = cache.name
 
 
 def pytest_sessionfinish() -> None:

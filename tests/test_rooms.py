@@ -17,6 +17,7 @@ FLOORS = {
     "decoding": 3,
     "training": 4,
     "serving": 5,
+    "cost": 5,
     "demo": 6,
     "__main__": 6,
 }

@@ -1,4 +1,4 @@
-"""Conversations -> token ids and a loss mask, exactly as the target's own chat template renders them.
+"""Conversations -> token ids and what of them is supervised, exactly as the target's own chat template renders them.
 
 Supervised are the tokens that the target itself would have to emit: an assistant's answer up to and including the
 token that ends the turn. Headers, user, system and tool text are context only.
@@ -6,116 +6,77 @@ token that ends the turn. Headers, user, system and tool text are context only.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jinja2
+import numpy as np
+from transformers.utils.chat_template_utils import render_jinja_template
 
-Message = dict[str, Any]
-ROLES = ("system", "developer", "user", "assistant", "tool")
+from dflash_dist.data.sources import BadRow, Conversation, Message, Rendered, digest
+
+Spans = list[tuple[int, int]]  # ranges [begin, end), ascending
 
 
 @dataclass(frozen=True)
 class Document:
-    """One training document: `input_ids` and, for each token, whether it is supervised."""
+    """One training document: its tokens, and the ranges of them that are supervised."""
 
-    input_ids: list[int]
-    loss_mask: list[bool]
+    input_ids: np.ndarray  # [N] int32
+    supervised: Spans
 
-    def has_anchor(self) -> bool:
-        """Whether two neighbouring tokens are supervised: the least that a block can learn from."""
-        return any(here and after for here, after in zip(self.loss_mask, self.loss_mask[1:]))
-
-
-def read_conversations(
-    path: str | Path, max_bad_rows: int = 0, finished_only: bool = False
-) -> tuple[list[list[Message]], Counter[str]]:
-    """Reads a JSONL file of `{"messages": [{"role": ..., "content": ...}, ...]}`.
-
-    Args:
-        max_bad_rows: malformed lines that are skipped before the file is refused.
-        finished_only: leave out rows that `regenerate` marked as cut by the length limit: the end that a template would
-            give them is not one the target wrote.
-
-    Returns:
-        The conversations, and how many lines were skipped, by cause.
-
-    Raises:
-        ValueError: the file is missing or empty, or more than `max_bad_rows` lines are malformed; names file and line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"data file {path} does not exist")
-    conversations, skipped, bad = [], Counter[str](), 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                messages, finished = _parse(line)
-            except ValueError as error:
-                skipped[str(error).split(":")[0]] += 1
-                bad += 1
-                if bad > max_bad_rows:
-                    raise ValueError(
-                        f"{path}, line {number}: {error}. Mend the line; in training, data.max_bad_rows"
-                        f" (now {max_bad_rows}) lets such lines be skipped"
-                    ) from error
-                continue
-            if finished or not finished_only:
-                conversations.append(messages)
-            else:
-                skipped["answer cut by the length limit"] += 1
-    if not conversations:
-        raise ValueError(f"data file {path} holds no conversation: expected one {{'messages': [...]}} a line")
-    return conversations, skipped
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """[N] bool: whether each token is supervised."""
+        mask = np.zeros(len(self.input_ids), bool)
+        for begin, end in self.supervised:
+            mask[begin:end] = True
+        return mask
 
 
-def _parse(line: bytes) -> tuple[list[Message], bool]:
-    """The messages of a line, and whether the last answer came to its end."""
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"malformed JSON: {error}") from error
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("no messages: expected an object with a non-empty list under 'messages'")
-    for message in messages:
-        if not isinstance(message, dict) or "role" not in message:
-            raise ValueError("no role: every message needs a 'role' and a 'content'")
-        if message["role"] not in ROLES:
-            raise ValueError(f"unknown role: {message['role']!r} is not one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"no content: the content of a {message['role']} message must be text")
-        if any("\ud800" <= character <= "\udfff" for character in message["content"]):
-            raise ValueError("broken text: half of a surrogate pair, which no tokenizer accepts")
-    return messages, row.get("finish_reason") != "length"
+@dataclass(frozen=True)
+class Text:
+    """A rendered conversation, and the ranges of its characters that the assistant wrote."""
+
+    text: str
+    answers: Spans
 
 
+@dataclass
 class ChatEncoder:
     """Renders conversations with a tokenizer's chat template and marks the assistant's tokens.
 
     Args:
-        tokenizer: a fast Hugging Face tokenizer with a chat template.
+        tokenizer: a fast Hugging Face tokenizer.
         stop_ids: the tokens that end an assistant's turn.
         template_args: further arguments of the template, such as `enable_thinking`.
+        chat_template: a template in Jinja, instead of the tokenizer's own.
+        last_turn_only: supervise only the assistant's last turn; the others are context.
+        drop_reasoning: leave out the thinking before an answer, for targets that are served without.
+
+    Raises:
+        ValueError: there is no chat template.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], template_args: dict[str, Any] | None = None):
-        if not tokenizer.chat_template:
-            raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: add chat_template.jinja")
-        self.tokenizer = tokenizer
-        self.stop_ids = frozenset(stop_ids)
-        self.template_args = template_args or {}
-        self.template_marks_answers = bool(re.search(r"{%[-+]?\s*generation\b", tokenizer.get_chat_template()))
+    tokenizer: Any
+    stop_ids: Sequence[int]
+    template_args: dict[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    last_turn_only: bool = False
+    drop_reasoning: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.chat_template or self.tokenizer.chat_template):
+            raise ValueError(
+                f"the tokenizer of {self.tokenizer.name_or_path} has no chat template: add chat_template.jinja to it,"
+                " or name a file under data.chat_template"
+            )
+        self._tails: dict[str, list[int]] = {}
 
     @property
     def pad_id(self) -> int:
@@ -123,137 +84,246 @@ class ChatEncoder:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else min(self.stop_ids)
 
-    def encode(self, messages: list[Message]) -> list[Document]:
-        """One document for the conversation, or one for each assistant turn where the rendering of a turn changes
-        once others follow it (Qwen3 strips thinking from the history). Empty without an assistant turn; one that opens
-        a conversation answers nothing and is context.
+    @cached_property
+    def identity(self) -> str:
+        """Changes with anything that could change a token or its supervision."""
+        return digest(
+            self.tokenizer.backend_tokenizer.to_str(),
+            self.tokenizer.special_tokens_map,
+            self.chat_template or self.tokenizer.chat_template,
+            sorted(self.stop_ids),
+            self.template_args,
+            self.last_turn_only,
+            self.drop_reasoning,
+        )
+
+    # ------------------------------------------------------------------------------------------------ text
+
+    def render(
+        self, messages: list[Message], tools: list[Any] | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        """The template's text, up to where the assistant would begin to write if `add_generation_prompt`.
 
         Raises:
-            ValueError: the template refuses the conversation, or cannot tell the assistant's tokens apart.
+            BadRow: the template refuses the conversation.
         """
-        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant" and k > 0]
+        with _template_errors():
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.template_args,
+            )
+
+    def prompt_ids(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
+        """The tokens a serving engine would prefill before the assistant writes."""
+        text = self.render([self._as_trained(message) for message in messages], tools, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def texts(self, row: Conversation | Rendered) -> list[Text]:
+        """One text for the conversation, or one for each assistant turn where the rendering of a turn changes once
+        others follow it (Qwen3 strips thinking from the history). Empty without an assistant turn; one that nobody
+        asked for, such as a greeting, answers nothing and is context.
+
+        Raises:
+            BadRow: the template refuses the conversation, or cannot tell the assistant's text apart.
+        """
+        if isinstance(row, Rendered):
+            return [Text(row.text, [(row.prompt_length, len(row.text))])]
+        messages = [self._as_trained(message) for message in row.messages]
+        asked = next((k for k, message in enumerate(messages) if message["role"] in ("user", "tool")), len(messages))
+        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant" and k > asked]
+        if self.last_turn_only:
+            turns = turns[-1:]
         if not turns:
             return []
+        cut = not row.finished and turns[-1] == len(messages) - 1
+        if cut:
+            messages[-1] = _marked_where_cut(messages[-1])
         try:
-            spans = [self._answer_span(messages, k) for k in turns]
-        except _NoPrefixError:
+            answers = [self._up_to_answer(messages, row.tools, k) for k in turns]
+        except _NoPrefix:
             # Rendering prefixes is exact wherever it works; a template's own marks serve the others.
-            if self.template_marks_answers:
-                return [self._encode_marked(messages)]
-            raise
-        whole = self.render(messages)
-        if all(whole.startswith(text) for text, _ in spans):
-            return [self._tokenise(whole, [(start, len(text)) for text, start in spans])]
-        return [self._tokenise(text, [(start, len(text))]) for text, start in spans]
+            if not self._marks_answers:
+                raise
+            answers = [self._marked(messages, row.tools, turns[0])]
+        else:
+            last = answers[-1].text
+            if all(last.startswith(answer.text) for answer in answers):
+                answers = [Text(last, [answer.answers[0] for answer in answers])]
+        return [*answers[:-1], _cut(answers[-1])] if cut else answers
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """The template's text, up to where the assistant would begin to write if `add_generation_prompt`."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.template_args
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    def _as_trained(self, message: Message) -> Message:
+        if not self.drop_reasoning or message["role"] != "assistant":
+            return message
+        kept = {key: value for key, value in message.items() if key not in ("reasoning_content", "thinking")}
+        if len(kept) == len(message) and "</think>" not in message["content"]:
+            return message
+        return kept | {"content": message["content"].split("</think>")[-1].lstrip("\n")}
 
-    def prompt_ids(self, messages: list[Message]) -> list[int]:
-        """The tokens a serving engine would prefill before the assistant writes."""
-        return self.tokenizer(self.render(messages, add_generation_prompt=True), add_special_tokens=False).input_ids
-
-    def _answer_span(self, messages: list[Message], k: int) -> tuple[str, int]:
-        """The rendering up to and including turn `k`, and where in it the answer starts [characters]."""
-        prompt = self.render(messages[:k], add_generation_prompt=True)
-        text = self.render(messages[: k + 1])
+    def _up_to_answer(self, messages: list[Message], tools: list[Any] | None, k: int) -> Text:
+        """The rendering up to and including turn `k`, of which only that turn counts as written."""
+        prompt = self.render(messages[:k], tools, add_generation_prompt=True)
+        text = self.render(messages[: k + 1], tools)
         if not text.startswith(prompt):
-            raise _NoPrefixError(
-                "the chat template renders an answer without its own generation prompt before it, so the assistant's"
-                " tokens cannot be told apart: mark them with {% generation %} in the template"
+            # A template may render the history differently once the answer is there: gpt-oss drops the thinking before
+            # tool calls. What counts is what is rendered behind the last generation prompt.
+            opening = prompt.removeprefix(self.render(messages[:k], tools))
+            other = self.render([*messages[:k], {"role": "assistant", "content": _CUT}], tools)
+            start = text.rfind(opening, 0, _shared_length(text, other))
+            if opening and opening != prompt and start >= 0:
+                text = prompt + text[start + len(opening) :]
+                return Text(text, [(len(prompt), len(text))])
+            raise _NoPrefix(
+                "no generation prompt: the chat template renders an answer without its own generation prompt before it,"
+                " so the assistant's tokens cannot be told apart; mark them with {% generation %} in the template"
             )
-        return text, len(prompt)
+        return Text(text, [(len(prompt), len(text))])
 
-    def _tokenise(self, text: str, spans: list[tuple[int, int]]) -> Document:
-        """Tokenises `text` and supervises the character ranges `spans`.
+    @property
+    def _marks_answers(self) -> bool:
+        return bool(re.search(r"{%[-+]?\s*generation\b", self._template(None)))
 
-        A serving engine tokenises the prompt on its own. Where the answer's first characters would change the tokens
-        of the prompt, the two are tokenised apart.
+    def _marked(self, messages: list[Message], tools: list[Any] | None, first: int) -> Text:
+        """The marked text; turns before `first` are context."""
+        text, answers = self._with_marks(messages, tools)
+        answers = answers[len(self._with_marks(messages[:first], tools)[1]) :]
+        if not answers:
+            raise BadRow("no marks: the chat template's {% generation %} blocks marked no text of an assistant's turn")
+        return Text(text, answers)
+
+    def _with_marks(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, Spans]:
+        variables = {**self.tokenizer.special_tokens_map, **self.template_args}
+        with _template_errors():
+            rendered: Any = render_jinja_template(
+                [messages],
+                tools,
+                chat_template=self._template(tools),
+                return_assistant_tokens_mask=True,
+                **variables,
+            )
+        (text,), (answers,) = rendered
+        return text, answers
+
+    def _template(self, tools: list[Any] | None) -> str:
+        return self.chat_template or self.tokenizer.get_chat_template(tools=tools)
+
+    # ------------------------------------------------------------------------------------------------ tokens
+
+    def encode(self, row: Conversation | Rendered) -> list[Document]:
+        """The documents of one row.
+
+        Raises:
+            BadRow: as `texts`.
         """
-        ids, offsets = self._ids_and_offsets(text)
-        prompts = [self._ids_and_offsets(text[:start])[0] for start, _ in spans]
-        if any(ids[: len(prompt)] != prompt for prompt in prompts):
-            ids, offsets = [], []
-            for left, right in itertools.pairwise([0, *(start for start, _ in spans), len(text)]):
-                piece_ids, piece_offsets = self._ids_and_offsets(text[left:right])
-                ids += piece_ids
-                offsets += [(left + begin, left + end) for begin, end in piece_offsets]
-        mask = [False] * len(ids)
-        for start, end in spans:
-            for i, (left, right) in enumerate(offsets):
-                # Tokenizers that trim offsets give a token of spaces an empty range at its end.
-                mask[i] |= start <= left and start < right <= end
-        return self._end_at_stop(ids, mask)
+        return self.tokenise(self.texts(row))
 
-    def _ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(encoded.input_ids), list(encoded.offset_mapping)
+    def tokenise(self, texts: Sequence[Text]) -> list[Document]:
+        """One document a text."""
+        if not texts:
+            return []
+        encodings = self.tokenizer([text.text for text in texts], add_special_tokens=False, verbose=False).encodings
+        return [self._document(text, encoding) for text, encoding in zip(texts, encodings)]
 
-    def _encode_marked(self, messages: list[Message]) -> Document:
-        encoded = self.tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **self.template_args
-        )
-        mask = [bool(flag) for flag in encoded["assistant_masks"]]
-        if not any(mask):
-            raise ValueError("the chat template's {% generation %} blocks marked no token of an assistant's turn")
-        return self._end_at_stop(list(encoded["input_ids"]), mask)
+    def _document(self, text: Text, encoding: Any) -> Document:
+        """Supervises the tokens inside the answers.
 
-    def _end_at_stop(self, ids: list[int], mask: list[bool]) -> Document:
+        A serving engine tokenises the prompt on its own. Where an answer's first characters would change the tokens of
+        the prompt before it, the two are tokenised apart.
+        """
+        ids, offsets = np.array(encoding.ids, np.int32), np.array(encoding.offsets).reshape(-1, 2)
+        spans = [_tokens_inside(offsets, answer) for answer in text.answers]
+        starts = [start for start, _ in text.answers]
+        if not all(self._prompt_agrees(text.text, start, ids, offsets, span) for start, span in zip(starts, spans)):
+            ids, offsets = self._tokenised_apart(text)
+            spans = [_tokens_inside(offsets, answer) for answer in text.answers]
+        return Document(ids, [self._end_at_stop(ids, span) for span in spans if span[0] < span[1]])
+
+    def _prompt_agrees(
+        self, text: str, start: int, ids: np.ndarray, offsets: np.ndarray, span: tuple[int, int]
+    ) -> bool:
+        """Whether the tokens before an answer are those of the prompt alone.
+
+        Special tokens cut a text before anything else looks at it, so only what follows the last of them can differ.
+        """
+        before = np.flatnonzero(np.isin(ids[: span[0]], self._special_ids))
+        first = int(before[-1]) if len(before) else 0
+        tail = text[int(offsets[first, 0]) if len(before) else 0 : start]
+        if tail not in self._tails:
+            if len(self._tails) > 10_000:
+                self._tails.clear()
+            self._tails[tail] = self.tokenizer(tail, add_special_tokens=False, verbose=False).input_ids
+        return self._tails[tail] == ids[first : span[0]].tolist()
+
+    @cached_property
+    def _special_ids(self) -> np.ndarray:
+        return np.array(list(self.tokenizer.added_tokens_decoder), np.int32)
+
+    def _tokenised_apart(self, text: Text) -> tuple[np.ndarray, np.ndarray]:
+        starts = [0, *(start for start, _ in text.answers), len(text.text)]
+        pieces = [text.text[left:right] for left, right in itertools.pairwise(starts)]
+        encodings = self.tokenizer(pieces, add_special_tokens=False, verbose=False).encodings
+        ids = np.concatenate([np.array(encoding.ids, np.int32) for encoding in encodings])
+        offsets = [np.array(e.offsets, int).reshape(-1, 2) + left for e, left in zip(encodings, starts)]
+        return ids, np.concatenate(offsets)
+
+    def _end_at_stop(self, ids: np.ndarray, span: tuple[int, int]) -> tuple[int, int]:
         """Leaves out what a template writes after the token that ends a turn, such as ChatML's line break: the model
         never emits it."""
-        for start, end in _runs(mask):
-            stops = [i for i in range(start, end) if ids[i] in self.stop_ids]
-            if stops:
-                mask[stops[-1] + 1 : end] = [False] * (end - stops[-1] - 1)
-        return Document(ids, mask)
+        begin, end = span
+        stops = np.flatnonzero(np.isin(ids[begin:end], self.stop_ids))
+        return (begin, begin + int(stops[-1]) + 1) if len(stops) else span
 
 
-class _NoPrefixError(ValueError):
+@contextlib.contextmanager
+def _template_errors() -> Iterator[None]:
+    """A template may refuse a conversation on purpose, or stumble over it: the row is at fault, not the run."""
+    try:
+        yield
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        raise BadRow(f"refused by the chat template: {error}") from error
+
+
+class _NoPrefix(BadRow):
     """A template's generation prompt is not the beginning of what it renders for an answer."""
 
 
-def _runs(mask: list[bool]) -> Iterator[tuple[int, int]]:
-    """The ranges `[start, end)` in which `mask` holds."""
-    start = None
-    for i, flag in enumerate([*mask, False]):
-        if flag and start is None:
-            start = i
-        elif not flag and start is not None:
-            yield start, i
-            start = None
+def _shared_length(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
-def encode_all(
-    encoder: ChatEncoder, conversations: list[list[Message]], seq_len: int
-) -> tuple[list[Document], Counter[str]]:
-    """Documents of at most `seq_len` tokens, and how many were dropped or cut, by cause.
+_CUT = "\ue0ff"  # of the private use area: no template trims it
+
+
+def _marked_where_cut(message: Message) -> Message:
+    content = message["content"]
+    if content.lstrip().startswith("<think>") and "</think>" not in content:
+        return message  # cut while thinking: a template takes that for an answer without thinking
+    if content.strip():
+        return message | {"content": content.rstrip() + _CUT}
+    return message | {k: message[k].rstrip() + _CUT for k in ("reasoning_content", "thinking") if k in message}
+
+
+def _cut(text: Text) -> Text:
+    """Ends the last answer where the target was stopped: whatever the template writes after it is not the target's.
 
     Raises:
-        ValueError: nothing is left to learn from; says why.
+        BadRow: the rendering does not hold the answer as it stands.
     """
-    documents, causes = [], Counter[str]()
-    for number, messages in enumerate(conversations, 1):
-        try:
-            encoded = encoder.encode(messages)
-        except ValueError as error:
-            raise ValueError(f"conversation {number}: {error}") from error
-        if not encoded:
-            causes["no assistant turn"] += 1
-        for document in encoded:
-            if len(document.input_ids) > seq_len:
-                causes["cut at seq_len"] += 1
-                document = Document(document.input_ids[:seq_len], document.loss_mask[:seq_len])
-            if document.has_anchor():
-                documents.append(document)
-            else:
-                causes["too short to learn from"] += 1
-    if not documents:
-        told = ", ".join(f"{count} with {cause}" for cause, count in causes.items())
-        raise ValueError(f"no conversation is left to train on: {told}")
-    return documents, causes
+    start, end = text.answers[-1]
+    place = text.text.rfind(_CUT, start, end)
+    if place < 0:
+        raise BadRow("cut answer: it was stopped by the length limit, and the chat template renders it otherwise")
+    return Text(text.text[:place], [*text.answers[:-1], (start, place)])
+
+
+def _tokens_inside(offsets: np.ndarray, characters: tuple[int, int]) -> tuple[int, int]:
+    """The range of tokens that lie inside a range of characters. Tokenizers that trim offsets give a token of spaces an
+    empty range at its end."""
+    start, end = characters
+    left, right = offsets[:, 0], offsets[:, 1]
+    begin = max(np.searchsorted(left, start, "left"), np.searchsorted(right, start, "right"))
+    return int(begin), max(int(begin), int(np.searchsorted(right, end, "right")))

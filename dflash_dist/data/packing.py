@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from dflash_dist.data.chat import Document
+from dflash_dist.data.documents import Documents
 
 
 @dataclass(frozen=True)
@@ -35,37 +37,49 @@ class PackedBatch:
 
 
 class PackedRows:
-    """Documents packed whole into rows of `seq_len` tokens, fullest fit first.
+    """Documents laid whole into rows of `seq_len` tokens; longer ones are cut at the end.
 
     Args:
-        documents: none longer than `seq_len`.
+        documents: where the tokens are; not held in memory.
+        chosen: numbers of the documents to lay out; one that is named twice is laid out twice.
         seq_len: tokens a row.
         pad_id: the token that fills a row's end.
+        pack: several documents a row, the fullest fit first; otherwise one a row.
     """
 
-    def __init__(self, documents: Sequence[Document], seq_len: int, pad_id: int):
-        self.seq_len, self.pad_id = seq_len, pad_id
-        lengths = np.array([len(document.input_ids) for document in documents])
-        self.starts = np.concatenate([[0], np.cumsum(lengths)])
-        self.input_ids = np.concatenate([np.asarray(d.input_ids, np.int32) for d in documents])
-        self.loss_mask = np.concatenate([np.asarray(d.loss_mask, bool) for d in documents])
-        self.rows = pack_best_fit(lengths.tolist(), seq_len)
+    def __init__(self, documents: Documents, chosen: np.ndarray, seq_len: int, pad_id: int, pack: bool = True):
+        self.documents, self.seq_len, self.pad_id = documents, seq_len, pad_id
+        lengths = np.minimum(documents.length[chosen], seq_len)
+        row_of = pack_best_fit(lengths, seq_len) if pack else np.arange(len(chosen), dtype=np.int32)
+        by_row = np.argsort(row_of, kind="stable")
+        self.chosen, self.lengths = chosen[by_row], lengths[by_row]  # in the order of the rows
+        self.starts = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.starts) - 1
+
+    @property
+    def filled_tokens(self) -> np.ndarray:
+        """[rows]: tokens that are not padding."""
+        return np.add.reduceat(self.lengths, self.starts[:-1], dtype=np.int64)
 
     @property
     def filled(self) -> float:
         """Share of the rows' tokens that are not padding."""
-        return len(self.input_ids) / (len(self) * self.seq_len)
+        return int(self.lengths.sum(dtype=np.int64)) / (len(self) * self.seq_len)
 
-    def fingerprint(self) -> str:
-        """Changes with any token, mask, or the way the rows are packed."""
-        digest = hashlib.sha256()
-        row_lengths = np.array([len(row) for row in self.rows])
-        for array in (self.input_ids, self.loss_mask, self.starts, np.concatenate(self.rows), row_lengths):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()[:16]
+    def fingerprint(self, *content: str) -> str:
+        """Changes with the way the rows are laid out, and with `content`, which stands for the documents."""
+        state = hashlib.sha256(repr((content, self.seq_len)).encode())
+        for array in (self.chosen, self.starts):
+            state.update(array.astype(np.int64).tobytes())
+        return state.hexdigest()[:16]
+
+    def row(self, index: int) -> Iterator[Document]:
+        """The documents of a row, whole; an index past the end gives none."""
+        if index < len(self):
+            for number in self.chosen[self.starts[index] : self.starts[index + 1]]:
+                yield self.documents[int(number)]
 
     def batch(self, indices: Sequence[int]) -> PackedBatch:
         """The rows `indices`; an index past the end gives a row of padding."""
@@ -76,47 +90,57 @@ class PackedRows:
         position_ids = np.zeros(shape, np.int64)
         document_ids = np.zeros(shape, np.int64)
         for b, index in enumerate(indices):
-            documents = self.rows[index] if index < len(self) else []
-            end = 0
-            for number, document in enumerate(documents):
-                source = slice(self.starts[document], self.starts[document + 1])
-                length = source.stop - source.start
+            end, count = 0, 0
+            for count, document in enumerate(self.row(index), 1):
+                length = min(len(document.input_ids), self.seq_len)
                 span = slice(end, end + length)
-                input_ids[b, span] = self.input_ids[source]
-                loss_mask[b, span] = self.loss_mask[source]
+                input_ids[b, span] = document.input_ids[:length]
+                loss_mask[b, span] = document.loss_mask[:length]
                 position_ids[b, span] = np.arange(length)
-                document_ids[b, span] = number
+                document_ids[b, span] = count - 1
                 end += length
             real[b, :end] = True
             position_ids[b, end:] = np.arange(self.seq_len - end)
-            document_ids[b, end:] = len(documents)
+            document_ids[b, end:] = count
         return PackedBatch(*map(torch.from_numpy, (input_ids, real, loss_mask, position_ids, document_ids)))
 
 
-def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: the longest document first, each into the fullest row that still holds it.
+def pack_best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Best-fit decreasing: the longest document first, each into a fullest row that still holds it.
+
+    Rows are kept by their free tokens, of which there are at most `capacity` kinds: a million documents take seconds.
 
     Returns:
-        For each row the indices of its documents.
+        [len(lengths)] int32: the row of each document.
     """
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for document in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[document]
-        assert 0 < length <= capacity, f"document {document} has {length} tokens, a row holds {capacity}"
-        fit = bisect.bisect_left(room, (length, -1))
-        if fit < len(room):
-            free, row = room.pop(fit)
+    assert len(lengths) and lengths.min() > 0 and lengths.max() <= capacity, f"a row holds 1 to {capacity} tokens"
+    row_of = np.zeros(len(lengths), np.int32)
+    rows_with: dict[int, list[int]] = {}  # free tokens -> rows
+    kinds: list[int] = []  # the keys of `rows_with`, sorted
+    count = 0
+    order = np.argsort(-lengths, kind="stable")
+    for document, length in zip(memoryview(order.data), memoryview(lengths[order].data)):
+        fit = bisect.bisect_left(kinds, length)
+        if fit < len(kinds):
+            free = kinds[fit]
+            row = rows_with[free].pop()
+            if not rows_with[free]:
+                del rows_with[free], kinds[fit]
         else:
-            free, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(document)
-        bisect.insort(room, (free - length, row))
-    return rows
+            free, row = capacity, count
+            count += 1
+        row_of[document] = row
+        free -= length
+        if free:
+            if free not in rows_with:
+                rows_with[free] = []
+                bisect.insort(kinds, free)
+            rows_with[free].append(row)
+    return row_of
 
 
 # Independent random streams of one seed: numpy mixes the numbers of a seed sequence.
-ROW_ORDER, TRAINING_ANCHORS, VALIDATION_ANCHORS = range(3)
+ROW_ORDER, TRAINING_ANCHORS, VALIDATION_ANCHORS, SOURCE_SHARE = range(4)
 
 
 def random_stream(seed: int, stream: int, *counters: int) -> np.random.Generator:
@@ -129,6 +153,11 @@ def global_rows(step: int, num_rows: int, global_batch_size: int, seed: int) -> 
     rows: list[int] = []
     begin, end = step * global_batch_size, (step + 1) * global_batch_size
     for epoch in range(begin // num_rows, -(-end // num_rows)):
-        order = random_stream(seed, ROW_ORDER, epoch).permutation(num_rows)
+        order = _epoch_order(seed, epoch, num_rows)
         rows += order[max(begin - epoch * num_rows, 0) : end - epoch * num_rows].tolist()
     return rows
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    return random_stream(seed, ROW_ORDER, epoch).permutation(num_rows)

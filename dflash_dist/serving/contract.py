@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dflash_dist.draft.model import DFlashDraftModel, DraftShape
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, TRAINING = "model.safetensors", "config.json", "training.json"
 
 
 def tensor_shapes(shape: DraftShape) -> dict[str, list[int]]:

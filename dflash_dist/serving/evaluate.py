@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dflash_dist.data.chat import ChatEncoder, Message, read_conversations
+from dflash_dist.data.chat import ChatEncoder
+from dflash_dist.data.sources import Message, read_conversations
 from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_difference
-from dflash_dist.serving.contract import read_draft
-from dflash_dist.target.load import load_whole, read_info
+from dflash_dist.serving.contract import TRAINING, read_draft
+from dflash_dist.target.load import TargetInfo, load_whole, read_info
 
 
 def main(argv: list[str]) -> None:
@@ -27,7 +29,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--limit", type=int, help="the first N prompts only; all by default")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="float32 shows equality")
-    parser.add_argument("--template-args", type=json.loads, default={}, help="JSON object for the chat template")
+    parser.add_argument(
+        "--template-args", type=json.loads, help="JSON object for the chat template; default: as trained"
+    )
     args = parser.parse_args(argv)
     report = evaluate(args)
     if args.json:
@@ -57,18 +61,38 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(
                 f"{args.draft} was trained for another target than {args.target}: {name} {ours}, not {theirs}"
             )
-    conversations, _ = read_conversations(args.prompts)
-    encoder = ChatEncoder(info.tokenizer, info.stop_ids, args.template_args)
+    conversations = [conversation for _, conversation in itertools.islice(read_conversations(args.prompts), args.limit)]
+    encoder = make_encoder(args, info)
     decoder = Decoder(load_whole(info, dtype, device), draft, info.stop_ids)
     decoder.speculative(encoder.prompt_ids([{"role": "user", "content": "Hi"}]), 4)  # warms both models up
 
     results = []
-    for number, messages in enumerate(conversations[: args.limit]):
-        prompt = encoder.prompt_ids(before_last_answer(messages))
+    for number, conversation in enumerate(conversations):
+        prompt = encoder.prompt_ids(before_last_answer(conversation.messages), conversation.tools)
         plain = decoder.plain(prompt, args.max_new_tokens)
         fast = decoder.speculative(prompt, args.max_new_tokens)
         results.append((plain, fast, _difference(decoder, number, prompt, plain, fast)))
-    return summarise(results, draft.shape.block_size) | {"dtype": args.dtype, "draft": str(args.draft)}
+    return summarise(results, draft.shape.block_size) | {
+        "dtype": args.dtype,
+        "draft": str(args.draft),
+        "template_args": encoder.template_args,
+    }
+
+
+def make_encoder(args: argparse.Namespace, info: TargetInfo) -> ChatEncoder:
+    """Renders prompts as the draft's training did, unless asked otherwise."""
+    record = args.draft / TRAINING
+    trained: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
+    template_args = trained.get("template_args", {}) if args.template_args is None else args.template_args
+    if trained and template_args != trained["template_args"]:
+        print(f"note: the draft was trained with the template arguments {json.dumps(trained['template_args'])}")
+    return ChatEncoder(
+        info.tokenizer,
+        info.stop_ids,
+        template_args,
+        trained.get("chat_template"),
+        drop_reasoning=trained.get("drop_reasoning", False),
+    )
 
 
 def before_last_answer(messages: list[Message]) -> list[Message]:

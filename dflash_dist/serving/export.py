@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
+import yaml
 from safetensors.torch import load_file
 
 from dflash_dist.draft.model import DraftShape
-from dflash_dist.serving.contract import write_draft
+from dflash_dist.serving.contract import TRAINING, write_draft
 from dflash_dist.training.checkpoint import read_state, step_folders
+from dflash_dist.training.setup import CHAT_TEMPLATE, CONFIG
 
 
 def main(argv: list[str]) -> None:
@@ -23,7 +27,7 @@ def main(argv: list[str]) -> None:
 
 
 def export(run: Path, out: Path, step: int | None = None, dtype: str = "bfloat16") -> None:
-    """Writes `config.json` and `model.safetensors` to `out`.
+    """Writes `config.json` and `model.safetensors` to `out`, and `training.json`: what the draft expects of its target.
 
     Raises:
         ValueError: the run has no such checkpoint, or its tensors are not exactly a draft's.
@@ -36,6 +40,25 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str = "bfloat16
     folder = folders[step if step is not None else max(folders)]
     shape = DraftShape(**read_state(folder)["shape"])
     write_draft(out, shape, load_file(folder / "draft.safetensors"), dtype)
+    record = how_trained(run) | {"step": max(folders) if step is None else step}
+    (out / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
     print(f"exported {folder} to {out} ({dtype}); serve it with blocks of {shape.block_size} tokens:")
     print(f"  vLLM    num_speculative_tokens={shape.block_size - 1}")
     print(f"  SGLang  --speculative-num-draft-tokens {shape.block_size}")
+    if record["template_args"]:
+        print(f"  with the chat template arguments of its training: {json.dumps(record['template_args'])}")
+
+
+def how_trained(run: Path) -> dict[str, Any]:
+    """The target of a run and how its chats were rendered: serving must do the same, or acceptance suffers."""
+    config = yaml.safe_load((run / CONFIG).read_text())
+    target, data = config["target"], config["data"]
+    template = run / CHAT_TEMPLATE
+    return {
+        "target": target["path"],
+        "revision": target["revision"],
+        "chat_template": template.read_text() if data["chat_template"] else None,  # null: the target's own
+        "template_args": data["template_args"],
+        "drop_reasoning": data["drop_reasoning"],
+        "seq_len": data["seq_len"],
+    }

@@ -1,202 +1,274 @@
 """The target writes the answers itself: a draft learns to foretell its target, so it must see the target's own text.
 
-Every rank holds a whole copy of the target and writes a part file of its own share, keyed by row: nothing is
-collective, an interrupted run continues where it stopped, also on another number of ranks.
+Every rank writes a part file of its own share, keyed by row: nothing is collective, an interrupted run continues where
+it stopped, also on another number of ranks. Either every rank holds a whole copy of the target, or a server answers.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
+import contextlib
 import hashlib
 import json
-import os
-import shutil
-import time
-import uuid
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from dflash_dist.data.chat import ChatEncoder, Message, read_conversations
+from dflash_dist.data.chat import ChatEncoder
+from dflash_dist.data.sources import BadRow, BadRows, Conversation, Message, read_conversations, read_row
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.load import load_whole, read_info
+from dflash_dist.target.parts import Parts, Row
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="dflash_dist regenerate", description=__doc__)
-    parser.add_argument("--target", required=True, help="model folder or hub id")
-    parser.add_argument("--prompts", required=True, help="JSONL of conversations; their answers are written again")
+    parser.add_argument("--target", required=True, help="model folder or hub id; with --endpoint its name there")
+    parser.add_argument("--prompts", required=True, help="conversations; their answers are written again")
     parser.add_argument("--out", required=True, help="JSONL to write")
+    parser.add_argument("--max-bad-rows", type=int, default=0, help="prompts that may be unusable, and are left out")
     parser.add_argument("--batch-size", type=int, default=24, help="conversations generated at once")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer [tokens]")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampled distribution")
+    parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens that are sampled from; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--template-args", type=json.loads, default={}, help="JSON object for the chat template")
+    parser.add_argument("--template-args", type=_json_object, default={}, help="JSON object for the chat template")
+    server = parser.add_argument_group("answers from a server (key: OPENAI_API_KEY)")
+    server.add_argument("--endpoint", help="URL of an OpenAI-compatible server, such as http://localhost:8000/v1")
+    server.add_argument("--concurrency", type=int, default=64, help="requests in flight")
+    server.add_argument("--timeout", type=float, default=600.0, help="longest wait for one answer [s]")
+    server.add_argument("--retries", type=int, default=8, help="how often a failed request is sent again")
+    server.add_argument("--give-up", action="store_true", help="leave out rows that every retry failed to answer")
+    server.add_argument("--extra-body", type=_json_object, default={}, help="further JSON fields of every request")
     args = parser.parse_args(argv)
     with join_world() as world:
         regenerate(args, world)
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text}")
+    return value
+
+
 def regenerate(args: argparse.Namespace, world: World) -> None:
     """Writes `args.out`: the conversations of `args.prompts` with every assistant turn written by the target.
 
-    Each line is `{"messages": [...], "row": i, "finish_reason": "stop" | "length"}`.
+    Each line is `{"messages": [...], "finish_reason": "stop" | "length", "row": i}`, with "tools" where the prompt has
+    them; rows are counted from 1, as in the prompts. Rows that cannot be answered are left out and counted.
 
     Raises:
-        ValueError: a conversation has nothing to answer, or a run with other prompts or settings left part files for
-            this output.
+        ValueError: too many prompts are bad, a run with other prompts or settings left part files for this output, or
+            the server gave up.
     """
-    conversations, _ = read_conversations(args.prompts)
-    out = Path(args.out)
-    for number, messages in enumerate(conversations, 1):
-        if all(message["role"] == "assistant" for message in messages):
-            raise ValueError(f"{args.prompts}, conversation {number}: there is nothing to answer")
-    parts = Parts(out, _settings(args, conversations))
-    done = range(len(conversations)) if out.is_file() else parts.rows()
-    mine = [row for row in range(world.rank, len(conversations), world.size) if row not in done]
-    if mine:
-        info = read_info(args.target)
-        model = load_whole(info, getattr(torch, args.dtype), world.device)
-        encoder = ChatEncoder(info.tokenizer, info.stop_ids, args.template_args)
-        begun, written = time.perf_counter(), 0
-        with parts.append(world.rank) as part:
-            for start in range(0, len(mine), args.batch_size):
-                rows = mine[start : start + args.batch_size]
-                torch.manual_seed(args.seed * 1_000_003 + rows[0])
-                for row, answer in zip(rows, write_answers(model, encoder, [conversations[r] for r in rows], args)):
-                    part.write(json.dumps({**answer, "row": row}, ensure_ascii=False) + "\n")
-                part.flush()
-                os.fsync(part.fileno())
-                written += len(rows)
-                rate = written / (time.perf_counter() - begun)
-                left = (len(mine) - written) / rate
-                print(
-                    f"[rank {world.rank}] {written}/{len(mine)} rows, {rate:.2f} rows/s, {left:.0f} s left", flush=True
-                )
-    elif out.is_file() and world.is_main:
-        print(f"{out} is finished already")
-    if parts.merge(len(conversations)):
-        print(f"[rank {world.rank}] wrote {len(conversations)} rows to {out}")
+    rows, mine, prompts = _read_prompts(args, world)
+    parts = Parts(Path(args.out), _settings(args, prompts))
+    places = parts.index()
+    finished = parts.out.is_file()  # asked after the parts were read: they go once it is there
+    todo = {} if finished else {row: asked for row, asked in mine.items() if row not in places}
+    if todo:
+        bar = tqdm(total=len(mine), initial=len(mine) - len(todo), unit="row", disable=not world.is_main)
+        with bar, parts.append(world.rank) as append:
+
+            def write(row: Row) -> None:
+                append(row)
+                bar.update()
+
+            if args.endpoint:
+                from dflash_dist.target.endpoint import answer_from_server  # slow to import, and only needed here
+
+                answer_from_server(todo, args, write)
+            else:
+                _answer_here(todo, args, world.device, write)
+    elif finished and world.is_main:
+        print(f"{parts.out} is finished already")
+    refused = parts.merge(rows)
+    if refused is not None:
+        print(f"[rank {world.rank}] wrote {len(rows) - len(refused)} rows to {parts.out}")
+        if refused:
+            print(f"[rank {world.rank}] left out {len(refused)} rows, the first: {refused[0]}")
 
 
-def _settings(args: argparse.Namespace, conversations: list[list[Message]]) -> dict[str, Any]:
-    """What the answers depend on; a run continues only under the same."""
-    names = ("target", "max_new_tokens", "temperature", "top_p", "seed", "dtype", "template_args")
-    prompts = hashlib.sha256(json.dumps(conversations).encode()).hexdigest()[:16]
+def _read_prompts(args: argparse.Namespace, world: World) -> tuple[list[int], dict[int, Conversation], str]:
+    """The numbers of all rows, this rank's conversations by row, and a digest of all conversations."""
+    rows: list[int] = []
+    mine, bad, digest = {}, BadRows(), hashlib.sha256()
+    for row, asked in read_conversations(args.prompts, args.max_bad_rows):
+        if all(message["role"] not in ("user", "tool") for message in asked.messages):
+            bad.add(args.prompts, row, BadRow("nothing to answer: nobody asks anything"))
+            bad.refuse_above(args.max_bad_rows, None)
+            continue
+        if len(rows) % world.size == world.rank:
+            mine[row] = asked
+        rows.append(row)
+        digest.update(json.dumps([row, asked.messages, asked.tools]).encode() + b"\n")
+    return rows, mine, digest.hexdigest()[:16]
+
+
+def _settings(args: argparse.Namespace, prompts: str) -> dict[str, Any]:
+    """What the answers depend on; a run continues only under the same. A server may move to another URL."""
+    names = ["target", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "template_args"]
+    names.append("extra_body" if args.endpoint else "dtype")
     return {name: getattr(args, name) for name in names} | {"prompts": prompts}
 
 
-class Parts:
-    """The part files of an output: one a rank, whole lines only.
+# ------------------------------------------------------------------------------------------------ turns
 
-    The settings lie beside the output and stay there: they tell how it was written, and that it is finished.
+
+def answer_turns(asked: Conversation) -> Generator[list[Message], tuple[Message, bool], Row]:
+    """Writes a conversation's assistant turns again, one by one: yields the messages to answer, takes the new message
+    and whether the target finished it, and returns the row.
+
+    A later turn answers to the new earlier ones. A conversation that ends with a question gets an answer to it; answers
+    before the first question are left out.
     """
-
-    def __init__(self, out: Path, settings: dict[str, Any]):
-        self.out, self.folder = out, out.with_name(out.name + ".parts")
-        described = out.with_name(out.name + ".settings.json")
-        if out.is_file() and not described.is_file():
-            raise ValueError(f"{out} exists and was not written by this command: choose another --out, or delete it")
-        if described.is_file() and json.loads(described.read_text()) != settings:
-            raise ValueError(
-                f"{described} belongs to a run with other prompts or settings: choose another --out,"
-                f" or delete it with {out} and {self.folder}"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not described.is_file():
-            _write_whole(described, json.dumps(settings, indent=2))
-
-    def rows(self) -> dict[int, dict[str, Any]]:
-        """The finished rows, by number. A line that an interruption cut short counts as unwritten."""
-        done = {}
-        for path in sorted(self.folder.glob("rank-*.jsonl")):
-            for line in path.read_bytes().split(b"\n"):  # bytes: a cut may fall inside a character
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                done[row["row"]] = row
-        return done
-
-    def append(self, rank: int) -> Any:
-        path = self.folder / f"rank-{rank:05d}.jsonl"
-        part = path.open("a+", encoding="utf-8")
-        if part.tell() and not path.read_bytes().endswith(b"\n"):
-            part.write("\n")  # closes a line that an interruption cut short
-        return part
-
-    def merge(self, count: int) -> bool:
-        """Writes the output in row order and removes the parts, if all rows are there and nobody else did.
-
-        No rank waits for another: whichever finishes last finds everything. The lock is the operating system's, so it
-        falls with its holder.
-        """
-        with (self.folder.parent / f"{self.folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            rows = self.rows()
-            merged = len(rows) == count and not self.out.is_file()
-            if merged:
-                _write_whole(self.out, "".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in range(count)))
-            if self.out.is_file():
-                shutil.rmtree(self.folder, ignore_errors=True)
-                Path(lock.name).unlink(missing_ok=True)
-        return merged
+    log, written, waiting, reason = asked.messages, [], False, "stop"
+    ids: dict[Any, Any] = {}  # of tool calls: the log's -> the new turn's
+    for k, message in enumerate(log):
+        if message["role"] != "assistant":
+            if message["role"] == "tool" and ids:
+                known = message.get("tool_call_id")
+                message = message | {"tool_call_id": ids.pop(known if known in ids else next(iter(ids)))}
+            written.append(message)
+            waiting |= message["role"] in ("user", "tool")
+        if not waiting or (k + 1 < len(log) and log[k + 1]["role"] != "assistant"):
+            continue
+        new, finished = yield written
+        written.append(new)
+        waiting = False
+        if not finished:
+            reason = "length"  # nothing sensible follows an answer that was cut
+            break
+        if k + 2 < len(log) and not _fits(log[k + 1], new, log[k + 2]):
+            break
+        old_calls = log[k + 1].get("tool_calls", []) if k + 1 < len(log) else []
+        ids = {old.get("id", n): call["id"] for n, (old, call) in enumerate(zip(old_calls, new.get("tool_calls", [])))}
+    row: Row = {"messages": written, "finish_reason": reason} | ({"tools": asked.tools} if asked.tools else {})
+    try:
+        read_row(row)
+    except BadRow as error:  # an empty answer, arguments that are no JSON: training could not read it
+        return {"error": f"unusable answer: {error}"}
+    return row
 
 
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # ranks on several hosts may write at once
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _fits(old: Message, new: Message, following: Message) -> bool:
+    """Whether what follows the old answer can follow the new one: the results of tools fit the same calls only, which
+    models without parsed calls write as text."""
+    if _calls(old) or _calls(new):
+        return _calls(old) == _calls(new)
+    return following["role"] != "tool" or old["content"] == new["content"]
+
+
+def _calls(message: Message) -> list[tuple[str, Any]]:
+    calls = []
+    for call in message.get("tool_calls", []):
+        arguments = call["function"]["arguments"]
+        with contextlib.suppress(ValueError, TypeError):  # the log's are objects already
+            arguments = json.loads(arguments) if arguments else {}
+        calls.append((call["function"]["name"], arguments))
+    return calls
+
+
+def split_reasoning(text: str, finished: bool, opened: bool = False) -> Message:
+    """The fields of an assistant's message from its raw text, such that a chat template renders it as it was written.
+
+    Args:
+        finished: the target ended the answer itself. Where it was cut while thinking, all is reasoning.
+        opened: the prompt ended with an open <think>.
+    """
+    if "<|channel|>" in text:
+        return _split_channels(text, finished)
+    if opened or ("</think>" in text and "<think>" not in text):
+        text = "<think>\n" + text
+    if not finished and text.lstrip().startswith("<think>") and "</think>" not in text:
+        return {"content": "", "reasoning_content": text.lstrip().removeprefix("<think>").removeprefix("\n")}
+    return {"content": text}
+
+
+# gpt-oss: the recipient of a call stands before or behind the channel's name
+_CHANNEL = re.compile(
+    r"([^<>|]*)<\|channel\|>(\w+)(.*?)<\|message\|>(.*?)(?=<\|(?:end|call|return|start|channel)\|>|\Z)", re.DOTALL
+)
+
+
+def _split_channels(text: str, finished: bool) -> Message:
+    said: dict[str, list[str]] = {"analysis": [], "final": []}
+    calls = []
+    for before, channel, header, body in _CHANNEL.findall(text):
+        if recipient := re.search(r"to=functions\.([\w.-]+)", before + header):
+            calls.append({"type": "function", "function": {"name": recipient[1], "arguments": body}})
+        elif channel in said:
+            said[channel].append(body)
+    message: Message = {"content": "".join(said["final"])}
+    if said["analysis"]:
+        message["reasoning_content"] = "\n".join(said["analysis"])
+    if calls and finished:  # a cut call cannot be rendered: the answer ends before it
+        message["tool_calls"] = [call | {"id": f"call_{n}"} for n, call in enumerate(calls)]
+    return message
+
+
+# ------------------------------------------------------------------------------------------------ generation
+
+
+def _answer_here(
+    todo: dict[int, Conversation], args: argparse.Namespace, device: torch.device, write: Callable[[Row], None]
+) -> None:
+    info = read_info(args.target)
+    model = load_whole(info, getattr(torch, args.dtype), device)
+    encoder = ChatEncoder(info.tokenizer, info.stop_ids, args.template_args)
+    rows = list(todo)
+    for start in range(0, len(rows), args.batch_size):
+        batch = rows[start : start + args.batch_size]
+        torch.manual_seed(args.seed * 1_000_003 + batch[0])
+        for row, answer in zip(batch, write_answers(model, encoder, [todo[row] for row in batch], args)):
+            write({**answer, "row": row})
 
 
 def write_answers(
-    model: torch.nn.Module, encoder: ChatEncoder, conversations: list[list[Message]], args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """Writes every assistant turn of the conversations again, turn by turn: a later turn answers to the new earlier
-    ones. A conversation that ends with a user's turn gets an answer to it."""
-    written: list[list[Message]] = [[] for _ in conversations]
-    reason = ["stop"] * len(conversations)
-    queues = [_until_answers(messages) for messages in conversations]
-    while any(queues):
-        batch = [i for i, queue in enumerate(queues) if queue]
-        for i in batch:
-            written[i] += queues[i].pop(0)
-        prompts = [encoder.prompt_ids(written[i]) for i in batch]
-        for i, (text, finished) in zip(batch, _generate(model, encoder, prompts, args)):
-            written[i].append({"role": "assistant", "content": text})
-            if not finished:
-                reason[i] = "length"
-                queues[i].clear()  # nothing sensible follows an answer that was cut
-    for messages, why in zip(written, reason):
-        yield {"messages": messages, "finish_reason": why}
-
-
-def _until_answers(messages: list[Message]) -> list[list[Message]]:
-    """The messages before each answer: one list a turn that the assistant is to write."""
-    turns: list[list[Message]] = [[]]
-    for message in messages:
-        if message["role"] == "assistant":
-            turns.append([])
-        else:
-            turns[-1].append(message)
-    return [turn for turn in turns if turn]
+    model: torch.nn.Module, encoder: ChatEncoder, conversations: list[Conversation], args: argparse.Namespace
+) -> list[Row]:
+    """The rows of the conversations, answered together turn by turn; {"error": ...} where that cannot be."""
+    rows: list[Row] = [{} for _ in conversations]
+    turns = [answer_turns(conversation) for conversation in conversations]
+    waiting = {i: next(turn) for i, turn in enumerate(turns)}
+    while waiting:
+        prompts = {}
+        for i, messages in waiting.items():
+            try:
+                asked = read_row({"messages": messages, "tools": conversations[i].tools})  # as training reads them
+                assert isinstance(asked, Conversation)
+                prompts[i] = encoder.prompt_ids(asked.messages, asked.tools)
+            except BadRow as error:
+                rows[i] = {"error": str(error)}
+        waiting = {}
+        for i, (text, finished) in zip(prompts, _generate(model, encoder, list(prompts.values()), args)):
+            opened = encoder.tokenizer.decode(prompts[i][-8:]).rstrip().endswith("<think>")
+            try:
+                waiting[i] = turns[i].send(({"role": "assistant"} | split_reasoning(text, finished, opened), finished))
+            except StopIteration as end:
+                rows[i] = end.value
+    return rows
 
 
 def _generate(
     model: Any, encoder: ChatEncoder, prompts: list[list[int]], args: argparse.Namespace
 ) -> Iterator[tuple[str, bool]]:
+    if not prompts:
+        return
     width = max(map(len, prompts))
     padding = [width - len(prompt) for prompt in prompts]
     input_ids = torch.tensor(
         [[encoder.pad_id] * n + prompt for n, prompt in zip(padding, prompts)], device=model.device
     )
     attention_mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=model.device)
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     output = model.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,

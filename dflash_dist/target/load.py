@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Sequence
@@ -95,6 +96,18 @@ def check_capture(info: TargetInfo, layer_ids: Sequence[int]) -> None:
         )
 
 
+def packs_exactly(text_config: Any) -> bool:
+    """Whether documents in one row stay apart if their positions restart.
+
+    True of attention, full or sliding, which the positions tell apart. Linear attention and state-space layers carry a
+    state from token to token, and chunked attention counts its chunks from the row's beginning.
+    """
+    kinds = [getattr(text_config, name, None) or [] for name in ("layer_types", "layers_block_type", "block_types")]
+    state_space = any(getattr(text_config, name, None) for name in ("state_size", "ssm_state_size", "mamba_d_state"))
+    packable = {"full_attention", "sliding_attention", "attention"}
+    return not state_space and all(kind in packable for listed in kinds for kind in listed)
+
+
 def check_mask_token(info: TargetInfo, mask_token_id: int) -> None:
     """Refuses a mask token that is outside the vocabulary or has a meaning of its own.
 
@@ -153,11 +166,39 @@ def load_target(
     # Gathered once, here: calling a sharded submodule outside the root's forward breaks the root.
     embedding = embedding.full_tensor() if hasattr(embedding, "full_tensor") else embedding
     embedding = embedding.detach().to(dtype)
+    return Target(HFDFlashTargetModel(model, layer_ids), embedding, _head(info, embedding))
+
+
+def load_ends(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embedding and LM head [V, H] alone, as `load_target` gives them, read by name from the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint lacks one.
+    """
+    embedding = read_tensor(info, "embed_tokens.weight").to(device, dtype)
+    return embedding, _head(info, embedding)
+
+
+def _head(info: TargetInfo, embedding: torch.Tensor) -> torch.Tensor:
     if getattr(info.text, "tie_word_embeddings", False) or getattr(info.config, "tie_word_embeddings", False):
-        head = embedding
-    else:
-        head = read_tensor(info, "lm_head.weight").to(world.device, dtype)
-    return Target(HFDFlashTargetModel(model, layer_ids), embedding, head)
+        return embedding
+    return read_tensor(info, "lm_head.weight").to(embedding.device, embedding.dtype)
+
+
+def name_weights(info: TargetInfo) -> str:
+    """Names the target's weights: id and commit on the hub; of a folder, wherever it lies, a digest of its weight
+    files' names, sizes and ends, since reading all of them would take minutes."""
+    if not Path(info.path).is_dir():
+        return f"{info.path}@{getattr(info.config, '_commit_hash', None) or info.revision}"
+    state = hashlib.sha256()
+    for file in sorted(p for p in Path(info.path).iterdir() if p.suffix in (".safetensors", ".bin")):
+        size = file.stat().st_size
+        state.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            for begin in (0, size // 2, max(size - 2**20, 0)):
+                content.seek(begin)
+                state.update(content.read(2**20))
+    return f"weights {state.hexdigest()[:16]}"
 
 
 def load_whole(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> Any:

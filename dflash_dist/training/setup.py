@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ import yaml
 
 from dflash_dist import __version__
 from dflash_dist.config import Config, to_tree
-from dflash_dist.data.chat import ChatEncoder, Message, encode_all, read_conversations
-from dflash_dist.data.packing import PackedRows
+from dflash_dist.data.rows import Data, load_data, make_encoder
 from dflash_dist.draft.model import DFlashDraftModel, DraftShape
 from dflash_dist.ranks import World
-from dflash_dist.target.load import TargetInfo, check_capture, check_mask_token, read_info
+from dflash_dist.target.load import TargetInfo, check_capture, check_mask_token, packs_exactly, read_info
 from dflash_dist.target.tiny import BUILTIN_CHAT, BUILTIN_TARGET, make_tiny_chats, make_tiny_target
 from dflash_dist.target.warm_start import warm_start
+
+CONFIG, CHAT_TEMPLATE = "config.yaml", "chat_template.jinja"  # in the run folder
 
 
 def make_builtins(config: Config, world: World) -> Config:
@@ -63,42 +64,31 @@ def check_target(config: Config) -> TargetInfo:
     return info
 
 
-def make_rows(config: Config, info: TargetInfo, world: World) -> tuple[PackedRows, PackedRows | None]:
-    """Training rows, and held-out rows where the config holds any out."""
-    data = config.data
-    conversations, skipped = read_conversations(data.path, data.max_bad_rows, finished_only=True)
-    held_out: list[list[Message]] = []
-    held_out_skipped = Counter[str]()
-    if data.val_path:
-        held_out, held_out_skipped = read_conversations(data.val_path, data.max_bad_rows, finished_only=True)
-    elif data.val_conversations:
-        if data.val_conversations >= len(conversations):
-            raise ValueError(
-                f"data.val_conversations {data.val_conversations} leaves nothing to train on:"
-                f" {data.path} holds {len(conversations)} conversations"
-            )
-        conversations, held_out = conversations[: -data.val_conversations], conversations[-data.val_conversations :]
+def make_data(config: Config, info: TargetInfo, world: World) -> Data:
+    """The rows that the run learns from and those held out; says what became of the data.
 
-    encoder = ChatEncoder(info.tokenizer, info.stop_ids, data.template_args)
+    Raises:
+        ValueError: as `load_data`; or the ranks read different data.
+    """
+    pack = packs_exactly(info.text)
+    encoder = make_encoder(config.data, info.tokenizer, info.stop_ids)
+    data = load_data(config.data, encoder, config.train.seed, pack)
+    if not world.agrees_on(int(data.train.fingerprint[:12], 16)):
+        raise ValueError("the ranks read different data: every node must see the same files under data.path")
+    if world.is_main:
+        for line in data.describe():
+            print(line)
+        if not pack:
+            print(f"{info.path} has layers that mix packed documents: one document a row, the rest of it is padding")
+    return data
 
-    def pack(name: str, part: list[list[Message]], skipped: Counter[str], path: str) -> PackedRows:
-        try:
-            documents, causes = encode_all(encoder, part, data.seq_len)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        rows = PackedRows(documents, data.seq_len, encoder.pad_id)
-        if world.is_main:
-            supervised = rows.loss_mask.mean()
-            print(
-                f"{name}: {len(part)} conversations -> {len(documents)} documents, {len(rows.input_ids):,} tokens"
-                f" ({supervised:.0%} supervised) -> {len(rows)} rows of {data.seq_len}, {rows.filled:.1%} filled"
-            )
-            for cause, count in (causes + skipped).items():
-                print(f"{name}: {count} x {cause}")
-        return rows
 
-    rows = pack("train", conversations, skipped, data.path)
-    return rows, pack("held out", held_out, held_out_skipped, data.val_path or data.path) if held_out else None
+def planned_steps(config: Config, num_rows: int) -> int:
+    """Optimiser steps of the run: as stated, or as many as its epochs ask for."""
+    train = config.train
+    if train.max_steps is not None:
+        return train.max_steps
+    return math.ceil(train.epochs * num_rows / train.global_batch_size)
 
 
 def draft_shape(config: Config, info: TargetInfo) -> DraftShape:
@@ -154,11 +144,14 @@ def make_draft(config: Config, info: TargetInfo) -> DFlashDraftModel:
 
 
 def describe_run(config: Config) -> str:
-    """Writes the resolved config and the versions into the run folder; returns the config as YAML."""
+    """Writes the resolved config, the versions and a chat template of the run's own into the run folder; returns the
+    config as YAML."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(to_tree(config), sort_keys=False)
-    (folder / "config.yaml").write_text(text)
+    (folder / CONFIG).write_text(text)
+    if config.data.chat_template:
+        (folder / CHAT_TEMPLATE).write_text(Path(config.data.chat_template).read_text(encoding="utf-8"))
     packages = ("torch", "transformers", "tokenizers", "safetensors")
     versions = {"dflash_dist": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in packages}

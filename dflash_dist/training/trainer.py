@@ -30,9 +30,9 @@ from dflash_dist.draft.attention import training_attention
 from dflash_dist.draft.blocks import Blocks, build_blocks
 from dflash_dist.draft.objective import Statistics, WeightedSlots, block_loss
 from dflash_dist.ranks import World, join_world
-from dflash_dist.target.load import load_target
 from dflash_dist.training import setup
 from dflash_dist.training.checkpoint import Checkpoints, read_state, refuse_changed, step_folders
+from dflash_dist.training.context import HELD_OUT, TRAIN, Place, make_context
 from dflash_dist.training.optim import apply_update, learning_rate, make_optimizer, restore_hyperparameters
 from dflash_dist.training.watch import StepResult, Watch, due
 
@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
 class MicroBatch:
     """Rows that one rank runs at once, with the blocks sampled from them; on the host until `to`."""
 
+    place: Place  # where the rows come from
     batch: PackedBatch
     blocks: Blocks
     slots: WeightedSlots
@@ -65,7 +66,7 @@ class MicroBatch:
         return self.blocks.weights.sum(dtype=torch.float64).item()
 
     def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(self.batch.to(device), self.blocks.to(device), self.slots.to(device))
+        return MicroBatch(self.place, self.batch.to(device), self.blocks.to(device), self.slots.to(device))
 
 
 class Trainer:
@@ -76,26 +77,16 @@ class Trainer:
         self.config = config = setup.make_builtins(config, world)
         self.world = world
         info = setup.check_target(config)
-        self.rows, self.held_out = setup.make_rows(config, info, world)
+        data = setup.make_data(config, info, world)
+        self.rows, self.held_out = data.train.rows, data.held_out.rows if data.held_out else None
         train = config.train
-        epochs_steps = math.ceil(train.epochs * len(self.rows) / train.global_batch_size)
-        self.total_steps = train.max_steps if train.max_steps is not None else epochs_steps
+        self.total_steps = setup.planned_steps(config, len(self.rows))
 
         self.draft = setup.make_draft(config, info).to(world.device)
         self.compute_dtype = getattr(torch, train.precision)
-        target = config.target
-        loaded = load_target(
-            info,
-            target.layer_ids,
-            getattr(torch, target.dtype),
-            world,
-            target.replicas,
-            target.full_depth,
-            target.attention,
-        )
-        self.target = loaded.model
-        self.embedding = loaded.embedding.to(self.compute_dtype)
-        self.head = self.embedding if loaded.head is loaded.embedding else loaded.head.to(self.compute_dtype)
+        self.context, embedding, head = make_context(config, info, data, world)
+        self.embedding = embedding.to(self.compute_dtype)
+        self.head = self.embedding if head is embedding else head.to(self.compute_dtype)
         self.optimizer = make_optimizer(self.draft, train)
         # One rank has nobody to average with: nothing is wrapped.
         self.ddp = DistributedDataParallel(self.draft, gradient_as_bucket_view=True) if world.size > 1 else self.draft
@@ -105,7 +96,7 @@ class Trainer:
             "train.seed": train.seed,
             "train.global_batch_size": train.global_batch_size,
             "data.seq_len": config.data.seq_len,
-            "data fingerprint": self.rows.fingerprint(),
+            "data fingerprint": data.train.fingerprint,
         }
         self.folder = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
@@ -140,11 +131,13 @@ class Trainer:
     def micro_batches(self, source: PackedRows, rows: list[int], stream: int, step: int) -> list[MicroBatch]:
         """This rank's share of `rows`, in micro-batches. A row's anchors depend on its place among `rows`, not on the
         rank that gets it."""
+        part = TRAIN if source is self.rows else HELD_OUT
         micro_batches = []
         numbered = self.world.share(list(enumerate(rows)))
         size = self.config.train.micro_batch_size
-        for part in (numbered[i : i + size] for i in range(0, len(numbered), size)):
-            batch = source.batch([row for _, row in part])
+        for few in (numbered[i : i + size] for i in range(0, len(numbered), size)):
+            place = part, [row for _, row in few]
+            batch = source.batch(place[1])
             blocks = build_blocks(
                 batch.input_ids,
                 batch.loss_mask,
@@ -154,17 +147,16 @@ class Trainer:
                 block_size=self.config.draft.block_size,
                 mask_token_id=self.config.mask_token_id,
                 gamma=self.config.gamma,
-                generators=[random_stream(self.config.train.seed, stream, step, number) for number, _ in part],
+                generators=[random_stream(self.config.train.seed, stream, step, number) for number, _ in few],
             )
-            micro_batches.append(MicroBatch(batch, blocks, WeightedSlots.of(blocks, self.config.loss.chunk)))
+            micro_batches.append(MicroBatch(place, batch, blocks, WeightedSlots.of(blocks, self.config.loss.chunk)))
+        self.context.expect(micro.place for micro in micro_batches)
         return micro_batches
 
     def forward(self, draft: torch.nn.Module, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Target features, draft, loss sum and statistics of a micro-batch."""
+        """Context, draft, loss sum and statistics of a micro-batch."""
         batch, blocks = micro.batch, micro.blocks
-        context = self.target.generate_batch(
-            batch.input_ids, batch.attention_mask, batch.loss_mask, batch.position_ids
-        ).hidden_states
+        context = self.context.of(micro.place, batch)
         attend = training_attention(blocks, batch.document_ids)
         slots = F.embedding(blocks.input_ids.flatten(1), self.embedding)
         bf16 = self.compute_dtype == torch.bfloat16

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from functools import cache
 
+import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dflash_dist.data.chat import ChatEncoder, Document, Message, encode_all, read_conversations
+from dflash_dist.data.chat import ChatEncoder, Document, Message, Text
+from dflash_dist.data.sources import BadRow, Conversation, Rendered
 from dflash_dist.target.tiny import CHATML, SPECIAL, tiny_tokenizer
 
 STOP = 2  # <|im_end|> of the tiny tokenizer
@@ -22,182 +24,73 @@ MARKED = (
     "{% else %}{{ message.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-# As Qwen3: history loses its thinking; answers to the last question get a think block, an empty one if need be.
-# Without thinking, the empty block belongs to the prompt.
-THINKING_MARKED = (
-    "{% set last = namespace(question=-1) %}"
-    "{% for message in messages %}{% if message.role == 'user' %}{% set last.question = loop.index0 %}{% endif %}"
-    "{% endfor %}"
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
-    "{% if message.role == 'assistant' %}"
-    "{% set answer = message.content.split('</think>')[-1].lstrip('\n') %}"
-    "{% set thought = '' %}"
-    "{% if '</think>' in message.content %}"
-    "{% set thought = message.content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
-    "{% endif %}"
-    "{% generation %}"
-    "{% if loop.index0 > last.question %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
-    "{{ answer }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ message.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+# Its generation prompt opens a block that no answer is rendered with.
+FORCED = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+FORCED_MARKED = MARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+# Thinking is dropped from the history.
+FORGETFUL, FORGETFUL_MARKED = (
+    template.replace("message.content", "(message.content if loop.last else message.content.split('</think>')[-1])")
+    for template in (CHATML, MARKED)
 )
-THINKING = THINKING_MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+# The generation prompt ends in text that can grow together with an answer.
+COLON, COLON_MARKED = (
+    template.replace("{{ message.role }}\n", "{{ message.role }}:")
+    .replace("message.role + '\n'", "message.role + ':'")
+    .replace("assistant\n", "assistant:")
+    for template in (CHATML, MARKED)
+)
 
 
 def turns(*contents: str, system: str | None = None) -> list[Message]:
-    """A conversation in which user and assistant take turns."""
+    """Messages in which user and assistant take turns."""
     head = [{"role": "system", "content": system}] if system is not None else []
     return head + [
         {"role": role, "content": text} for role, text in zip(itertools.cycle(["user", "assistant"]), contents)
     ]
 
 
-def make_encoder(template: str, **template_args: object) -> ChatEncoder:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    return ChatEncoder(tokenizer, [STOP], template_args)
+def make_encoder(template: str, **options: object) -> ChatEncoder:
+    return ChatEncoder(tiny_tokenizer(), [STOP], chat_template=template, **options)
 
 
-def merging_tokenizer(template: str, *merges: tuple[str, str]) -> PreTrainedTokenizerFast:
-    """The tiny tokenizer with BPE merges of its byte tokens, where a line break is written Ċ and a space Ġ."""
-    vocabulary = dict(tiny_tokenizer().get_vocab())
-    for left, right in merges:
-        vocabulary[left + right] = len(vocabulary)
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+def byte_tokenizer(
+    *merges: tuple[str, str], special: Sequence[str] = SPECIAL, template: str = CHATML
+) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with BPE merges of its byte tokens, where a line break is written Ċ and a space Ġ, or with
+    other special tokens."""
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in merges)]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>", chat_template=template
-    )
+    backend.add_special_tokens(list(special))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", chat_template=template)
 
 
 def ids(encoder: ChatEncoder, text: str) -> list[int]:
     return encoder.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def text_of(encoder: ChatEncoder, tokens: Sequence[int]) -> str:
+def text_of(encoder: ChatEncoder, tokens: Sequence[int] | np.ndarray) -> str:
     return encoder.tokenizer.decode(tokens, skip_special_tokens=False)
 
 
 def supervised(encoder: ChatEncoder, document: Document) -> list[str]:
-    """The text of each unbroken run of supervised tokens."""
-    assert len(document.input_ids) == len(document.loss_mask)
-    runs = itertools.groupby(zip(document.input_ids, document.loss_mask), key=lambda pair: pair[1])
-    return [text_of(encoder, [token for token, _ in run]) for flag, run in runs if flag]
+    """The text of each supervised range."""
+    return [text_of(encoder, document.input_ids[begin:end]) for begin, end in document.supervised]
 
 
-# Reading
+def encode(encoder: ChatEncoder, messages: list[Message], **more: object) -> list[Document]:
+    return encoder.encode(Conversation(messages, **more))
 
 
-def test_conversations_are_read_as_written(write_chats):
-    path = write_chats([("user", "hello"), ("assistant", "yes")], [("system", "s"), ("user", "")])
-    conversations, skipped = read_conversations(path)
-    assert conversations == [
-        [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}],
-        [{"role": "system", "content": "s"}, {"role": "user", "content": ""}],
-    ]
-    assert skipped == Counter()
+def answers(encoder: ChatEncoder, messages: list[Message], **more: object) -> list[list[str]]:
+    """What is supervised in each document."""
+    return [supervised(encoder, document) for document in encode(encoder, messages, **more)]
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"absent\.jsonl does not exist"):
-        read_conversations(tmp_path / "absent.jsonl")
-
-
-@pytest.mark.parametrize("content", ["", "\n  \n"])
-def test_an_empty_file_is_named(tmp_path, content):
-    path = tmp_path / "empty.jsonl"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=r"empty\.jsonl holds no conversation"):
-        read_conversations(path)
-
-
-GOOD = '{"messages": [{"role": "user", "content": "x"}]}'
-
-
-def write_lines(tmp_path: Path, *lines: str) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def test_only_a_line_break_ends_a_row(tmp_path):
-    """JSON may hold U+2028 and U+0085 as they are, which str.splitlines() takes for line breaks."""
-    text = "é\u2028漢\u0085"
-    row = json.dumps({"messages": [{"role": "user", "content": text}]}, ensure_ascii=False)
-    assert read_conversations(write_lines(tmp_path, row, GOOD))[0] == [
-        [{"role": "user", "content": text}],
-        [{"role": "user", "content": "x"}],
-    ]
-
-
-@pytest.mark.parametrize(
-    ("line", "cause"),
-    [
-        ('{"messages": [', "malformed JSON"),
-        ("[1, 2]", "no messages"),
-        ('{"conversations": []}', "no messages"),
-        ('{"messages": []}', "no messages"),
-        ('{"messages": "hello"}', "no messages"),
-        ('{"messages": ["hello"]}', "no role"),
-        ('{"messages": [{"content": "x"}]}', "no role"),
-        ('{"messages": [{"role": "human", "content": "x"}]}', "unknown role: 'human' is not one of system, developer"),
-        ('{"messages": [{"role": "user"}]}', "no content"),
-        ('{"messages": [{"role": "assistant", "content": null}]}', "the content of a assistant message must be text"),
-        ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "no content"),
-    ],
-)
-def test_a_malformed_line_is_refused_with_file_line_and_cause(tmp_path, line, cause):
-    path = write_lines(tmp_path, GOOD, "", line, GOOD)  # blank lines count as lines
-    with pytest.raises(ValueError) as refusal:
-        read_conversations(path)
-    assert str(refusal.value).startswith(f"{path}, line 3: ")
-    assert cause in str(refusal.value)
-
-
-def test_a_line_that_is_not_utf8_is_refused_with_file_and_line(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(GOOD.encode() + b'\n{"messages": [{"role": "user", "content": "\xff"}]}\n')
-    with pytest.raises(ValueError) as refusal:
-        read_conversations(path)
-    assert str(refusal.value).startswith(f"{path}, line 2: ")
-
-
-def test_half_a_surrogate_pair_is_refused_with_file_and_line(tmp_path):
-    """JSON can spell it, no tokenizer can take it; a text cut in the middle of an emoji ends so."""
-    path = write_lines(tmp_path, GOOD, '{"messages": [{"role": "user", "content": "\\ud83d"}]}')
-    with pytest.raises(ValueError) as refusal:
-        read_conversations(path)
-    assert str(refusal.value).startswith(f"{path}, line 2: ")
-
-
-def test_answers_cut_by_the_length_limit_are_left_out_on_request_and_are_no_bad_rows(tmp_path):
-    cut = GOOD[:-1] + ', "finish_reason": "length"}'
-    path = write_lines(tmp_path, GOOD, cut, GOOD[:-1] + ', "finish_reason": "stop"}')
-    conversations, skipped = read_conversations(path, finished_only=True)
-    assert len(conversations) == 2 and skipped == {"answer cut by the length limit": 1}
-    assert len(read_conversations(path)[0]) == 3
-
-
-def test_as_many_bad_rows_as_allowed_are_skipped_and_counted(tmp_path):
-    path = write_lines(tmp_path, "{", GOOD, '{"messages": [{"role": "human", "content": "x"}]}', "}", GOOD)
-    conversations, skipped = read_conversations(path, max_bad_rows=3)
-    assert len(conversations) == 2
-    assert skipped == Counter({"malformed JSON": 2, "unknown role": 1})
-
-
-def test_one_bad_row_more_than_allowed_is_refused_where_it_stands(tmp_path):
-    path = write_lines(tmp_path, "{", GOOD, "{", GOOD, "{")
-    with pytest.raises(ValueError, match=r"line 5: malformed JSON.*data\.max_bad_rows \(now 2\)"):
-        read_conversations(path, max_bad_rows=2)
-
-
-def test_a_file_of_nothing_but_skipped_rows_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no conversation"):
-        read_conversations(write_lines(tmp_path, "{", "{"), max_bad_rows=2)
+def plain(documents: list[Document]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Documents that can be compared."""
+    return [(document.input_ids.tolist(), document.supervised) for document in documents]
 
 
 # Which tokens are supervised
@@ -212,12 +105,16 @@ MARKS = pytest.mark.parametrize(
     ],
 )
 TEMPLATES = pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "marked"])
+# The same, and a template that only its own marks tell apart.
+ALL_TEMPLATES = pytest.mark.parametrize(
+    "template", [CHATML, MARKED, FORCED_MARKED], ids=["plain", "marked", "only marked"]
+)
 
 
 @TEMPLATES
 def test_exactly_the_answers_and_their_end_tokens_are_supervised(template):
     encoder = make_encoder(template)
-    (document,) = encoder.encode(turns("Hello?", "Hi, you.", "And now?", "Bye."))
+    (document,) = encode(encoder, turns("Hello?", "Hi, you.", "And now?", "Bye."))
     assert text_of(encoder, document.input_ids) == (
         "<|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\nHi, you.<|im_end|>\n"
         "<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\nBye.<|im_end|>\n"
@@ -225,35 +122,41 @@ def test_exactly_the_answers_and_their_end_tokens_are_supervised(template):
     assert supervised(encoder, document) == ["Hi, you.<|im_end|>", "Bye.<|im_end|>"]
 
 
+def test_the_loss_mask_says_the_same_as_the_ranges():
+    document = Document(np.arange(7, dtype=np.int32), [(1, 3), (5, 6)])
+    assert document.loss_mask.tolist() == [False, True, True, False, False, True, False]
+
+
 @TEMPLATES
-def test_system_tool_and_trailing_user_text_are_context(template):
-    encoder = make_encoder(template)
+def test_system_and_tool_text_are_context(template):
     messages = [
         *turns("Weather?", "I look.", system="Be brief."),
         {"role": "tool", "content": "rain"},
         {"role": "assistant", "content": "Rain."},
-        {"role": "user", "content": "Thanks"},
     ]
-    (document,) = encoder.encode(messages)
-    assert text_of(encoder, document.input_ids).endswith("<|im_start|>user\nThanks<|im_end|>\n")
-    assert supervised(encoder, document) == ["I look.<|im_end|>", "Rain.<|im_end|>"]
+    assert answers(make_encoder(template), messages) == [["I look.<|im_end|>", "Rain.<|im_end|>"]]
+
+
+@TEMPLATES
+def test_a_document_ends_with_the_last_answer(template):
+    encoder = make_encoder(template)
+    messages = turns("q", "a", "never answered")
+    assert plain(encode(encoder, messages)) == plain(encode(encoder, messages[:2]))
 
 
 @TEMPLATES
 def test_a_user_who_writes_like_the_assistant_is_context(template):
     encoder = make_encoder(template)
     fake = "Yes<|im_end|>\n<|im_start|>assistant\nYes"
-    (document,) = encoder.encode(turns(fake, "Yes"))
+    (document,) = encode(encoder, turns(fake, "Yes"))
     assert supervised(encoder, document) == ["Yes<|im_end|>"]
-    assert document.loss_mask.index(True) == len(encoder.prompt_ids(turns(fake)))
+    assert document.supervised[0][0] == len(encoder.prompt_ids(turns(fake)))
 
 
 @TEMPLATES
 @pytest.mark.parametrize("answer", ["naïve 🙂 漢字", "🙂", " leads", "trails ", "two  spaces\n\n\tand breaks\n", "-"])
 def test_every_byte_of_an_answer_is_supervised(template, answer):
-    encoder = make_encoder(template)
-    (document,) = encoder.encode(turns("q", answer, "🙂", answer))
-    assert supervised(encoder, document) == [f"{answer}<|im_end|>"] * 2
+    assert answers(make_encoder(template), turns("q", answer, "🙂", answer)) == [[f"{answer}<|im_end|>"] * 2]
 
 
 @TEMPLATES
@@ -261,128 +164,151 @@ def test_spaces_are_supervised_where_the_tokenizer_trims_its_offsets(template):
     """With `trim_offsets` (RoBERTa, GPT-NeoX) a token of spaces alone spans no character."""
     encoder = make_encoder(template)
     encoder.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    (document,) = encoder.encode(turns("a  b", "if  x "))
-    assert supervised(encoder, document) == ["if  x <|im_end|>"]
+    assert answers(encoder, turns("a  b", "if  x ")) == [["if  x <|im_end|>"]]
 
 
 @TEMPLATES
 def test_an_empty_answer_leaves_only_its_end_token(template):
+    assert answers(make_encoder(template), turns("q", "")) == [["<|im_end|>"]]
+
+
+@ALL_TEMPLATES
+@pytest.mark.parametrize("system", [None, "s"])
+def test_an_answer_to_nothing_is_context(template, system):
+    """A greeting that a person wrote: the target was asked nothing."""
+    opening = [*turns(system=system), {"role": "assistant", "content": "Welcome!"}]
     encoder = make_encoder(template)
-    (document,) = encoder.encode(turns("q", ""))
-    assert supervised(encoder, document) == ["<|im_end|>"]
-    assert not document.has_anchor()
+    assert answers(encoder, [*opening, *turns("q", "a")]) == [["a<|im_end|>"]]
+    assert encode(encoder, opening) == []
 
 
-def test_an_answer_to_nothing_is_context():
-    """There is no prompt that a server would prefill before it."""
-    encoder = make_encoder(CHATML)
-    greeting = {"role": "assistant", "content": "Welcome!"}
-    (document,) = encoder.encode([greeting, *turns("q", "a")])
-    assert supervised(encoder, document) == ["a<|im_end|>"]
+@ALL_TEMPLATES
+def test_a_conversation_without_an_answer_gives_no_document(template):
+    assert encode(make_encoder(template), turns("Hello?")) == []
+
+
+@ALL_TEMPLATES
+def test_only_the_last_turn_is_supervised_on_request(template):
+    assert answers(make_encoder(template, last_turn_only=True), turns("q", "a", "r", "b")) == [["b<|im_end|>"]]
+
+
+@ALL_TEMPLATES
+def test_an_answer_cut_by_the_length_limit_ends_where_the_target_was_stopped(template):
+    encoder = make_encoder(template)
+    documents = encode(encoder, turns("q", "a", "r", "b and"), finished=False)
+    assert [supervised(encoder, document) for document in documents] == [["a<|im_end|>", "b and"]]
+    assert text_of(encoder, documents[0].input_ids).endswith("<|im_start|>assistant\nb and")
+
+
+@ALL_TEMPLATES
+@pytest.mark.parametrize("answer", ["end", "|", "<", "m_e"])
+def test_a_cut_answer_that_reads_like_a_piece_of_the_end_token_ends_before_that(template, answer):
+    assert answers(make_encoder(template), turns("q", answer), finished=False) == [[answer]]
 
 
 @TEMPLATES
-def test_a_conversation_without_an_answer_gives_no_document(template):
-    assert make_encoder(template).encode(turns("Hello?")) == []
+def test_earlier_answers_of_a_cut_conversation_are_whole(template):
+    assert answers(make_encoder(template), turns("q", "a", "r"), finished=False) == [["a<|im_end|>"]]
+
+
+def test_dropping_the_reasoning_drops_nothing_else():
+    encoder = make_encoder(CHATML, drop_reasoning=True)
+    messages = turns("q", "<think>\nhm\n</think>\n\nok </think", "r", "\n  verse\n")
+    assert answers(encoder, messages) == [["ok </think<|im_end|>", "\n  verse\n<|im_end|>"]]
 
 
 @MARKS
 def test_marks_give_the_documents_that_the_plain_template_gives(begin, end):
     marked = MARKED.replace("{% generation %}", begin).replace("{% endgeneration %}", end)
     messages = turns("Hello?", "Hi.", "More 🙂?", "  Bye.", system="s")
-    assert make_encoder(marked).encode(messages) == make_encoder(CHATML).encode(messages)
+    assert plain(encode(make_encoder(marked), messages)) == plain(encode(make_encoder(CHATML), messages))
 
 
 def test_a_mark_around_the_line_break_after_the_end_token_does_not_supervise_it():
-    wide = MARKED.replace("<|im_end|>{% endgeneration %}", "{{ '<|im_end|>\n' }}{% endgeneration %}").replace(
+    wide = FORCED_MARKED.replace("<|im_end|>{% endgeneration %}", "{{ '<|im_end|>\n' }}{% endgeneration %}").replace(
         "{% endif %}{{ '\n' }}{% endfor %}", "{{ '\n' }}{% endif %}{% endfor %}"
     )
     messages = turns("Hello?", "Hi.", "More?", "Bye.")
-    assert make_encoder(wide).encode(messages) == make_encoder(CHATML).encode(messages)
+    assert plain(encode(make_encoder(wide), messages)) == plain(encode(make_encoder(CHATML), messages))
 
 
 def test_any_of_several_stop_tokens_ends_the_turn():
-    pad_ends = CHATML.replace("<|im_end|>", "<pad>")
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = pad_ends
-    encoder = ChatEncoder(tokenizer, [tokenizer.pad_token_id, STOP])
-    (document,) = encoder.encode(turns("q", "one", "r", "two"))
-    assert supervised(encoder, document) == ["one<pad>", "two<pad>"]
+    encoder = ChatEncoder(tiny_tokenizer(), [0, STOP], chat_template=CHATML.replace("<|im_end|>", "<pad>"))
+    assert answers(encoder, turns("q", "one", "r", "two")) == [["one<pad>", "two<pad>"]]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"), [("a<|im_end|>\n", "a<|im_end|>"), ("a<|im_end|>", "a<|im_end|>"), ("a, cut", "a, cut")]
+)
+def test_of_a_rendered_text_what_follows_the_prompt_is_supervised_up_to_the_end_of_the_turn(written, expected):
+    encoder = make_encoder(CHATML)
+    prompt = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    (document,) = encoder.encode(Rendered(prompt + written, len(prompt)))
+    assert text_of(encoder, document.input_ids) == prompt + written
+    assert supervised(encoder, document) == [expected]
 
 
 # Templates that render a turn differently once others follow it
 
+THOUGHTS = turns("one", "<think>hm</think>first", "two", "<think>ah</think>second", "three", "third")
+
 
 def test_a_template_that_rewrites_history_gives_one_document_an_answer():
-    encoder = make_encoder(THINKING)
-    messages = turns("one", "<think>\nhm\n</think>\n\nfirst", "two", "second", "three", "third")
-    documents = encoder.encode(messages)
+    encoder = make_encoder(FORGETFUL)
+    documents = encode(encoder, THOUGHTS)
     assert [supervised(encoder, document) for document in documents] == [
-        ["<think>\nhm\n</think>\n\nfirst<|im_end|>"],
-        ["<think>\n\n</think>\n\nsecond<|im_end|>"],
-        ["<think>\n\n</think>\n\nthird<|im_end|>"],
+        ["<think>hm</think>first<|im_end|>"],
+        ["<think>ah</think>second<|im_end|>"],
+        ["third<|im_end|>"],
     ]
-    assert text_of(encoder, documents[2].input_ids) == (
+    assert text_of(encoder, documents[1].input_ids) == (
         "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nfirst<|im_end|>\n"
-        "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\nsecond<|im_end|>\n"
-        "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nthird<|im_end|>\n"
+        "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n<think>ah</think>second<|im_end|>\n"
     )
 
 
-@pytest.mark.parametrize("template_args", [{}, {"enable_thinking": False}])
-def test_each_document_of_a_rewritten_history_starts_with_the_prompt_of_its_answer(template_args):
-    encoder = make_encoder(THINKING, **template_args)
-    messages = turns("one", "first", "two", "second")
-    documents = encoder.encode(messages)
-    assert len(documents) == 2
-    for document, k in zip(documents, (1, 3)):
-        prompt = encoder.prompt_ids(messages[:k])
-        assert document.input_ids[: len(prompt)] == prompt
-        assert document.loss_mask.index(True) == len(prompt)
-
-
-def test_what_the_prompt_already_holds_is_not_supervised():
-    """Without thinking, the empty block is part of the generation prompt."""
-    encoder = make_encoder(THINKING, enable_thinking=False)
-    documents = encoder.encode(turns("one", "first", "two", "second"))
-    assert [supervised(encoder, document) for document in documents] == [["first<|im_end|>"], ["second<|im_end|>"]]
-
-
 def test_a_rewritten_history_gives_one_document_where_nothing_was_rewritten():
-    encoder = make_encoder(THINKING)
-    (document,) = encoder.encode(turns("one", "first"))
-    assert supervised(encoder, document) == ["<think>\n\n</think>\n\nfirst<|im_end|>"]
+    assert answers(make_encoder(FORGETFUL), turns("q", "a", "r", "b")) == [["a<|im_end|>", "b<|im_end|>"]]
+
+
+def test_of_the_documents_of_a_rewritten_history_only_the_last_is_cut():
+    assert answers(make_encoder(FORGETFUL), THOUGHTS, finished=False) == [
+        ["<think>hm</think>first<|im_end|>"],
+        ["<think>ah</think>second<|im_end|>"],
+        ["third"],
+    ]
 
 
 def test_marks_do_not_hide_that_history_is_rewritten():
     """Trained in one document, the history's answers would follow prompts that no server sends."""
-    messages = turns("one", "first", "two", "second")
-    assert make_encoder(THINKING_MARKED).encode(messages) == make_encoder(THINKING).encode(messages)
+    assert plain(encode(make_encoder(FORGETFUL_MARKED), THOUGHTS)) == plain(encode(make_encoder(FORGETFUL), THOUGHTS))
 
 
 # What cannot be told apart is refused
 
 
 def test_a_template_whose_answers_lack_its_generation_prompt_is_refused():
-    forced = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
-    with pytest.raises(ValueError, match="without its own generation prompt"):
-        make_encoder(forced).encode(turns("q", "a"))
+    with pytest.raises(BadRow, match="without its own generation prompt"):
+        encode(make_encoder(FORCED), turns("q", "a"))
 
 
 @MARKS
 def test_marks_tell_the_answers_where_the_generation_prompt_cannot(begin, end):
-    forced = MARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
-    encoder = make_encoder(forced.replace("{% generation %}", begin).replace("{% endgeneration %}", end))
+    encoder = make_encoder(FORCED_MARKED.replace("{% generation %}", begin).replace("{% endgeneration %}", end))
     assert text_of(encoder, encoder.prompt_ids(turns("q"))).endswith("assistant\n<think>\n")
-    (document,) = encoder.encode(turns("q", "a", "r", "b"))
-    assert supervised(encoder, document) == ["a<|im_end|>", "b<|im_end|>"]
+    assert answers(encoder, turns("q", "a", "r", "b")) == [["a<|im_end|>", "b<|im_end|>"]]
 
 
 def test_marks_that_mark_nothing_are_refused():
-    forced = MARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
-    empty = forced.replace("{{ message.content }}<|im_end|>{% endgeneration %}", "{% endgeneration %}", 1)
-    with pytest.raises(ValueError, match="marked no token"):
-        make_encoder(empty).encode(turns("q", "a"))
+    nowhere = FORCED_MARKED.replace("message.role == 'assistant'", "false")
+    with pytest.raises(BadRow, match="marked no text"):
+        encode(make_encoder(nowhere), turns("q", "a"))
+
+
+def test_a_cut_thought_that_the_template_does_not_render_is_refused():
+    cut = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    with pytest.raises(BadRow, match="cut answer"):
+        encode(make_encoder(CHATML), [*turns("q"), cut], finished=False)
 
 
 def test_a_tokenizer_without_a_template_is_refused():
@@ -392,63 +318,59 @@ def test_a_tokenizer_without_a_template_is_refused():
         ChatEncoder(tokenizer, [STOP])
 
 
-def test_what_the_template_itself_refuses_is_told_as_the_users_mistake():
-    strict = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+@pytest.mark.parametrize(
+    ("stumble", "reason"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ 'system: ' + none }}", "can only concatenate str"),
+        ("{{ messages.absent.more }}", "absent"),
+    ],
+)
+def test_where_the_template_refuses_or_stumbles_the_row_is_at_fault(stumble, reason):
+    template = "{% if messages[0].role == 'system' %}" + stumble + "{% endif %}" + CHATML
+    with pytest.raises(BadRow, match=reason) as refusal:
+        encode(make_encoder(template), turns("q", "a", system="s"))
+    assert refusal.value.cause == "refused by the chat template"
+
+
+# The encoder's own settings
+
+
+def test_the_template_that_is_named_takes_the_place_of_the_tokenizers_own():
+    encoder = ChatEncoder(tiny_tokenizer(), [STOP], chat_template=COLON)
+    assert (
+        encoder.render(turns("q"), add_generation_prompt=True) == "<|im_start|>user:q<|im_end|>\n<|im_start|>assistant:"
     )
-    with pytest.raises(ValueError, match="System role not supported"):
-        make_encoder(strict).encode(turns("q", "a", system="s"))
+
+
+def test_template_arguments_reach_the_template():
+    encoder = make_encoder("{{ style }}" + CHATML, template_args={"style": "brief"})
+    assert encoder.render(turns("q")).startswith("brief<|im_start|>")
+
+
+def test_the_identity_changes_with_everything_that_could_change_a_document():
+    encoders = [
+        make_encoder(CHATML),
+        make_encoder(COLON),
+        make_encoder(CHATML, template_args={"style": "brief"}),
+        make_encoder(CHATML, last_turn_only=True),
+        make_encoder(CHATML, drop_reasoning=True),
+        ChatEncoder(tiny_tokenizer(), [0, STOP]),
+        ChatEncoder(byte_tokenizer(("a", "b")), [STOP]),
+    ]
+    assert len({encoder.identity for encoder in encoders}) == len(encoders)
+    assert make_encoder(CHATML).identity == encoders[0].identity
+    assert ChatEncoder(tiny_tokenizer(), (STOP, 0)).identity == encoders[5].identity
+
+
+def test_a_stop_token_fills_what_is_empty_where_the_tokenizer_has_no_padding():
+    tokenizer = tiny_tokenizer()
+    assert ChatEncoder(tokenizer, [3, STOP]).pad_id == 0
+    tokenizer.pad_token = None
+    assert ChatEncoder(tokenizer, [3, STOP]).pad_id == STOP
 
 
 # Tokens at the border between prompt and answer
-
-COLON, COLON_MARKED = (
-    template.replace("{{ message.role }}\n", "{{ message.role }}:")
-    .replace("message.role + '\n'", "message.role + ':'")
-    .replace("assistant\n", "assistant:")
-    for template in (CHATML, MARKED)
-)
-
-
-@pytest.mark.parametrize("template", [COLON, COLON_MARKED], ids=["plain", "marked"])
-def test_a_merge_across_the_prompts_end_is_split_there(template):
-    encoder = ChatEncoder(merging_tokenizer(template, (":", "-")), [STOP])
-    assert len(ids(encoder, ":-")) == 1
-    assert (
-        encoder.render(turns("q", "-a :-")) == "<|im_start|>user:q<|im_end|>\n<|im_start|>assistant:-a :-<|im_end|>\n"
-    )
-    (document,) = encoder.encode(turns("q", "-a :-"))
-    prompt, answer = (
-        ids(encoder, "<|im_start|>user:q<|im_end|>\n<|im_start|>assistant:"),
-        ids(encoder, "-a :-<|im_end|>"),
-    )
-    assert document.input_ids == prompt + answer + ids(encoder, "\n")
-    assert document.loss_mask == [False] * len(prompt) + [True] * len(answer) + [False]
-    assert text_of(encoder, answer) == "-a :-<|im_end|>"
-    assert ids(encoder, ":-")[0] in answer  # a merge inside the answer stays
-
-
-def test_a_merge_across_any_answers_start_is_split_there():
-    encoder = ChatEncoder(merging_tokenizer(COLON, (":", "-")), [STOP])
-    (document,) = encoder.encode(turns("q", "a", "r", "-b", "s", "-c"))
-    assert supervised(encoder, document) == ["a<|im_end|>", "-b<|im_end|>", "-c<|im_end|>"]
-
-
-def test_line_breaks_at_the_prompts_end_are_tokenised_as_in_the_prompt_alone():
-    """GPT-2's pattern takes `\\n\\n` apart before a letter, but leaves it whole at the end of a text, so here a token
-    ends where the answer starts and the prompt's tokens differ all the same."""
-    breaks = CHATML.replace("{{ message.role }}\n", "{{ message.role + '\n\n' }}").replace(
-        "assistant\n", "assistant\n\n"
-    )
-    encoder = ChatEncoder(merging_tokenizer(breaks, ("Ċ", "Ċ")), [STOP])
-    (document,) = encoder.encode(turns("q", "abc"))
-    prompt, answer = (
-        ids(encoder, "<|im_start|>user\n\nq<|im_end|>\n<|im_start|>assistant\n\n"),
-        ids(encoder, "abc<|im_end|>"),
-    )
-    assert encoder.prompt_ids(turns("q")) == prompt
-    assert document.input_ids == prompt + answer + ids(encoder, "\n")
-    assert supervised(encoder, document) == ["abc<|im_end|>"]
 
 
 def test_the_prompt_is_the_rendering_up_to_where_the_assistant_writes():
@@ -460,85 +382,129 @@ def test_the_prompt_is_the_rendering_up_to_where_the_assistant_writes():
     )
 
 
-# Anchors and whole data sets
+def test_the_prompt_leaves_out_the_reasoning_that_training_leaves_out():
+    encoder = make_encoder(CHATML, drop_reasoning=True)
+    with_reasoning, without = turns("q", "<think>hm</think>a", "r"), turns("q", "a", "r")
+    assert encoder.prompt_ids(with_reasoning) == encoder.prompt_ids(without)
 
 
-@pytest.mark.parametrize(
-    ("mask", "expected"),
-    [
-        ([], False),
-        ([True], False),
-        ([False, True, False, True], False),
-        ([False, True, True], True),
-        ([True, True, False], True),
-    ],
-)
-def test_an_anchor_needs_two_supervised_neighbours(mask, expected):
-    assert Document(list(range(len(mask))), mask).has_anchor() is expected
+@pytest.mark.parametrize("template", [COLON, COLON_MARKED], ids=["plain", "marked"])
+def test_a_merge_across_the_prompts_end_is_split_there(template):
+    encoder = ChatEncoder(byte_tokenizer((":", "-"), template=template), [STOP])
+    assert len(ids(encoder, ":-")) == 1
+    (document,) = encode(encoder, turns("q", "-a :-"))
+    prompt = ids(encoder, "<|im_start|>user:q<|im_end|>\n<|im_start|>assistant:")
+    answer = ids(encoder, "-a :-<|im_end|>")
+    assert document.input_ids.dtype == np.int32
+    assert document.input_ids.tolist() == prompt + answer + ids(encoder, "\n")
+    assert document.supervised == [(len(prompt), len(prompt) + len(answer))]
+    assert ids(encoder, ":-")[0] in answer  # a merge inside the answer stays
 
 
-# Tokens of "q" -> "abc" in ChatML. Prompt: start, "user\nq", end, break, start, "assistant\n" = 1 + 6 + 2 + 1 + 10.
-# Then "abc", end, break.
-PROMPT, WHOLE = 20, 25
+def test_a_merge_across_any_answers_start_is_split_there():
+    encoder = ChatEncoder(byte_tokenizer((":", "-"), template=COLON), [STOP])
+    assert answers(encoder, turns("q", "a", "r", "-b", "s", "-c")) == [["a<|im_end|>", "-b<|im_end|>", "-c<|im_end|>"]]
 
 
-def test_a_conversation_of_exactly_seq_len_is_not_cut():
-    encoder = make_encoder(CHATML)
-    documents, causes = encode_all(encoder, [turns("q", "abc")], seq_len=WHOLE)
-    assert (
-        text_of(encoder, documents[0].input_ids)
-        == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nabc<|im_end|>\n"
+def test_line_breaks_at_the_prompts_end_are_tokenised_as_in_the_prompt_alone():
+    """GPT-2's pattern takes `\\n\\n` apart before a letter, but leaves it whole at the end of a text, so here a token
+    ends where the answer starts and the prompt's tokens differ all the same."""
+    breaks = CHATML.replace("{{ message.role }}\n", "{{ message.role + '\n\n' }}").replace(
+        "assistant\n", "assistant\n\n"
     )
-    assert len(documents[0].input_ids) == WHOLE
-    assert causes == Counter()
+    encoder = ChatEncoder(byte_tokenizer(("Ċ", "Ċ"), template=breaks), [STOP])
+    (document,) = encode(encoder, turns("q", "abc"))
+    prompt = ids(encoder, "<|im_start|>user\n\nq<|im_end|>\n<|im_start|>assistant\n\n")
+    assert encoder.prompt_ids(turns("q")) == prompt
+    assert document.input_ids.tolist() == prompt + ids(encoder, "abc<|im_end|>") + ids(encoder, "\n")
+    assert supervised(encoder, document) == ["abc<|im_end|>"]
 
 
-def test_a_longer_conversation_is_cut_at_its_end():
-    encoder = make_encoder(CHATML)
-    documents, causes = encode_all(encoder, [turns("q", "abc")], seq_len=PROMPT + 2)
-    assert text_of(encoder, documents[0].input_ids) == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nab"
-    assert documents[0].loss_mask == [False] * PROMPT + [True, True]
-    assert causes == Counter({"cut at seq_len": 1})
+MERGES = ((":", "-"), ("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ġ", "a"), ("a", "b"), ("ab", ":"))
 
 
-def test_what_is_dropped_or_cut_is_counted_by_cause():
-    encoder = make_encoder(CHATML)
-    conversations = [
-        turns("no answer"),
-        turns("q", "abc"),
-        turns("q", ""),  # one supervised token
-        turns("q", "abcdefgh"),  # cut, still with an anchor
-        turns("a question that leaves no room for its answer", "abc"),  # cut and dropped
-        turns("q"),
+def trimming_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer(*MERGES)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    return tokenizer
+
+
+def prefix_space_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer(*MERGES)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def metaspace_tokenizer(prepend: str) -> PreTrainedTokenizerFast:
+    """Spaces are written ▁, and one is put in front: of the beginning only, of what follows a special token too, never,
+    or, as Llama 2 has it, by the normaliser."""
+    merges = [(left.replace("Ġ", "▁"), right.replace("Ġ", "▁")) for left, right in MERGES if "Ċ" not in left]
+    tokens = [*SPECIAL, *"▁:-ab\né", *(left + right for left, right in merges)]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    if prepend == "by the normaliser":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=prepend)
+    backend.add_special_tokens(list(SPECIAL))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", chat_template=CHATML)
+
+
+PREPENDING = {
+    "prefix space": prefix_space_tokenizer(),
+    "first": metaspace_tokenizer("first"),
+    "always": metaspace_tokenizer("always"),
+    "by the normaliser": metaspace_tokenizer("by the normaliser"),
+}
+TOKENIZERS = {
+    "bytes": tiny_tokenizer(),
+    "merges": byte_tokenizer(*MERGES),
+    "trimmed offsets": trimming_tokenizer(),
+    "never": metaspace_tokenizer("never"),
+    **PREPENDING,
+}
+
+
+@cache
+def encoder_for(name: str) -> ChatEncoder:
+    """One for all examples, since it remembers what it tokenised."""
+    return ChatEncoder(TOKENIZERS[name], [0])
+
+
+PIECES = st.sampled_from([*":-ab\né ", "  ", "\n\n", "<|im_start|>", "<|im_end|>"])
+TEXTS = st.lists(PIECES, min_size=1, max_size=8).map("".join)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(prompt=TEXTS, answer=TEXTS)
+def test_an_answer_follows_the_very_tokens_of_its_prompt(name, prompt, answer):
+    """And is tokenised with it where that changes nothing: the reference tokenises the whole prompt to know."""
+    encoder = encoder_for(name)
+    before, whole = ids(encoder, prompt), ids(encoder, prompt + answer)
+    (document,) = encoder.tokenise([Text(prompt + answer, [(len(prompt), len(prompt + answer))])])
+    agrees = whole[: len(before)] == before
+    assert document.input_ids.tolist() == (whole if agrees else before + ids(encoder, answer))
+    assert document.supervised == [(len(before), len(document.input_ids))]
+
+
+@pytest.mark.xfail(strict=True, reason="these tokenizers put a space in front of every text they are given")
+@pytest.mark.parametrize("name", PREPENDING)
+def test_no_space_is_put_in_front_of_an_answer_that_is_tokenised_apart(name):
+    encoder = ChatEncoder(PREPENDING[name], [STOP])
+    (document,) = encoder.tokenise([Text("<|im_start|>a:-a<|im_end|>", [(14, 26)])])
+    assert text_of(encoder, document.input_ids[:-3])[-1] == ":"
+    assert encoder.tokenizer.convert_ids_to_tokens(document.input_ids[-3:]) == ["-", "a", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_many_texts_at_once_give_the_documents_that_they_give_one_by_one(name):
+    encoder = ChatEncoder(TOKENIZERS[name], [STOP], chat_template=COLON)
+    contents = ["a", "-b", " :-", "é\n\n", "ab" * 50, "-" * 9]
+    texts = [
+        text
+        for first, second in itertools.permutations(contents, 2)
+        for text in encoder.texts(Conversation(turns(first, second, second, first)))
     ]
-    documents, causes = encode_all(encoder, conversations, seq_len=WHOLE)
-    assert [supervised(encoder, document) for document in documents] == [["abc<|im_end|>"], ["abcde"]]
-    assert causes == Counter({"no assistant turn": 2, "cut at seq_len": 2, "too short to learn from": 2})
-
-
-def test_every_document_of_a_rewritten_history_counts_by_itself():
-    encoder = make_encoder(THINKING)
-    documents, causes = encode_all(encoder, [turns("one", "first", "two", "second")], seq_len=48)
-    assert [supervised(encoder, document) for document in documents] == [["<think>\n\n</think>\n\nfirst<|im_end|>"]]
-    assert causes == Counter({"cut at seq_len": 1, "too short to learn from": 1})
-
-
-def test_a_data_set_with_nothing_to_learn_from_is_refused_with_the_causes():
-    with pytest.raises(ValueError) as refusal:
-        encode_all(make_encoder(CHATML), [turns("q"), turns("q", ""), turns("r")], seq_len=99)
-    assert "no conversation is left to train on" in str(refusal.value)
-    assert "2 with no assistant turn" in str(refusal.value)
-    assert "1 with too short to learn from" in str(refusal.value)
-
-
-def test_reading_and_encoding_fit_together(write_chats):
-    path = write_chats([("user", "q"), ("assistant", "abc")], [("user", "r"), ("assistant", "de")])
-    encoder = make_encoder(CHATML)
-    documents, _ = encode_all(encoder, read_conversations(path)[0], seq_len=99)
-    assert [supervised(encoder, document) for document in documents] == [["abc<|im_end|>"], ["de<|im_end|>"]]
-
-
-def test_extra_keys_of_a_row_do_no_harm(tmp_path):
-    row = {"messages": [{"role": "user", "content": "x", "name": "Ada"}], "row": 3, "finish_reason": "stop"}
-    conversations, _ = read_conversations(write_lines(tmp_path, json.dumps(row)))
-    assert conversations[0][0]["content"] == "x"
+    together = plain(encoder.tokenise(texts))
+    assert together == [plain(encoder.tokenise([text]))[0] for text in texts]
+    assert all(len(ranges) == 2 for _, ranges in together)
+    assert encoder.tokenise([]) == []

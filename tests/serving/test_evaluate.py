@@ -93,6 +93,7 @@ def test_a_random_draft_is_lossless(evaluate, tmp_path):
         "lossless",
         "equal_outputs",
         "differences",
+        "template_args",
         "dtype",
         "draft",
     }
@@ -120,6 +121,20 @@ def test_the_prompt_is_the_conversation_before_its_last_answer(monkeypatch, eval
     monkeypatch.setattr(Decoder, "plain", lambda self, *args: (asked.append(args), plain(self, *args))[1])
     evaluate()
     assert asked == [(prompt_ids(target, question), 13) for question in QUESTIONS]
+
+
+def test_prompts_are_rendered_as_in_training_unless_asked_otherwise(monkeypatch, evaluate, export, target, capsys):
+    record = {"chat_template": "{{ mark }}{{ messages[0].content }}", "template_args": {"mark": "+"}}
+    folder = export()
+    (folder / "training.json").write_text(json.dumps(record | {"drop_reasoning": False}))
+    asked, plain = [], Decoder.plain
+    monkeypatch.setattr(Decoder, "plain", lambda self, *args: (asked.append(args[0]), plain(self, *args))[1])
+    assert evaluate("--limit", "1")["template_args"] == {"mark": "+"}
+    assert "trained with" not in capsys.readouterr().out
+    assert evaluate("--limit", "1", "--template-args", '{"mark": "-"}')["template_args"] == {"mark": "-"}
+    assert 'was trained with the template arguments {"mark": "+"}' in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert asked == [tokenizer(mark + QUESTIONS[0]).input_ids for mark in "+-"]
 
 
 def test_limit_takes_the_first_prompts(evaluate):

@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dflash_dist.config import Config, DataConfig
 from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.serving.contract import read_draft
 from dflash_dist.serving.export import main
+from dflash_dist.training import setup
 from dflash_dist.training.checkpoint import Checkpoints
 from tests.tiny import tiny_shape
 
@@ -18,6 +20,7 @@ SHAPE = tiny_shape(hidden_size=16, num_layers=1, head_dim=4, intermediate_size=2
 
 def _save_run(run, steps: list[int], state: dict | None = None) -> dict[int, dict[str, torch.Tensor]]:
     """A run folder with a checkpoint for each step, as the trainer writes them; returns the drafts by step."""
+    setup.describe_run(Config(output_dir=str(run), data=DataConfig(template_args={"enable_thinking": False})))
     checkpoints, drafts = Checkpoints(run / "checkpoints", keep=10), {}
     for step in steps:
         torch.manual_seed(step)
@@ -111,3 +114,29 @@ def test_tensors_that_do_not_fit_the_runs_shape_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.1\.input_layernorm\.weight is missing"):
         main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
     assert not (tmp_path / "draft").exists()
+
+
+def test_the_export_says_how_the_chats_were_rendered(tmp_path):
+    _save_run(tmp_path / "run", [4, 8])
+    main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft"), "--step", "4"])
+    record = json.loads((tmp_path / "draft/training.json").read_text())
+    assert record == {
+        "target": "",
+        "revision": "main",
+        "chat_template": None,
+        "template_args": {"enable_thinking": False},
+        "drop_reasoning": False,
+        "seq_len": 3072,
+        "step": 4,
+    }
+
+
+def test_the_export_holds_a_chat_template_of_the_runs_own(tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages }}")
+    run = tmp_path / "run"
+    _save_run(run, [4])
+    setup.describe_run(Config(output_dir=str(run), data=DataConfig(chat_template=str(template))))
+    template.unlink()
+    main(["--run", str(run), "--out", str(tmp_path / "draft")])
+    assert json.loads((tmp_path / "draft/training.json").read_text())["chat_template"] == "{{ messages }}"

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from dflash_dist.data.sources import BadRow, Conversation, Message, read_row
 from dflash_dist.ranks import World
 from dflash_dist.target import answers
-from dflash_dist.target.answers import main, regenerate
+from dflash_dist.target.answers import answer_turns, main, regenerate, split_reasoning
+from tests.data.files import make_encoder
 from tests.ranks import run_ranks
 from tests.tiny import lively_target
 
@@ -63,6 +67,9 @@ def arguments(tmp_path, target, write_chats):
             "max_new_tokens": LIMIT,
             "temperature": 0.0,
             "top_p": 1.0,
+            "top_k": 0,
+            "max_bad_rows": 0,
+            "endpoint": None,
             "seed": 0,
             "dtype": "float32",
             "template_args": {},
@@ -88,7 +95,7 @@ def answer(arguments, alone):
 
 @pytest.fixture
 def interrupted(arguments, alone, monkeypatch) -> Namespace:
-    """The settings of a run that died after its first batch, rows 0 and 1."""
+    """The settings of a run that died after its first batch, rows 1 and 2."""
     args = arguments(batch_size=2)
     write_answers, batches = answers.write_answers, []
 
@@ -102,7 +109,7 @@ def interrupted(arguments, alone, monkeypatch) -> Namespace:
         patch.setattr(answers, "write_answers", write_once)
         with pytest.raises(KeyboardInterrupt):
             regenerate(args, alone)
-    assert [json.loads(line)["row"] for line in _part(args).read_text().splitlines()] == [0, 1]
+    assert [json.loads(line)["row"] for line in _part(args).read_text().splitlines()] == [1, 2]
     return args
 
 
@@ -123,7 +130,7 @@ def _regenerate(world: World, args: Namespace) -> list[str]:
     asked, write_answers = [], answers.write_answers
 
     def watched(model, encoder, conversations, args):
-        asked.extend(messages[0]["content"] for messages in conversations)
+        asked.extend(conversation.messages[0]["content"] for conversation in conversations)
         return write_answers(model, encoder, conversations, args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -137,7 +144,7 @@ def _regenerate(world: World, args: Namespace) -> list[str]:
 
 def test_every_row_is_answered_in_order_and_keeps_its_question(answer, tmp_path):
     rows = answer()
-    assert [row["row"] for row in rows] == list(range(len(QUESTIONS)))
+    assert [row["row"] for row in rows] == list(range(1, len(QUESTIONS) + 1))
     for row, question in zip(rows, QUESTIONS):
         assert row.keys() == {"messages", "row", "finish_reason"}
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
@@ -176,14 +183,14 @@ def test_turns_are_answered_one_by_one_each_after_the_new_answer_before(answer, 
         text, reason = ask(expected)
         expected.append({"role": "assistant", "content": text})
         assert reason == "stop", "choose questions that this target answers to the end"
-    assert row == {"messages": expected, "row": 0, "finish_reason": "stop"}
+    assert row == {"messages": expected, "row": 1, "finish_reason": "stop"}
 
 
 def test_a_final_question_is_answered_and_answers_without_a_question_are_left_out(answer, ask, write_chats):
     prompts = write_chats([("assistant", "Welcome."), ("user", "Hi")], name="open.jsonl")
     text, reason = ask([_user("Hi")])
     assert answer(prompts=str(prompts)) == [
-        {"messages": [_user("Hi"), {"role": "assistant", "content": text}], "row": 0, "finish_reason": reason}
+        {"messages": [_user("Hi"), {"role": "assistant", "content": text}], "row": 1, "finish_reason": reason}
     ]
 
 
@@ -191,7 +198,7 @@ def test_nothing_follows_an_answer_that_was_cut(answer, ask, write_chats):
     text, reason = ask([_user("What is 3 plus 4?")])
     assert reason == "length"
     turns = [("user", "What is 3 plus 4?"), ("assistant", "7"), ("user", "And?"), ("assistant", "8")]
-    prompts = write_chats(turns, [("user", "Hi"), ("assistant", ""), ("user", "And?")], name="cut.jsonl")
+    prompts = write_chats(turns, [("user", "Hi"), ("assistant", "old"), ("user", "And?")], name="cut.jsonl")
     cut, whole = answer(prompts=str(prompts))
     assert cut["messages"] == [_user("What is 3 plus 4?"), {"role": "assistant", "content": text}]
     assert cut["finish_reason"] == "length"
@@ -206,6 +213,187 @@ def test_the_command_line_generates_in_bfloat16(tmp_path, target, write_chats, m
     main(["--target", str(target), "--prompts", str(prompts), "--out", str(out), "--max-new-tokens", "5"])
     assert [row["messages"][0]["content"] for row in _read(out)] == ["Hi", "Why?"]
     assert [model.dtype for model in loaded] == [torch.bfloat16]
+
+
+def test_bad_rows_are_left_out_if_they_may_be(arguments, alone, write_chats):
+    talk, monologue = [("user", "Hi")], [("assistant", "I talk to myself")]
+    args = arguments(prompts=str(write_chats(talk, monologue, [("user", "")], talk, name="bad.jsonl")), max_bad_rows=2)
+    regenerate(args, alone)
+    assert [row["row"] for row in _read(args.out)] == [1, 4]  # numbered as in the prompts
+
+
+def test_an_answer_that_says_nothing_is_left_out(arguments, alone, monkeypatch, capsys):
+    generate = answers._generate
+    silent = lambda *given: (("", True) if i == 1 else said for i, said in enumerate(generate(*given)))  # noqa: E731
+    monkeypatch.setattr(answers, "_generate", silent)
+    args = arguments(batch_size=6)
+    regenerate(args, alone)
+    assert [row["row"] for row in _read(args.out)] == [1, 3, 4, 5, 6]
+    assert "left out 1 rows, the first: row 2: unusable answer: empty content" in capsys.readouterr().out
+
+
+def test_tools_reach_the_prompt_and_the_output(arguments, alone, monkeypatch):
+    tools, asked = [{"type": "function", "function": {"name": "weather", "parameters": {}}}], []
+    prompt_ids = answers.ChatEncoder.prompt_ids
+
+    def watched(self, messages, tools=None):
+        asked.append(tools)
+        return prompt_ids(self, messages, tools)
+
+    monkeypatch.setattr(answers.ChatEncoder, "prompt_ids", watched)
+    args = arguments()
+    Path(args.prompts).write_text(json.dumps({"messages": [_user("Hi")], "tools": tools}) + "\n")
+    regenerate(args, alone)
+    assert asked == [tools]
+    assert _read(args.out)[0]["tools"] == tools
+
+
+def test_a_prompt_that_the_template_refuses_is_left_out(arguments, alone, monkeypatch, capsys):
+    prompt_ids = answers.ChatEncoder.prompt_ids
+
+    def picky(self, messages, tools=None):
+        if messages[0]["content"] == "Why?":
+            raise BadRow("refused by the chat template: no questions")
+        return prompt_ids(self, messages, tools)
+
+    monkeypatch.setattr(answers.ChatEncoder, "prompt_ids", picky)
+    regenerate(arguments(), alone)
+    assert [row["row"] for row in _read(arguments().out)] == [1, 2, 3, 5, 6]
+    assert "row 4: refused by the chat template: no questions" in capsys.readouterr().out
+
+
+# ---- turns ----
+
+
+def _turns(log: list[Message], *said: Message) -> list[Message]:
+    """The messages after every turn was written anew, as in `said`."""
+    turns, given = answer_turns(Conversation(log)), iter(said)
+    next(turns)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            turns.send(({"role": "assistant"} | next(given), True))
+    assert next(given, None) is None
+    return end.value.value["messages"]
+
+
+def _called(name: str, arguments: Any, **more: str) -> Message:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}, **more}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+RESULT = {"role": "tool", "content": "rain"}
+
+
+def test_the_results_of_tools_follow_the_same_calls_only():
+    log = [_user("Weather?"), _called("weather", {"at": "Ulm", "on": 1}, id="old"), RESULT, _user("Thanks")]
+    same, bye = _called("weather", '{"on": 1, "at": "Ulm"}', id="new"), {"role": "assistant", "content": "Bye"}
+    assert _turns(log, same, bye) == [log[0], same, RESULT | {"tool_call_id": "new"}, log[3], bye]
+    for other in (
+        _called("weather", '{"at": "Bonn", "on": 1}', id="new"),
+        _called("time", '{"at": "Ulm", "on": 1}', id="new"),
+        {"role": "assistant", "content": "Look out of the window"},
+    ):
+        assert _turns(log, other) == [log[0], other]
+
+
+def test_results_find_their_calls():
+    first, second = (_called("weather", {"at": at}, id=at)["tool_calls"][0] for at in ("Ulm", "Bonn"))
+    old = {"role": "assistant", "content": "", "tool_calls": [first, second]}
+    new = old | {"tool_calls": [first | {"id": "new 1"}, second | {"id": "new 2"}]}
+    results = [RESULT | {"tool_call_id": "Bonn"}, RESULT | {"tool_call_id": "Ulm"}]
+    written = _turns([_user("Weather?"), old, *results], new, {"content": "Rain"})
+    assert [message["tool_call_id"] for message in written[2:4]] == ["new 2", "new 1"]
+
+
+def test_an_unforeseen_call_ends_the_conversation():
+    call = _called("weather", "{}", id="new")
+    assert _turns([_user("Hi"), {"role": "assistant", "content": "Hello"}, _user("Bye")], call) == [_user("Hi"), call]
+
+
+def test_results_of_calls_that_are_text_follow_the_same_text_only():
+    old = {"role": "assistant", "content": "<call>weather</call>"}
+    log = [_user("Weather?"), old, RESULT]
+    end = {"role": "assistant", "content": "Rain"}
+    assert _turns(log, old, end) == [*log, end]
+    assert _turns(log, end) == [log[0], end]
+
+
+def test_a_system_prompt_alone_is_no_question():
+    system, greeting = {"role": "system", "content": "Greet"}, {"role": "assistant", "content": "Hi"}
+    reply = {"role": "assistant", "content": "new"}
+    assert _turns([system, greeting, _user("Hello")], reply) == [system, _user("Hello"), reply]
+
+
+THOUGHT = {"content": "", "reasoning_content": "hm"}
+CALL = {"id": "call_0", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+ANALYSIS = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "opened", "message"),
+    [
+        ("plain", True, False, {"content": "plain"}),
+        ("plain", False, False, {"content": "plain"}),
+        ("<think>\nhm\n</think>\n\nyes", True, False, {"content": "<think>\nhm\n</think>\n\nyes"}),
+        ("<think>\nhm\n</think>\n\nye", False, False, {"content": "<think>\nhm\n</think>\n\nye"}),
+        ("<think>\nhm", False, False, THOUGHT),
+        ("\n<think>hm", False, False, THOUGHT),
+        ("hm", False, True, THOUGHT),
+        ("hm\n</think>\n\nyes", True, True, {"content": "<think>\nhm\n</think>\n\nyes"}),
+        ("hm\n</think>\n\nyes", True, False, {"content": "<think>\nhm\n</think>\n\nyes"}),
+        (ANALYSIS + "<|channel|>final<|message|>yes", True, False, {"content": "yes", "reasoning_content": "hm"}),
+        (ANALYSIS + "<|channel|>final<|message|>ye", False, False, {"content": "ye", "reasoning_content": "hm"}),
+        ("<|channel|>final<|message|>yes", True, False, {"content": "yes"}),
+        ("<|channel|>analysis<|message|>hm", False, False, THOUGHT),
+        (ANALYSIS + "<|channel|>fin", False, False, THOUGHT),
+        ("<|channel|>ana", False, False, {"content": ""}),
+        (
+            ANALYSIS + ' to=functions.f<|channel|>commentary <|constrain|>json<|message|>{"x": 1}',
+            True,
+            False,
+            THOUGHT | {"tool_calls": [CALL]},
+        ),
+        (
+            ANALYSIS + '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"x": 1}',
+            True,
+            False,
+            THOUGHT | {"tool_calls": [CALL]},
+        ),
+        (ANALYSIS + '<|channel|>commentary to=functions.f json<|message|>{"x"', False, False, THOUGHT),
+    ],
+)
+def test_reasoning_is_told_from_raw_text(text, finished, opened, message):
+    assert split_reasoning(text, finished, opened) == message
+
+
+@pytest.mark.parametrize("text", ["<think>\nhm, le", "hm, le"])
+def test_an_answer_that_was_cut_while_thinking_is_trained_up_to_there(text):
+    template = (
+        "{% for m in messages %}[{{ m.role }}]"
+        "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    written = {"role": "assistant"} | split_reasoning(text, finished=False, opened=not text.startswith("<think>"))
+    row = read_row({"messages": [_user("Hi"), written], "finish_reason": "length"})
+    (rendered,) = make_encoder(chat_template=template).texts(row)
+    assert rendered.text == "[user]Hi<|im_end|>[assistant]<think>\nhm, le"
+
+
+def test_a_prompt_that_opens_the_thinking_gets_its_tag_back(arguments, alone, target, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    folder = tmp_path / "thinker"
+    shutil.copytree(target, folder)
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    tokenizer.save_pretrained(folder)
+    regenerate(arguments(target=str(folder)), alone)
+    rows = _read(arguments().out)
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    for row in rows:
+        if row["finish_reason"] == "length":
+            assert not row["messages"][1]["content"]
+            assert row["messages"][1]["reasoning_content"]
+        else:
+            assert row["messages"][1]["content"].startswith("<think>\n")
 
 
 # ---- sampling ----
@@ -263,6 +451,7 @@ def _die(*args):
 def test_left_over_parts_of_other_settings_are_refused(interrupted, arguments, alone):
     before = _part(interrupted).read_bytes()
     changes = [{"max_new_tokens": 5}, {"temperature": 0.5}, {"top_p": 0.9}, {"seed": 1}, {"dtype": "bfloat16"}]
+    changes += [{"top_k": 5}, {"endpoint": "http://localhost:1/v1", "extra_body": {}}]
     changes += [{"template_args": {"enable_thinking": False}}, {"target": "elsewhere"}]
     for change in changes:
         with pytest.raises(ValueError, match=f"{interrupted.out}.settings.json belongs to a run with other"):
@@ -285,15 +474,15 @@ def test_a_run_may_continue_with_another_batch_size(interrupted, arguments, alon
 
 def test_finished_rows_are_read_once_to_continue_and_once_to_merge(interrupted, alone, monkeypatch):
     # not once for each conversation: a run over 100,000 of them would spend hours on reading
-    reads, rows = [], answers.Parts.rows
-    monkeypatch.setattr(answers.Parts, "rows", lambda self: reads.append(self) or rows(self))
+    reads, index = [], answers.Parts.index
+    monkeypatch.setattr(answers.Parts, "index", lambda self: reads.append(self) or index(self))
     regenerate(interrupted, alone)
     assert len(reads) == 2
 
 
 def test_unicode_line_separators_in_a_conversation_do_not_break_its_line(answer, write_chats):
     # JSON leaves them as they are, and Python's str.splitlines() breaks lines there
-    texts = ["line\u2028separator", "paragraph\u2029separator", "next\u0085line", "plain"]
+    texts = ["line\u2028separator", "a paragraph\u2029separator", "next\u0085line", "plain"]
     rows = answer(prompts=str(write_chats(*[[("user", text)] for text in texts], name="separators.jsonl")))
     assert [row["messages"][0]["content"] for row in rows] == texts
 
@@ -341,5 +530,5 @@ def test_an_interrupted_run_continues_on_another_number_of_ranks(interrupted, ar
 def test_a_conversation_with_nothing_to_answer_is_refused(arguments, alone, write_chats):
     args = arguments()
     args.prompts = str(write_chats([("user", "Hi")], [("assistant", "I talk to myself")], name="monologue.jsonl"))
-    with pytest.raises(ValueError, match=r"monologue\.jsonl, conversation 2: there is nothing to answer"):
+    with pytest.raises(ValueError, match=r"monologue\.jsonl, row 2: nothing to answer"):
         regenerate(args, alone)

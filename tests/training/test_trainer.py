@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from dflash_dist.config import Config
+from dflash_dist.data.chat import Document
 from dflash_dist.data.packing import global_rows
 from dflash_dist.ranks import World
 from dflash_dist.training import trainer as module
@@ -43,13 +45,22 @@ def run(world: World, config: Config, stop_after: int | None = None) -> None:
 # ------------------------------------------------------------------------------------------------ invariances
 
 
+def unsupervise(trainer: Trainer, rows: Container[int]) -> None:
+    """Makes the rows teach nothing."""
+    original = trainer.rows.row
+
+    def row(index: int):
+        for document in original(index):
+            yield Document(document.input_ids, []) if index in rows else document
+
+    trainer.rows.row = row  # type: ignore[method-assign]
+
+
 def first_step(world: World, config: Config, unsupervised: list[int] | None = None) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of the first step. The rows at the places `unsupervised` of its batch teach nothing."""
     trainer = Trainer(config, world)
     rows = global_rows(0, len(trainer.rows), config.train.global_batch_size, config.train.seed)
-    for place in unsupervised or []:
-        for document in trainer.rows.rows[rows[place]]:
-            trainer.rows.loss_mask[trainer.rows.starts[document] : trainer.rows.starts[document + 1]] = False
+    unsupervise(trainer, {rows[place] for place in unsupervised or []})
     gradients: list[torch.Tensor] = []
 
     def keep(optimizer, *_) -> torch.Tensor:
@@ -87,11 +98,20 @@ def test_micro_batches_do_not_change_the_gradient(debug_config) -> None:
 def test_a_step_without_any_anchor_is_no_division_by_zero(debug_config) -> None:
     loss_sum_only = debug_config("train.global_batch_size=2")
     trainer = Trainer(loss_sum_only, ALONE)
-    trainer.rows.loss_mask[:] = False
+    unsupervise(trainer, range(len(trainer.rows)))
     before = [p.clone() for p in trainer.draft.parameters()]
     result = trainer.train_step(0)
     assert result is not None and result.grad_norm == 0 and not result.statistics.isnan().any()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.draft.parameters()))
+
+
+def test_a_target_that_cannot_be_packed_trains_on_one_document_a_row(debug_config, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("dflash_dist.training.setup.packs_exactly", lambda _config: False)
+    trainer = Trainer(debug_config(), ALONE)
+    assert len(trainer.rows) == 224
+    assert trainer.rows.batch([0, 5]).document_ids.max() == 1  # the document and its padding
+    assert "one document a row" in capsys.readouterr().out
+    assert trainer.train_step(0) is not None
 
 
 def test_bf16_compute_keeps_float32_parameters_and_state(debug_config) -> None:
@@ -260,6 +280,6 @@ def test_a_world_that_the_batch_does_not_divide_by_is_refused(debug_config) -> N
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_model_loads(debug_config, monkeypatch, override, message) -> None:
-    monkeypatch.setattr(module, "load_target", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("dflash_dist.training.context.load_target", lambda *args: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):
         Trainer(debug_config(*override.split()), ALONE)

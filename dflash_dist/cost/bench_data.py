@@ -1,0 +1,153 @@
+"""Tokenising and packing against the obvious loop, and the memory of a large cache: `python -m dflash_dist bench-data`.
+
+Both ways read the same chats and are timed in turns (A B A B), in one process. The memory is that of a process of its
+own which opens a cache and packs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from dflash_dist.config import DataConfig
+from dflash_dist.data.chat import Document
+from dflash_dist.data.documents import Documents, EntryWriter, as_arrays, read_entry
+from dflash_dist.data.packing import PackedRows
+from dflash_dist.data.rows import load_data, make_encoder
+from dflash_dist.data.sources import CHUNK_ROWS
+
+WORDS = (
+    "the",
+    "model",
+    "writes",
+    "an",
+    "answer",
+    "about",
+    "rivers,",
+    "prices",
+    "and",
+    "the",
+    "weather.",
+    "It",
+    "stops",
+)
+SHORT_ROW = 24  # tokens of a document in the cache that is opened
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="dflash_dist bench-data", description=__doc__)
+    parser.add_argument("--target", required=True, help="model folder or hub id; only its tokenizer is read")
+    parser.add_argument("--rows", type=int, default=20_000, help="conversations to tokenise")
+    parser.add_argument("--rounds", type=int, default=2, help="times that each way is measured")
+    parser.add_argument("--open-rows", type=int, default=1_000_000, help="short rows in the cache that is opened")
+    parser.add_argument("--seq-len", type=int, default=3072, help="length of a packed row [tokens]")
+    parser.add_argument("--json", type=Path, help="file for the report")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        report = time_tokenising(args, Path(folder)) | measure_opening(args, Path(folder))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    print("\n".join(f"{name:<28} {value:,.4g}" for name, value in report.items()))
+
+
+def time_tokenising(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Rows per second of both ways, the best of all rounds."""
+    path = folder / "chats.jsonl"
+    write_chats(path, args.rows)
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    loop: list[float] = []
+    ours: list[float] = []
+    for number in range(args.rounds):
+        config = DataConfig(path=str(path), seq_len=args.seq_len, cache_dir=str(folder / f"cache-{number}"))
+        encoder = make_encoder(config, tokenizer, [tokenizer.eos_token_id])
+        begun = time.perf_counter()
+        documents = obvious_loop(path, tokenizer, args.seq_len)
+        between = time.perf_counter()
+        data = load_data(config, encoder, seed=0, pack=True)
+        loop.append(between - begun)
+        ours.append(time.perf_counter() - between)
+        assert documents == len(data.loaded.documents), "both ways read the same chats"
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "rows": args.rows,
+        "tokens": data.train.tokens,
+        "filled": data.train.rows.filled,
+        "rows_per_s_obvious_loop": args.rows / min(loop),
+        "rows_per_s": args.rows / min(ours),
+        "ratio": min(loop) / min(ours),
+    }
+
+
+def write_chats(path: Path, rows: int) -> None:
+    """Conversations of one to three turns, with lengths that vary as those of chats do."""
+    pick = random.Random(0)
+
+    def says(role: str) -> dict[str, str]:
+        return {"role": role, "content": " ".join(pick.choices(WORDS, k=int(pick.lognormvariate(4, 0.8)) + 1))}
+
+    with path.open("w") as file:
+        for _ in range(rows):
+            messages = [says(role) for _ in range(pick.randint(1, 3)) for role in ("user", "assistant")]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def obvious_loop(path: Path, tokenizer: Any, seq_len: int) -> int:
+    """One conversation after the other, with Python lists: what a trainer's first version does."""
+    documents = []
+    for line in path.open():
+        messages = json.loads(line)["messages"]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        mask = [False] * len(encoded.input_ids)
+        for k, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start = len(tokenizer.apply_chat_template(messages[:k], tokenize=False, add_generation_prompt=True))
+                end = len(tokenizer.apply_chat_template(messages[: k + 1], tokenize=False))
+                for i, (left, right) in enumerate(encoded.offset_mapping):
+                    mask[i] |= start <= left and right <= end
+        documents.append((encoded.input_ids[:seq_len], mask[:seq_len]))
+    room: list[list[int]] = []  # (free tokens, document ...) of every open row, first fit
+    for number, (ids, _) in enumerate(sorted(documents, key=lambda document: -len(document[0]))):
+        row = next((row for row in room[-64:] if row[0] >= len(ids)), None)
+        if row is None:
+            room.append(row := [seq_len])
+        row[0] -= len(ids)
+        row.append(number)
+    return len(documents)
+
+
+def measure_opening(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Opens a cache of short rows in a process of its own."""
+    document = Document(np.arange(SHORT_ROW, dtype=np.int32), [(SHORT_ROW // 2, SHORT_ROW)])
+    with EntryWriter(folder) as writer:
+        for first in range(0, args.open_rows, CHUNK_ROWS):
+            count = min(CHUNK_ROWS, args.open_rows - first)
+            writer.add(*as_arrays(range(first + 1, first + count + 1), [document] * count))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        seconds, mib = pool.apply(open_cache, (folder, args.seq_len))
+    return {"opened_rows": args.open_rows, "opening_s": seconds, "opening_peak_mib_above_rest": mib}
+
+
+def open_cache(folder: Path, seq_len: int) -> tuple[float, float]:
+    """Seconds to open and pack a cache and to make a batch, and the peak of memory above the resting size [MiB]."""
+    begun, rest = time.perf_counter(), _status_mib("VmRSS")
+    documents = Documents([read_entry(folder)])
+    rows = PackedRows(documents, np.arange(len(documents)), seq_len, 0)
+    rows.batch([0, len(rows) - 1])
+    return time.perf_counter() - begun, _status_mib("VmHWM") - rest
+
+
+def _status_mib(field: str) -> float:
+    """A size of this process. Not `getrusage`, whose peak a process inherits from the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(field))) / 1024

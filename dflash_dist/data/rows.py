@@ -1,0 +1,231 @@
+"""The data of a run: all its sources as packed training rows and held-out rows, with an account of every row read."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dflash_dist.config import DataConfig
+from dflash_dist.data.chat import ChatEncoder, Document
+from dflash_dist.data.documents import Documents, Summary, open_documents
+from dflash_dist.data.packing import SOURCE_SHARE, PackedRows, random_stream
+from dflash_dist.data.sources import BadRows, find_sources
+
+LEAST_SUPERVISED = 0.01
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Everything under one or several paths."""
+
+    documents: Documents
+    conversation: np.ndarray  # [documents] the row that each came from, counted over all sources
+    weight: np.ndarray  # [documents]
+    path: np.ndarray  # [documents] number of the path that each came from
+    learnable: np.ndarray  # [documents] whether it holds an anchor
+    summaries: list[Summary]
+
+    def of_row(self, row: int) -> list[Document]:
+        """The documents that came from a row of the data."""
+        return [self.documents[int(number)] for number in np.flatnonzero(self.conversation == row)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Training rows or held-out rows."""
+
+    name: str
+    rows: PackedRows
+    conversations: int
+    digests: list[str]  # of the documents it was chosen from
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any token of the rows."""
+        return self.rows.fingerprint(*self.digests)
+
+    @cached_property
+    def tokens(self) -> int:
+        return int(self.rows.lengths.sum(dtype=np.int64))
+
+    @cached_property
+    def supervised(self) -> int:
+        return self._sum(at_least=1)
+
+    @cached_property
+    def anchors(self) -> int:
+        """Tokens that could be an anchor."""
+        return self._sum(at_least=2)
+
+    def _sum(self, at_least: int) -> int:
+        counts = self.rows.documents.supervised_tokens(self.rows.seq_len, at_least)
+        return int(counts[self.rows.chosen].sum())
+
+    def describe(self) -> str:
+        rows = self.rows
+        return (
+            f"{self.name}: {self.conversations:,} conversations -> {len(rows.chosen):,} documents,"
+            f" {self.tokens:,} tokens ({self.supervised / self.tokens:.0%} supervised)"
+            f" -> {len(rows):,} rows of {rows.seq_len}, {rows.filled:.1%} filled"
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from."""
+
+    train: Part
+    held_out: Part | None
+    loaded: Loaded  # what `data.path` gives, before anything is held out, repeated or packed
+    summaries: list[Summary]
+    dropped: Counter[str]  # rows and documents that taught nothing, by cause
+    cut: int  # documents that were longer than a row
+
+    def describe(self) -> Iterator[str]:
+        """What became of the data, a line a fact."""
+        for summary in self.summaries:
+            yield f"{summary.source}: {summary.rows:,} rows, read as '{summary.shape}'"
+        yield self.train.describe()
+        if self.held_out:
+            yield self.held_out.describe()
+        if self.cut:
+            yield f"cut at the end of a row: {self.cut:,} documents"
+        for cause, count in self.dropped.items():
+            yield f"left out: {count:,} x {cause}"
+
+
+def load_data(config: DataConfig, encoder: ChatEncoder, seed: int, pack: bool) -> Data:
+    """Reads, tokenises and packs what the config names.
+
+    Args:
+        seed: chooses the documents of sources with a broken weight.
+        pack: several documents a row.
+
+    Raises:
+        ValueError: nothing to read or to learn from, too many bad rows, or almost nothing supervised.
+    """
+    loaded = _load(config.path if isinstance(config.path, dict) else {config.path: 1.0}, config, encoder)
+    chosen = np.flatnonzero(loaded.learnable)
+    all_loaded, held_out = [loaded], None
+    if config.val_path:
+        other = _load({config.val_path: 1.0}, config, encoder)
+        all_loaded.append(other)
+        held_out = _part("held out", other, np.flatnonzero(other.learnable), config.seq_len, encoder.pad_id, pack)
+    elif config.val_conversations:
+        conversations = np.unique(loaded.conversation[chosen])
+        if config.val_conversations >= len(conversations):
+            raise ValueError(
+                f"data.val_conversations {config.val_conversations} leaves nothing to train on:"
+                f" {_named(config.path)} gives {len(conversations)} conversations"
+            )
+        every = len(conversations) / config.val_conversations
+        picked = conversations[(np.arange(config.val_conversations) * every).astype(int)]
+        is_held_out = np.isin(loaded.conversation[chosen], picked)
+        held_out = _part("held out", loaded, chosen[is_held_out], config.seq_len, encoder.pad_id, pack)
+        chosen = chosen[~is_held_out]
+    chosen = _weighted(chosen, loaded, seed)
+    train = _part("train", loaded, chosen, config.seq_len, encoder.pad_id, pack)
+    if train.supervised < LEAST_SUPERVISED * train.tokens:
+        raise ValueError(
+            f"only {train.supervised:,} of the {train.tokens:,} tokens of {_named(config.path)} are supervised, under"
+            f" {LEAST_SUPERVISED:.0%}: look at a conversation with `python -m dflash_dist preview`"
+        )
+    dropped, cut = Counter[str](), 0
+    for part in all_loaded:
+        for summary in part.summaries:
+            dropped += Counter(summary.bad) + summary.dropped
+        dropped["no answer within a row"] += int((~part.learnable).sum())
+        cut += int((part.documents.length[part.learnable] > config.seq_len).sum())
+    return Data(train, held_out, loaded, [s for part in all_loaded for s in part.summaries], +dropped, cut)
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where tokenised data lies."""
+    if config.cache_dir:
+        return Path(config.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dflash_dist"
+
+
+def make_encoder(config: DataConfig, tokenizer: Any, stop_ids: list[int]) -> ChatEncoder:
+    """The encoder that the config asks for.
+
+    Raises:
+        ValueError: there is no chat template, or its file cannot be read.
+    """
+    template = None
+    if config.chat_template:
+        try:
+            template = Path(config.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"data.chat_template {config.chat_template} cannot be read: {error}") from error
+        if not template:
+            raise ValueError(f"data.chat_template {config.chat_template} is empty")
+    return ChatEncoder(
+        tokenizer, stop_ids, config.template_args, template, config.last_turn_only, config.drop_reasoning
+    )
+
+
+def _load(paths: dict[str, float], config: DataConfig, encoder: ChatEncoder) -> Loaded:
+    entries, summaries, bad, rows = [], [], BadRows(), 0
+    conversations, weights, numbers_of_paths = [], [], []
+    for number, (path, weight) in enumerate(paths.items()):
+        for source in find_sources(path):
+            entry, summary = open_documents(source, encoder, cache_folder(config), config.max_bad_rows)
+            bad.merge(summary.bad, summary.bad_listed)
+            conversations.append(rows + entry.column("row"))
+            weights.append(np.full(entry.index.num_rows, weight, np.float32))
+            numbers_of_paths.append(np.full(entry.index.num_rows, number, np.int16))
+            rows += summary.rows
+            entries.append(entry)
+            summaries.append(summary)
+    bad.refuse_above(config.max_bad_rows, rows)
+    documents = Documents(entries)
+    learnable = documents.first_anchor <= config.seq_len - 2
+    if not learnable.any():
+        told = Counter(bad.by_cause) + sum((summary.dropped for summary in summaries), Counter[str]())
+        told["no answer within a row"] += len(documents)
+        raise ValueError(
+            f"nothing in {_named(paths)} can be learned from: {rows} rows"
+            + "".join(f", {count} x {cause}" for cause, count in (+told).items())
+        )
+    return Loaded(
+        documents,
+        np.concatenate(conversations),
+        np.concatenate(weights),
+        np.concatenate(numbers_of_paths),
+        learnable,
+        summaries,
+    )
+
+
+def _weighted(chosen: np.ndarray, loaded: Loaded, seed: int) -> np.ndarray:
+    """Repeats the documents of sources with a weight above 1; of a broken weight's rest, takes that share of them."""
+    weight = loaded.weight[chosen]
+    whole = np.floor(weight).astype(int)
+    rest = weight - whole
+    kept = np.zeros(len(chosen), int)
+    path = loaded.path[chosen]
+    for number in np.unique(path[rest > 0]).tolist():
+        among = np.flatnonzero(path == number)
+        share = float(rest[among[0]])
+        kept[random_stream(seed, SOURCE_SHARE, number).permutation(among)[: round(share * len(among))]] = 1
+    return np.repeat(chosen, whole + kept)
+
+
+def _part(name: str, loaded: Loaded, chosen: np.ndarray, seq_len: int, pad_id: int, pack: bool) -> Part:
+    if not len(chosen):
+        raise ValueError(f"{name}: no document is left: raise the weights of data.path")
+    conversations = len(np.unique(loaded.conversation[chosen]))
+    rows = PackedRows(loaded.documents, chosen, seq_len, pad_id, pack)
+    return Part(name, rows, conversations, [summary.digest for summary in loaded.summaries])
+
+
+def _named(paths: str | dict[str, float]) -> str:
+    return paths if isinstance(paths, str) else ", ".join(paths)

@@ -1,0 +1,221 @@
+"""Answers from an OpenAI-compatible server, such as vLLM or SGLang, with many requests in flight.
+
+Whatever fails is asked again. A row that the server refuses is left out; a row that it fails to answer stays unanswered
+for the next start. Only a wrong key or model stops a run at once, and a server that is gone soon.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import openai
+
+from dflash_dist.data.sources import REASONING_KEYS, Conversation, Message
+from dflash_dist.target.answers import answer_turns, split_reasoning
+from dflash_dist.target.parts import Row
+
+FIRST_BACK_OFF, LONGEST_BACK_OFF = 0.5, 8.0  # [s], as the client's own
+MOST_CONNECTIONS = 1000  # that the client opens
+
+
+class _Failed(Exception):
+    """A row that got no answer however often it was asked for."""
+
+
+class _Refused(Exception):
+    """A row that the server will never answer, such as one that is too long for it."""
+
+
+def answer_from_server(todo: dict[int, Conversation], args: argparse.Namespace, write: Callable[[Row], None]) -> None:
+    """Writes a row for each conversation as soon as it is answered, in any order; refused ones as {"error": ...}.
+
+    Raises:
+        ValueError: a wrong URL, key or model; or rows stayed unanswered, since the server failed or is gone.
+    """
+    if not args.endpoint.startswith(("http://", "https://")):
+        raise ValueError(f"--endpoint {args.endpoint} is no URL: expected one such as http://localhost:8000/v1")
+    if not 1 <= args.concurrency <= MOST_CONNECTIONS:
+        raise ValueError(f"--concurrency {args.concurrency}: between 1 and {MOST_CONNECTIONS}; more by further ranks")
+    if args.retries < 0 or args.timeout <= 0:
+        raise ValueError(
+            f"--retries {args.retries} and --timeout {args.timeout:g} must not be below 0, nor --timeout 0"
+        )
+    asyncio.run(_answer_all(todo, args, write))
+
+
+@dataclass
+class _Progress:
+    """What became of the rows so far, and whether it is worth going on.
+
+    Refusals are held back until a row is answered: a server that refuses everything, because of a setting, is no reason
+    to leave out its rows for good.
+    """
+
+    write: Callable[[Row], None]
+    patience: int  # rows that may fail one after another
+    settled: int = 0
+    failures: int = 0  # one after another
+    failed: list[Row] = field(default_factory=list)
+    answered: bool = False
+    held: list[Row] = field(default_factory=list)
+
+    def settle(self, row: Row) -> None:
+        self.failures = 0
+        if "error" in row and not self.answered:
+            self.held.append(row)
+            if len(self.held) >= self.patience:
+                raise ValueError(f"none of the first {len(self.held)} rows got an answer: {self.held[0]['error']}")
+            return
+        self.answered = True
+        self.release()
+        self._write(row)
+
+    def release(self) -> None:
+        while self.held:
+            self._write(self.held.pop())
+
+    def _write(self, row: Row) -> None:
+        self.write(row)
+        self.settled += 1
+
+    def fail(self, row: int, error: _Failed) -> None:
+        self.failures += 1
+        self.failed.append({"error": str(error), "row": row})
+
+    @property
+    def hopeless(self) -> bool:
+        return self.failures >= self.patience
+
+
+async def _answer_all(todo: dict[int, Conversation], args: argparse.Namespace, write: Callable[[Row], None]) -> None:
+    queue = iter(todo.items())  # shared: every worker takes the next row
+    progress = _Progress(write, patience=max(10, args.concurrency))
+    client = openai.AsyncOpenAI(
+        base_url=args.endpoint,
+        api_key=os.environ.get("OPENAI_API_KEY") or "none",  # servers of one's own ask for no key
+        timeout=openai.Timeout(args.timeout, connect=min(args.timeout, 30.0)),
+        max_retries=args.retries,
+    )
+
+    async def work() -> None:
+        for row, asked in queue:
+            try:
+                progress.settle({**await _answer_row(client, args, row, asked), "row": row})
+            except _Refused as error:
+                progress.settle({"error": str(error), "row": row})
+            except _Failed as error:
+                progress.fail(row, error)
+                if progress.hopeless:
+                    raise
+
+    async with client:
+        workers = [asyncio.create_task(work()) for _ in range(min(args.concurrency, len(todo)))]
+        try:
+            await asyncio.gather(*workers)
+        except _Failed:
+            pass
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+    progress.release()
+    if args.give_up and not progress.hopeless:
+        for row in progress.failed:
+            progress.settle(row)
+    if unanswered := len(todo) - progress.settled:
+        gone = f"{args.endpoint} is gone: " if progress.hopeless else ""
+        first = progress.failed[0]
+        raise ValueError(
+            f"{gone}{unanswered} of {len(todo)} rows are unanswered, the first cause: row {first['row']}:"
+            f" {first['error']}; start the same command again to continue, with --give-up to leave out what fails again"
+        )
+
+
+async def _answer_row(client: openai.AsyncOpenAI, args: argparse.Namespace, row: int, asked: Conversation) -> Row:
+    turns = answer_turns(asked)
+    messages = next(turns)
+    while True:
+        answer = await _ask(client, args, _request(args, row, messages, asked.tools))
+        try:
+            messages = turns.send(answer)
+        except StopIteration as end:
+            return end.value
+
+
+def _request(args: argparse.Namespace, row: int, messages: list[Message], tools: list[Any] | None) -> dict[str, Any]:
+    """The fields of a request. Servers take what is not named from the model's generation config, and the draft is to
+    foretell the plain model; `--extra-body` changes them, null leaves one out."""
+    # engines differ in which name of the thinking they read
+    history = [m | {"reasoning": m["reasoning_content"]} if "reasoning_content" in m else m for m in messages]
+    fields: dict[str, Any] = {
+        "model": args.target,
+        "messages": history,
+        "max_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "repetition_penalty": 1.0,
+    }
+    if args.temperature > 0:
+        fields |= {"top_p": args.top_p, "top_k": args.top_k or -1, "min_p": 0.0}
+        fields["seed"] = args.seed * 1_000_003 + row
+    if args.template_args:
+        fields["chat_template_kwargs"] = args.template_args
+    if tools:
+        fields["tools"] = tools
+    return {name: value for name, value in (fields | args.extra_body).items() if value is not None}
+
+
+async def _ask(client: openai.AsyncOpenAI, args: argparse.Namespace, request: dict[str, Any]) -> tuple[Message, bool]:
+    """One answer, and whether the target finished it."""
+    for attempt in range(args.retries + 1):
+        if attempt:
+            await asyncio.sleep(min(FIRST_BACK_OFF * 2 ** (attempt - 1), LONGEST_BACK_OFF))
+        try:
+            reply = await client.post("/chat/completions", body=request, cast_to=str)
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise ValueError(f"{args.endpoint} refuses the key of OPENAI_API_KEY: {error}") from error
+        except openai.NotFoundError as error:
+            raise ValueError(f"{args.endpoint} has no model {args.target}{await _models(client)}: {error}") from error
+        except openai.APIStatusError as error:
+            raise (_Refused if error.status_code in (400, 413, 422) else _Failed)(str(error)[:1000]) from error
+        except openai.APIConnectionError as error:
+            raise _Failed(f"{error} {error.__cause__ or ''}".strip()) from error
+        try:
+            return _read_answer(json.loads(reply))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            # Half an answer: the client asks again after failures that HTTP shows, but not after a body cut short.
+            malformed = f"no answer in {reply[:200]!r} ({type(error).__name__}: {error})"
+    raise _Failed(malformed)
+
+
+async def _models(client: openai.AsyncOpenAI) -> str:
+    try:
+        found = await client.with_options(max_retries=0, timeout=10.0).models.list()
+        return f" but {', '.join(model.id for model in found.data)}"
+    except (openai.OpenAIError, ValueError, TypeError, AttributeError):
+        return ", or does not end in /v1"
+
+
+def _read_answer(body: Any) -> tuple[Message, bool]:
+    choice = body["choices"][0]
+    if choice["finish_reason"] in ("abort", "error"):
+        raise ValueError("the server broke off")
+    finished, said = choice["finish_reason"] != "length", choice["message"]
+    message: Message = {"role": "assistant", "content": said.get("content") or ""}
+    reasoning = next((said[key] for key in REASONING_KEYS if said.get(key)), None)
+    message |= {"reasoning_content": reasoning} if reasoning else split_reasoning(message["content"], finished)
+    if said.get("tool_calls"):
+        message["tool_calls"] = [
+            {"id": call.get("id") or f"call_{n}", "type": "function", "function": _named(call["function"])}
+            for n, call in enumerate(said["tool_calls"])
+        ]
+    return message, finished
+
+
+def _named(function: dict[str, Any]) -> dict[str, Any]:
+    return {"name": function["name"], "arguments": function["arguments"]}

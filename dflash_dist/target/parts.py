@@ -1,0 +1,121 @@
+"""The files of an output that many ranks write, each row whole, and which an interruption leaves usable."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+
+class Place(NamedTuple):
+    """Where a finished row lies."""
+
+    part: Path
+    offset: int  # [bytes]
+    length: int
+    error: str | None  # why there is no answer
+
+
+class Parts:
+    """The part files of an output: one a rank, whole lines only.
+
+    The settings lie beside the output and stay there: they tell how it was written, and that it is finished.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any]):
+        self.out, self.folder = out, out.with_name(out.name + ".parts")
+        described = out.with_name(out.name + ".settings.json")
+        if out.is_file() and not described.is_file():
+            raise ValueError(f"{out} exists and was not written by this command: choose another --out, or delete it")
+        if described.is_file() and json.loads(described.read_text()) != settings:
+            raise ValueError(
+                f"{described} belongs to a run with other prompts or settings: choose another --out,"
+                f" or delete it with {out} and {self.folder}"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not described.is_file():
+            _write_whole(described, [json.dumps(settings, indent=2).encode()])
+
+    def index(self) -> dict[int, Place]:
+        """The finished rows, by number. A line that an interruption cut short counts as unwritten."""
+        places = {}
+        for path in sorted(self.folder.glob("rank-*.jsonl")):
+            offset = 0
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as part:  # another rank may just have merged
+                for line in part:
+                    with contextlib.suppress(ValueError):  # bytes: a cut may fall inside a character
+                        row = json.loads(line)
+                        places[row["row"]] = Place(path, offset, len(line), row.get("error"))
+                    offset += len(line)
+        return places
+
+    @contextlib.contextmanager
+    def append(self, rank: int) -> Iterator[Callable[[Row], None]]:
+        """Gives what writes a row: at once for a process that dies, within about a second for a machine that does."""
+        with (self.folder / f"rank-{rank:05d}.jsonl").open("a+b") as part:
+            if part.tell():
+                part.seek(-1, os.SEEK_END)
+                if part.read() != b"\n":
+                    part.write(b"\n")  # closes a line that an interruption cut short
+            synced = time.monotonic()
+
+            def write(row: Row) -> None:
+                nonlocal synced
+                part.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                part.flush()
+                if time.monotonic() - synced > 1:
+                    os.fsync(part.fileno())
+                    synced = time.monotonic()
+
+            try:
+                yield write
+            finally:
+                part.flush()
+                os.fsync(part.fileno())
+
+    def merge(self, rows: list[int]) -> list[str] | None:
+        """Writes the output in row order and removes the parts, if all rows are there and nobody else did; returns what
+        was left out, else None.
+
+        No rank waits for another: whichever finishes last finds everything. The lock is the operating system's, so it
+        falls with its holder.
+        """
+        refused = None
+        with (self.folder.parent / f"{self.folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not self.out.is_file():
+                places = self.index()
+                if len(places) == len(rows):
+                    ordered = [(row, places[row]) for row in rows]
+                    _write_whole(self.out, _lines([place for _, place in ordered if place.error is None]))
+                    refused = [f"row {row}: {place.error}" for row, place in ordered if place.error is not None]
+            if self.out.is_file():
+                shutil.rmtree(self.folder, ignore_errors=True)
+                Path(lock.name).unlink(missing_ok=True)
+        return refused
+
+
+def _lines(places: list[Place]) -> Iterator[bytes]:
+    with contextlib.ExitStack() as stack:
+        parts = {path: stack.enter_context(path.open("rb")) for path in {place.part for place in places}}
+        for place in places:
+            parts[place.part].seek(place.offset)
+            yield parts[place.part].read(place.length).rstrip(b"\n") + b"\n"
+
+
+def _write_whole(path: Path, pieces: Iterable[bytes]) -> None:
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # ranks on several hosts may write at once
+    with partial.open("wb") as file:
+        file.writelines(pieces)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

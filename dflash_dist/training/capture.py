@@ -1,0 +1,154 @@
+"""Stores the target's features of all rows: `python -m dflash_dist capture --config C.yaml --out DIR [a.b=c ...]`.
+
+Alone or under torchrun. Training then reads them with `target.features=DIR` and never loads the target. A capture that
+was interrupted keeps its finished shards and continues with the same command, also on another number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dflash_dist.config import Config, load_config
+from dflash_dist.data.packing import PackedRows
+from dflash_dist.ranks import World, join_world
+from dflash_dist.target.features import FeatureFolder, Shard, read_index, refuse_other
+from dflash_dist.target.load import load_target
+from dflash_dist.training import setup
+from dflash_dist.training.context import (
+    ContextSource,
+    TargetContext,
+    describe_features,
+    open_folder,
+    parts_of,
+    show_bytes,
+)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="dflash_dist capture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the training run; see configs/")
+    parser.add_argument("--out", required=True, help="folder of the features, on a disk that all ranks share")
+    parser.add_argument("--shard-mib", type=float, default=1024, help="size of a shard [MiB]; a rank holds two of them")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="knobs set on the command line")
+    args = parser.parse_args(argv)
+    with join_world() as world:
+        capture(load_config(args.config, args.overrides), Path(args.out), world, args.shard_mib)
+
+
+def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) -> None:
+    """Captures the features that are not in `out` yet.
+
+    Raises:
+        ValueError: as for training; or `out` holds other features, is not shared, or has too little room.
+    """
+    config = setup.make_builtins(config, world)
+    info = setup.check_target(config)
+    data = setup.make_data(config, info, world)
+    target, dtype = config.target, getattr(torch, config.target.dtype)
+    token_bytes = len(target.layer_ids) * info.text.hidden_size * dtype.itemsize
+    rows_per_shard = max(1, int(shard_mib * 2**20) // (token_bytes * config.data.seq_len))
+    index = describe_features(config, info, data) | {"rows per shard": rows_per_shard}
+    index["bytes"] = sum(part.tokens for part in parts_of(data).values()) * token_bytes
+    features = open_folder(out, index, config, info, data)
+    if (out / "index.json").exists():
+        stored = read_index(out)
+        refuse_other(stored, dict.fromkeys(stored) | index, out)
+    if world.is_main:
+        features.begin()
+    lacking = agree_on_lacking(features, world)
+    check_room(features, lacking, world)
+    if lacking:
+        loaded = load_target(info, target.layer_ids, dtype, world, target.replicas, target.full_depth, target.attention)
+        rows = {name: part.rows for name, part in parts_of(data).items()}
+        run(features, lacking, TargetContext(loaded.model), rows, config.train.micro_batch_size, world)
+    lacking = agree_on_lacking(features, world)
+    if lacking:
+        raise ValueError(f"{out} lacks {lacking[0].name}, which was just written: is it one folder for all ranks?")
+    if world.is_main:
+        print(f"captured: {show_bytes(features.bytes_of(features.shards))}; train with target.features={out}")
+
+
+def agree_on_lacking(features: FeatureFolder, world: World) -> list[Shard]:
+    """The shards that some rank does not see; the same list for all ranks.
+
+    Raises:
+        ValueError: the ranks do not share the folder.
+    """
+    world.barrier()
+    lacking = set(features.lacking())
+    there = (features.folder / "index.json").exists()
+    ranks, *counts = world.sum_numbers(there, *(shard in lacking for shard in features.shards))
+    if ranks < world.size:
+        raise ValueError(f"only {ranks:.0f} of {world.size} ranks see {features.folder}: put --out on a shared disk")
+    return [shard for shard, count in zip(features.shards, counts) if count]
+
+
+def check_room(features: FeatureFolder, lacking: list[Shard], world: World) -> None:
+    """Says what the capture takes of the disk.
+
+    Raises:
+        ValueError: on all ranks, where it does not fit.
+    """
+    needed, free = features.bytes_of(lacking), shutil.disk_usage(features.folder).free
+    if world.is_main:
+        print(
+            f"features: {show_bytes(features.bytes_of(features.shards))} in {len(features.shards)} shards,"
+            f" {show_bytes(needed)} in {len(lacking)} still to capture, {show_bytes(free)} free in {features.folder}"
+        )
+    if world.sum_numbers(world.is_main and needed > free)[0]:  # rank 0 decides: others read another number
+        raise ValueError(
+            f"the features take {show_bytes(needed)}, but {features.folder} has {show_bytes(free)} free: choose"
+            " another --out, fewer conversations or fewer target.layer_ids, or train without target.features"
+        )
+
+
+def run(
+    features: FeatureFolder,
+    lacking: list[Shard],
+    context: ContextSource,
+    parts: dict[str, PackedRows],
+    micro_batch_size: int,
+    world: World,
+) -> None:
+    """Captures and writes this rank's share of the shards."""
+    held: dict[int, torch.Tensor] = {}
+    mine = share(lacking, micro_batch_size, world)
+    # A shard is written in the background while the next one is captured.
+    with ThreadPoolExecutor(1) as writer:
+        writing: Future[None] | None = None
+        for shard, numbers in tqdm(mine, desc="capturing", unit=" micro-batches", disable=not world.is_main):
+            rows = parts[shard.part]
+            # As many rows as in training, so that the same kernels run and give the same bits.
+            padding = [len(rows)] * (micro_batch_size - len(numbers))
+            hidden = context.of((shard.part, numbers), rows.batch([*numbers, *padding]).to(world.device))
+            for row, states in zip(numbers, hidden):
+                held[row] = states[: features.filled[shard.part][row]].to("cpu", copy=True)
+            if len(held) == len(shard.rows):
+                if writing:
+                    writing.result()
+                writing, held = writer.submit(features.write, shard, held), {}
+        if writing:
+            writing.result()
+
+
+def share(lacking: list[Shard], micro_batch_size: int, world: World) -> list[tuple[Shard, list[int]]]:
+    """This rank's shards, in micro-batches. The sharded target's forward is collective, so that all ranks get as many:
+    a rank with fewer rows ends with micro-batches of none."""
+    of_ranks = [
+        [
+            (shard, list(shard.rows[i : i + micro_batch_size]))
+            for shard in lacking[rank :: world.size]
+            for i in range(0, len(shard.rows), micro_batch_size)
+        ]
+        for rank in range(world.size)
+    ]
+    mine = of_ranks[world.rank]
+    return mine + [(lacking[0], [])] * (max(map(len, of_ranks)) - len(mine))

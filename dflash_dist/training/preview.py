@@ -1,0 +1,99 @@
+"""The data of a config as training will see it: `python -m dflash_dist preview --config C.yaml [--row N] [a.b=c ...]`.
+
+Says what became of every row, how long documents are, how much of them is supervised and how well they pack, and prints
+one row token by token with its mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from dflash_dist.config import Config, load_config
+from dflash_dist.data.chat import Document
+from dflash_dist.data.rows import Data, Part
+from dflash_dist.ranks import World
+from dflash_dist.training import setup
+
+GREEN, PLAIN = "\033[32m", "\033[0m"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="dflash_dist preview", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument(
+        "--row", type=int, help="row of the data to print, from 1 over all sources; the first by default"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="knobs set on the command line")
+    args = parser.parse_args(argv)
+    world = World(0, 1, torch.device("cpu"))
+    config = setup.make_builtins(load_config(args.config, args.overrides), world)
+    info = setup.check_target(config)
+    data = setup.make_data(config, info, world)  # says itself what became of the rows
+    for line in describe(config, data):
+        print(line)
+    row = args.row if args.row is not None else int(data.loaded.conversation[0])
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for line in show_row(data, row, info.tokenizer, colour):
+        print(line)
+
+
+def describe(config: Config, data: Data) -> Iterator[str]:
+    """Lengths, anchors and steps, a line a fact."""
+    for part in filter(None, (data.train, data.held_out)):
+        rows = part.rows
+        lengths = rows.documents.length[rows.chosen]
+        shares = "  ".join(f"{int(np.percentile(lengths, share))} ({share} %)" for share in (10, 50, 90, 99))
+        yield f"{part.name}: document lengths {shares}  {lengths.max()} (longest) tokens"
+        available, sampled = anchors(part, config.loss.anchors)
+        yield (
+            f"{part.name}: {available:,} tokens can be an anchor; {sampled / len(rows):.0f} of loss.anchors"
+            f" {config.loss.anchors} are used in a row, on average"
+        )
+    steps = setup.planned_steps(config, len(data.train.rows))
+    batch = config.train.global_batch_size
+    yield (
+        f"steps: {steps:,} of {batch} rows, {steps * batch / len(data.train.rows):.1f} passes over the data,"
+        f" about {steps * batch * data.train.tokens / len(data.train.rows):.3g} tokens"
+    )
+
+
+def anchors(part: Part, a_row: int) -> tuple[int, int]:
+    """Tokens that could be an anchor, and blocks that a pass over the rows samples, at most `a_row` in each."""
+    rows = part.rows
+    counts = rows.documents.supervised_tokens(rows.seq_len, at_least=2)[rows.chosen]
+    in_row = np.add.reduceat(counts, rows.starts[:-1])
+    return int(in_row.sum()), int(np.minimum(in_row, a_row).sum())
+
+
+def show_row(data: Data, row: int, tokenizer: Any, colour: bool) -> Iterator[str]:
+    """Every document of a row of the data, a line a token: its place, a + where supervised, its id and text.
+
+    Raises:
+        ValueError: the row gave no document.
+    """
+    documents = data.loaded.of_row(row)
+    if not documents:
+        last = sum(summary.rows for summary in data.loaded.summaries)
+        raise ValueError(
+            f"row {row} gives no document: rows count from 1 to {last}, and bad or empty ones are left out"
+        )
+    for number, document in enumerate(documents, 1):
+        supervised = int(document.loss_mask.sum())
+        yield (
+            f"\nrow {row}, document {number} of {len(documents)}: {len(document.input_ids)} tokens,"
+            f" {supervised} supervised (+)"
+        )
+        yield from _token_lines(document, tokenizer, colour)
+
+
+def _token_lines(document: Document, tokenizer: Any, colour: bool) -> Iterator[str]:
+    for place, (token, supervised) in enumerate(zip(document.input_ids.tolist(), document.loss_mask)):
+        text = f"{place:>7} {'+' if supervised else ' '} {token:>7}  {tokenizer.decode([token])!r}"
+        yield f"{GREEN}{text}{PLAIN}" if colour and supervised else text

@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from dflash_dist.data import documents as module
+from dflash_dist.data import sources
+from dflash_dist.data.chat import ChatEncoder
+from dflash_dist.data.documents import NO_ANCHOR, Documents, Summary, encode_chunk, open_documents
+from dflash_dist.data.sources import Chunk, FileSource, read_row
+from dflash_dist.ranks import World
+from dflash_dist.target.tiny import CHATML
+from tests.data.files import CHANGING, NO_ANSWER, chat, chats, make_encoder, write_rows
+from tests.ranks import run_ranks
+
+# Rows that give one document, several, and none.
+ROWS = [
+    row for k in range(8) for row in (chat(f"{k}?", f"{k}!"), chat("1", f"one {k}", "2", "two" * k + "."), NO_ANSWER)
+]
+
+
+def opened(path: Path, encoder: ChatEncoder | None = None, max_bad_rows: float = 0) -> tuple[Documents, Summary]:
+    """Opens in this process, with a cache beside the file."""
+    entry, summary = open_documents(
+        FileSource(path), encoder or make_encoder(), path.parent / "cache", max_bad_rows, workers=1
+    )
+    return Documents([entry]), summary
+
+
+def told(documents: Documents) -> list[tuple[int, list[int], Any]]:
+    """Row, tokens and supervised ranges of every document."""
+    found = [documents[number] for number in range(len(documents))]
+    return [(int(row), d.input_ids.tolist(), d.supervised) for row, d in zip(documents.row, found, strict=True)]
+
+
+def encoded_one_by_one(rows: list[dict[str, Any]], encoder: ChatEncoder) -> list[tuple[int, list[int], Any]]:
+    return [
+        (number, document.input_ids.tolist(), document.supervised)
+        for number, row in enumerate(rows, 1)
+        for document in encoder.encode(read_row(row))
+    ]
+
+
+def entries(folder: Path) -> list[Path]:
+    return [path for path in (folder / "cache").iterdir() if path.is_dir()]
+
+
+@pytest.fixture
+def short_chunks(monkeypatch) -> None:
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(module, "CHUNKS_ALONE", 2)
+
+
+@pytest.fixture
+def no_tokenising(monkeypatch):
+    """From its call on, whoever tokenises fails."""
+
+    def tokenise(*_):
+        raise AssertionError("tokenised again")
+
+    return lambda: monkeypatch.setattr(ChatEncoder, "tokenise", tokenise)
+
+
+# ------------------------------------------------------------------------------------------------ what is in an entry
+
+
+def test_an_entry_holds_the_documents_of_all_rows_in_their_order(tmp_path, short_chunks):
+    encoder = make_encoder(chat_template=CHANGING)
+    documents, summary = opened(write_rows(tmp_path / "rows.jsonl", ROWS), encoder)
+    assert told(documents) == encoded_one_by_one(ROWS, encoder)
+    assert len(documents) == 24
+    assert documents.length.tolist() == [len(ids) for _, ids, _ in told(documents)]
+    assert (summary.rows, summary.shape, summary.dropped) == (24, "messages", Counter({"no assistant turn": 8}))
+
+
+def test_worker_processes_make_the_same_entry(tmp_path, short_chunks):
+    rows = [*ROWS, {"messages": []}, *ROWS]  # more chunks than wait at a time
+    path, encoder = write_rows(tmp_path / "rows.jsonl", rows), make_encoder(chat_template=CHANGING)
+    made = [
+        open_documents(FileSource(path), encoder, tmp_path / f"{workers} workers", 0, workers) for workers in (1, 2)
+    ]
+    (alone, summary), (shared, other_summary) = [(told(Documents([entry])), summary) for entry, summary in made]
+    assert shared == alone
+    assert other_summary == summary
+
+
+def test_documents_are_found_across_batches_with_and_without_any(tmp_path, short_chunks):
+    rows = [*chats(3), *[NO_ANSWER] * 6, *chats(4, "later"), *[NO_ANSWER] * 2]
+    documents, _ = opened(write_rows(tmp_path / "rows.jsonl", rows))
+    assert told(documents) == encoded_one_by_one(rows, make_encoder())
+    assert documents.row.tolist() == [1, 2, 3, 10, 11, 12, 13]
+    with pytest.raises(IndexError):
+        documents[7]
+
+
+@pytest.mark.parametrize("rows", [[], [NO_ANSWER]])
+def test_a_source_may_have_no_documents(tmp_path, rows):
+    documents, summary = opened(write_rows(tmp_path / "rows.jsonl", rows))
+    assert (len(documents), summary.rows) == (0, len(rows))
+    assert documents.supervised_tokens(5).tolist() == []
+
+
+@pytest.mark.parametrize("limit", [0, 1, 20, 33, 34, 35, 60, 10_000])
+def test_supervised_tokens_and_anchors_are_counted_up_to_a_limit(tmp_path, short_chunks, limit):
+    documents, _ = opened(write_rows(tmp_path / "rows.jsonl", ROWS))
+    masks = [documents[number].loss_mask[:limit] for number in range(len(documents))]
+    assert documents.supervised_tokens(limit).tolist() == [int(mask.sum()) for mask in masks]
+    anchors = [int((mask[:-1] & mask[1:]).sum()) for mask in masks]
+    assert documents.supervised_tokens(limit, at_least=2).tolist() == anchors
+
+
+def test_the_first_anchor_is_the_first_supervised_token_with_a_supervised_successor(tmp_path):
+    rows = [{"text": "ab" + "c" * answer, "prompt_length": 2} for answer in (1, 2, 3)]
+    documents, _ = opened(write_rows(tmp_path / "rows.jsonl", rows))
+    assert documents.first_anchor.tolist() == [NO_ANCHOR, 2, 2]
+
+
+def test_documents_in_memory_read_as_given():
+    given = make_encoder(chat_template=CHANGING).encode(read_row(ROWS[1]))
+    assert told(Documents.of(given)) == [
+        (row, document.input_ids.tolist(), document.supervised) for row, document in enumerate(given, 1)
+    ]
+    assert len(Documents.of([])) == 0
+
+
+def test_documents_are_not_read_into_memory_but_mapped(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", chats(3))
+    documents, _ = opened(path)
+    tokens = [documents[number].input_ids for number in range(3)]
+    assert all(ids.any() for ids in tokens)
+    [entry] = entries(tmp_path)
+    with (entry / "tokens.arrow").open("r+b") as file:
+        file.write(bytes(os.fstat(file.fileno()).st_size))
+    assert not any(ids.any() for ids in tokens)
+
+
+# ------------------------------------------------------------------------------------------------ when it is made
+
+
+def test_an_entry_is_made_once_and_opened_without_a_lock(tmp_path, monkeypatch, no_tokenising):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    first, summary = opened(path)
+    no_tokenising()
+    monkeypatch.delattr(module, "_locked")
+    again, same_summary = opened(path)
+    assert told(again) == told(first)
+    assert same_summary == summary
+
+
+def changed_tokenizer() -> ChatEncoder:
+    encoder = make_encoder()
+    encoder.tokenizer.add_tokens(["hello"])
+    return encoder
+
+
+def lengthen(path: Path) -> None:
+    """Adds rows and keeps the file's time."""
+    time = path.stat().st_mtime_ns
+    write_rows(path, chats(3))
+    os.utime(path, ns=(time, time))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lengthen, id="the file's length"),
+        pytest.param(lambda path: os.utime(path, ns=(0, 0)), id="the file's time"),
+        pytest.param(lambda path: make_encoder(chat_template=CHATML + "\n"), id="the template"),
+        pytest.param(lambda path: make_encoder(template_args={"x": 1}), id="an argument of the template"),
+        pytest.param(lambda path: make_encoder(last_turn_only=True), id="last_turn_only"),
+        pytest.param(lambda path: make_encoder(drop_reasoning=True), id="drop_reasoning"),
+        pytest.param(lambda path: ChatEncoder(make_encoder().tokenizer, [1, 2]), id="a stop token"),
+        pytest.param(lambda path: changed_tokenizer(), id="the tokenizer"),
+    ],
+)
+def test_another_entry_is_made_after_a_change_of(tmp_path, change):
+    path = write_rows(tmp_path / "rows.jsonl", chats(2))
+    opened(path)
+    changed = change(path)
+    opened(path, changed if isinstance(changed, ChatEncoder) else None)
+    assert len(entries(tmp_path)) == 2
+
+
+def test_another_entry_is_made_after_a_change_of_the_code(tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "rows.jsonl", chats(2))
+    opened(path)
+    monkeypatch.setattr(module, "_code_version", lambda: "the next one")
+    opened(path)
+    assert len(entries(tmp_path)) == 2
+
+
+def test_nothing_else_makes_another_entry(tmp_path, monkeypatch, no_tokenising):
+    path = write_rows(tmp_path / "rows.jsonl", chats(2))
+    opened(path, ChatEncoder(make_encoder().tokenizer, [1, 2]))
+    no_tokenising()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.jsonl").symlink_to(path)
+    encoder = ChatEncoder(make_encoder().tokenizer, [2, 1], chat_template=CHATML)
+    for other in (Path("rows.jsonl"), Path("link.jsonl")):
+        opened(other, encoder, max_bad_rows=7)
+    assert len(entries(tmp_path)) == 1
+
+
+def test_what_a_killed_builder_left_is_not_taken_for_an_entry(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    opened(path)
+    [entry] = entries(tmp_path)
+    partial = entry.with_suffix(".partial")
+    entry.rename(partial)
+    (partial / "documents.arrow").write_bytes(b"half")
+    documents, _ = opened(path)
+    assert told(documents) == encoded_one_by_one(ROWS, make_encoder())
+    assert entries(tmp_path) == [entry]
+
+
+class Killed(ChatEncoder):
+    """Its process dies when the row with this text comes up."""
+
+    at = "15?"
+
+    def tokenise(self, texts):
+        if any(self.at in text.text for text in texts):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().tokenise(texts)
+
+
+def open_until_killed(path: Path) -> None:
+    sources.CHUNK_ROWS = 3
+    opened(path, Killed(make_encoder().tokenizer, [2]))
+
+
+def test_after_a_builder_was_killed_the_next_one_makes_the_entry(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", chats(20))
+    builder = multiprocessing.get_context("spawn").Process(target=open_until_killed, args=(path,))
+    builder.start()
+    builder.join()
+    assert builder.exitcode == -signal.SIGKILL
+    assert [left.suffix for left in entries(tmp_path)] == [".partial"]
+    documents, _ = opened(path)
+    assert told(documents) == encoded_one_by_one(chats(20), make_encoder())
+
+
+class Waited(ChatEncoder):
+    """Tokenises only after the other rank found the lock taken; notes that it did."""
+
+    def tokenise(self, texts):
+        self.world.barrier()  # the other rank may open now
+        self.world.barrier()  # it waits
+        self.log.append("tokenised")
+        return super().tokenise(texts)
+
+
+def open_together(world: World, path: Path) -> tuple[list[str], list[Any]]:
+    encoder = Waited(make_encoder().tokenizer, [2])
+    encoder.world, encoder.log = world, []
+
+    def waits(text: str, **_: Any) -> None:
+        encoder.log.append(text)
+        world.barrier()
+
+    with mock.patch.object(module, "print", waits, create=True):
+        if not world.is_main:
+            world.barrier()
+        documents, _ = opened(path, encoder)
+    return encoder.log, told(documents)
+
+
+def test_of_two_processes_one_makes_the_entry_and_the_other_waits_for_it(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    (first_log, first), (second_log, second) = run_ranks(open_together, 2, path)
+    assert first_log == ["tokenised"]
+    assert second_log == ["waiting for another process to tokenise the data"]
+    assert first == second == encoded_one_by_one(ROWS, make_encoder())
+
+
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"cache of tokenised data cannot be written: .*; set data\.cache_dir"):
+        open_documents(FileSource(path), make_encoder(), path / "below a file", 0)
+
+
+# ------------------------------------------------------------------------------------------------ bad rows
+
+
+@pytest.mark.parametrize("rows_before", [1, 7])
+def test_rows_of_several_shapes_are_refused(tmp_path, short_chunks, rows_before):
+    path = write_rows(tmp_path / "rows.jsonl", [*chats(rows_before), {"prompt": "q", "response": "a"}])
+    message = rf"rows\.jsonl, row {rows_before + 1}: it has the shape 'prompt/response', the rows before it 'messages'"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            opened(path)
+
+
+def test_the_first_row_with_any_shape_decides(tmp_path, short_chunks):
+    rows = ["{", *[{"x": 1}] * 5, {"text": "qa", "prompt_length": 1}]
+    documents, summary = opened(write_rows(tmp_path / "rows.jsonl", rows), max_bad_rows=6)
+    assert (len(documents), summary.shape, summary.rows) == (1, "text", 7)
+
+
+def test_bad_rows_are_counted_by_cause_and_the_first_ten_listed(tmp_path, short_chunks, no_tokenising):
+    rows = [*chats(2), "{", "", *[{"messages": []}] * 9, *chats(1), "[]", NO_ANSWER]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    _, summary = opened(path, max_bad_rows=11)
+    assert summary.bad == {"malformed JSON": 1, "no messages": 9, "no object": 1}
+    listed = [line.removeprefix(f"{path}, row ").split(":")[:2] for line in summary.bad_listed]
+    assert listed == [["3", " malformed JSON"], *[[str(row), " no messages"] for row in range(5, 14)]]
+    assert (summary.rows, summary.dropped) == (16, Counter({"no assistant turn": 1}))
+    no_tokenising()
+    assert opened(path, max_bad_rows=11)[1] == summary
+
+
+def test_what_the_template_refuses_is_a_bad_row(tmp_path):
+    refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('never no') }}{% endif %}" + CHATML
+    path = write_rows(tmp_path / "rows.jsonl", [*chats(1), chat("no", "yes"), *chats(1)])
+    documents, summary = opened(path, make_encoder(chat_template=refusing), max_bad_rows=1)
+    assert documents.row.tolist() == [1, 3]
+    assert summary.bad_listed == [f"{path}, row 2: refused by the chat template: never no"]
+
+
+def test_a_row_nested_too_deeply_to_be_rendered_is_bad():  # defect reported
+    arguments = '{"x": ' + "[" * 900 + "]" * 900 + "}"
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
+    lines = [json.dumps({"messages": [{"role": "user", "content": "q"}, call]}).encode()]
+    encoder = make_encoder(chat_template=CHATML.replace("{{ message.content }}", "{{ message | tojson }}"))
+    encoded = encode_chunk(encoder, Chunk(1, lines), "messages")
+    assert [number for number, _ in encoded.bad] == [1]
+
+
+class Counted:
+    """A source that counts the chunks that were asked for."""
+
+    def __init__(self, path: Path):
+        self.file, self.name, self.taken = FileSource(path), str(path), 0
+
+    def identity(self) -> str:
+        return self.file.identity()
+
+    def chunks(self) -> Iterator[Chunk]:
+        for chunk in self.file.chunks():
+            self.taken += 1
+            yield chunk
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([*chats(1), *["{"] * 20, *chats(100)], id="some bad rows"),
+        pytest.param([{"question": "q", "answer": "a"}] * 120, id="no row of any shape"),  # defect reported
+    ],
+)
+def test_tokenising_ends_soon_after_ten_bad_rows_if_fewer_are_allowed(tmp_path, short_chunks, rows):
+    source = Counted(write_rows(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(
+        ValueError, match=r"1\d bad rows, where max_bad_rows allows 9:(\n  .*rows\.jsonl, row \d+: .*){10}$"
+    ):
+        open_documents(source, make_encoder(), tmp_path / "cache", 9, workers=1)
+    assert source.taken <= 6
+    assert open_documents(source, make_encoder(), tmp_path / "cache", 120, workers=1)[1].rows == len(rows)
+
+
+@pytest.mark.parametrize("max_bad_rows", [0, 9, 0.5])
+def test_up_to_ten_bad_rows_or_a_share_are_left_to_the_judgement_of_all_sources(tmp_path, max_bad_rows):
+    count = 9 if max_bad_rows >= 1 or not max_bad_rows else 30
+    path = write_rows(tmp_path / "rows.jsonl", [*chats(1), *["{"] * count])
+    assert opened(path, max_bad_rows=max_bad_rows)[1].bad == {"malformed JSON": count}
