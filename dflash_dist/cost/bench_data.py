@@ -20,11 +20,10 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from dflash_dist.config import DataConfig
-from dflash_dist.data.chat import Document
-from dflash_dist.data.documents import Documents, EntryWriter, as_arrays, read_entry
-from dflash_dist.data.packing import PackedRows
-from dflash_dist.data.rows import load_data, make_encoder
-from dflash_dist.data.sources import CHUNK_ROWS
+from dflash_dist.data.chat import ChatEncoder, Document
+from dflash_dist.data.documents import EntryWriter, Summary, as_arrays, entry_folder
+from dflash_dist.data.rows import cache_folder, load_data, make_encoder
+from dflash_dist.data.sources import CHUNK_ROWS, FileSource
 
 WORDS = (
     "the",
@@ -127,23 +126,36 @@ def obvious_loop(path: Path, tokenizer: Any, seq_len: int) -> int:
 
 
 def measure_opening(args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Opens a cache of short rows in a process of its own."""
+    """Opens and packs a cache of short rows, as a rank does at its start, in a process of its own."""
+    path = folder / "short.jsonl"
+    path.write_bytes(b"{}\n" * args.open_rows)  # never read: its entry of the cache is there already
+    config, encoder = _short_rows(folder, args)
     document = Document(np.arange(SHORT_ROW, dtype=np.int32), [(SHORT_ROW // 2, SHORT_ROW)])
-    with EntryWriter(folder) as writer:
+    made = entry_folder(cache_folder(config), FileSource(path), encoder)
+    made.mkdir(parents=True)
+    with EntryWriter(made) as writer:
         for first in range(0, args.open_rows, CHUNK_ROWS):
             count = min(CHUNK_ROWS, args.open_rows - first)
             writer.add(*as_arrays(range(first + 1, first + count + 1), [document] * count))
+    summary = Summary(str(path), "messages", args.open_rows)
+    (made / "summary.json").write_text(json.dumps(vars(summary)))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        seconds, mib = pool.apply(open_cache, (folder, args.seq_len))
+        seconds, mib = pool.apply(open_cache, (folder, args))
     return {"opened_rows": args.open_rows, "opening_s": seconds, "opening_peak_mib_above_rest": mib}
 
 
-def open_cache(folder: Path, seq_len: int) -> tuple[float, float]:
-    """Seconds to open and pack a cache and to make a batch, and the peak of memory above the resting size [MiB]."""
+def _short_rows(folder: Path, args: argparse.Namespace) -> tuple[DataConfig, ChatEncoder]:
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    config = DataConfig(path=str(folder / "short.jsonl"), seq_len=args.seq_len, cache_dir=str(folder / "short"))
+    return config, make_encoder(config, tokenizer, [tokenizer.eos_token_id])
+
+
+def open_cache(folder: Path, args: argparse.Namespace) -> tuple[float, float]:
+    """Seconds to open and pack the cache and to make a batch, and the peak of memory above the resting size [MiB]."""
+    config, encoder = _short_rows(folder, args)
     begun, rest = time.perf_counter(), _status_mib("VmRSS")
-    documents = Documents([read_entry(folder)])
-    rows = PackedRows(documents, np.arange(len(documents)), seq_len, 0)
-    rows.batch([0, len(rows) - 1])
+    data = load_data(config, encoder, seed=0, pack=True)
+    data.train.rows.batch([0, len(data.train.rows) - 1])
     return time.perf_counter() - begun, _status_mib("VmHWM") - rest
 
 

@@ -44,6 +44,7 @@ TOKEN_BATCHES = b"token_batches"  # metadata of the index: the size of each batc
 NO_ANCHOR = np.iinfo(np.int32).max
 # A batch of tokens is read into the map as a whole; a document lies in one batch.
 TOKENS_A_BATCH = 1 << 20
+AT_ONCE = 1 << 16  # documents that a sum over all of them looks at together: a bound on memory
 # A worker process imports the tokenizer's library first, which takes seconds: too long for less than this.
 CHUNKS_ALONE = 8
 
@@ -109,14 +110,16 @@ class Documents:
     def supervised_tokens(self, limit: int, at_least: int = 1) -> np.ndarray:
         """[len(self)]: supervised tokens among the first `limit` of each document; with `at_least` 2, how many of them
         can be anchors, since the last of a range has no supervised successor."""
-        counts = []
-        for entry in self.entries:
+        counts = np.zeros(len(self), np.int32)
+        for entry, first in zip(self.entries, self._first):
             edges, offsets = _lists(entry.index, "supervised")
-            begin, end = edges.reshape(-1, 2).T
-            inside = np.maximum(np.minimum(end, limit) - begin - (at_least - 1), 0)
-            owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets) // 2)
-            counts.append(np.bincount(owner, inside, minlength=len(offsets) - 1).astype(np.int64))
-        return _joined(counts)
+            for start in range(0, entry.index.num_rows, AT_ONCE):
+                some = offsets[start : start + AT_ONCE + 1]
+                begin, end = edges[some[0] : some[-1]].reshape(-1, 2).T
+                inside = np.maximum(np.minimum(end, limit) - begin - (at_least - 1), 0)
+                owner = np.repeat(np.arange(len(some) - 1), np.diff(some) // 2)
+                counts[first + start :][: len(some) - 1] = np.bincount(owner, inside, minlength=len(some) - 1)
+        return counts
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:
@@ -213,7 +216,7 @@ def open_documents(
     Raises:
         ValueError: the source cannot be read, its rows have several shapes, or too many are bad.
     """
-    made = folder / digest(source.identity(), encoder.identity, _code_version())
+    made = entry_folder(folder, source, encoder)
     if not made.is_dir():
         with _locked(made.with_suffix(".lock")):
             if not made.is_dir():
@@ -223,6 +226,11 @@ def open_documents(
                     raise ValueError(f"the cache of tokenised data in {folder} cannot be written: {error}") from error
     told = json.loads((made / "summary.json").read_text())
     return read_entry(made), Summary(**(told | {"dropped": Counter(told["dropped"])}))
+
+
+def entry_folder(folder: Path, source: Source, encoder: ChatEncoder) -> Path:
+    """Where the entry lies, made or not; its name changes with everything that its content depends on."""
+    return folder / digest(source.identity(), encoder.identity, _code_version())
 
 
 @cache

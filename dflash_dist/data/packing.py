@@ -118,7 +118,7 @@ def pack_best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     rows_with: dict[int, list[int]] = {}  # free tokens -> rows
     kinds: list[int] = []  # the keys of `rows_with`, sorted
     count = 0
-    order = np.argsort(-lengths, kind="stable")
+    order = np.argsort(-lengths, kind="stable").astype(np.int32)
     for document, length in zip(memoryview(order.data), memoryview(lengths[order].data)):
         fit = bisect.bisect_left(kinds, length)
         if fit < len(kinds):

@@ -66,7 +66,7 @@ class Part:
 
     def _sum(self, at_least: int) -> int:
         counts = self.rows.documents.supervised_tokens(self.rows.seq_len, at_least)
-        return int(counts[self.rows.chosen].sum())
+        return int(counts[self.rows.chosen].sum(dtype=np.int64))
 
     def describe(self) -> str:
         rows = self.rows
@@ -112,7 +112,7 @@ def load_data(config: DataConfig, encoder: ChatEncoder, seed: int, pack: bool) -
         ValueError: nothing to read or to learn from, too many bad rows, or almost nothing supervised.
     """
     loaded = _load(config.path if isinstance(config.path, dict) else {config.path: 1.0}, config, encoder)
-    chosen = np.flatnonzero(loaded.learnable)
+    chosen = np.flatnonzero(loaded.learnable).astype(np.int32)
     all_loaded, held_out = [loaded], None
     if config.val_path:
         other = _load({config.val_path: 1.0}, config, encoder)
@@ -208,9 +208,11 @@ def _load(paths: dict[str, float], config: DataConfig, encoder: ChatEncoder) -> 
 def _weighted(chosen: np.ndarray, loaded: Loaded, seed: int) -> np.ndarray:
     """Repeats the documents of sources with a weight above 1; of a broken weight's rest, takes that share of them."""
     weight = loaded.weight[chosen]
-    whole = np.floor(weight).astype(int)
+    if (weight == 1).all():
+        return chosen
+    whole = np.floor(weight).astype(np.int32)
     rest = weight - whole
-    kept = np.zeros(len(chosen), int)
+    kept = np.zeros(len(chosen), np.int32)
     path = loaded.path[chosen]
     for number in np.unique(path[rest > 0]).tolist():
         among = np.flatnonzero(path == number)
@@ -222,7 +224,7 @@ def _weighted(chosen: np.ndarray, loaded: Loaded, seed: int) -> np.ndarray:
 def _part(name: str, loaded: Loaded, chosen: np.ndarray, seq_len: int, pad_id: int, pack: bool) -> Part:
     if not len(chosen):
         raise ValueError(f"{name}: no document is left: raise the weights of data.path")
-    conversations = len(np.unique(loaded.conversation[chosen]))
+    conversations = 1 + int(np.count_nonzero(np.diff(loaded.conversation[chosen])))  # they lie together
     rows = PackedRows(loaded.documents, chosen, seq_len, pad_id, pack)
     return Part(name, rows, conversations, [summary.digest for summary in loaded.summaries])
 
