@@ -37,7 +37,7 @@ def main() -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, RuntimeError) as error:
         if not _is_ours(error):
             raise
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""

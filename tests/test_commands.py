@@ -89,14 +89,68 @@ def test_a_killed_run_continues_with_the_exact_losses(undisturbed: Path, tmp_pat
     assert losses(tmp_path / "run") == losses(undisturbed)
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+def stop_at(folder: Path, text: str) -> list[Path]:
+    """Runs until `text` is printed, then asks for the end; the checkpoints that are there."""
+    process = start(PROGRAM, *debug(folder, "checkpoint.every=1000"))
+    read_until(process, text)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    return sorted((folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_same_command_goes_on(undisturbed: Path, tmp_path: Path, number: int) -> None:
     process = start(PROGRAM, *debug(tmp_path / "run", "checkpoint.every=1000"))
     read_until(process, "step 4/24")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate()
     assert process.returncode == 0 and "start the same command again to continue" in output
+    assert (tmp_path / "run/PREEMPTED").exists()
     assert "resuming from" in finish(PROGRAM, *debug(tmp_path / "run", "checkpoint.every=1000"))
+    assert not (tmp_path / "run/PREEMPTED").exists()
     assert losses(tmp_path / "run") == losses(undisturbed)
+
+
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    first = start(PROGRAM, *debug(tmp_path / "run"))
+    read_until(first, "step 1/24")
+    first.send_signal(signal.SIGSTOP)
+    output = finish(PROGRAM, *debug(tmp_path / "run"), status=1)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert f"run is in use by process {first.pid} on " in output
+    assert "step 24/24" in finish(PROGRAM, *debug(tmp_path / "run"))  # the lock fell with its holder
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    [saved] = stop_at(folder, "step 4/24")
+    half_a_draft = (saved / "draft.safetensors").stat().st_size // 2048  # [KiB]
+    limited = ["bash", "-c", f'ulimit -f {half_a_draft}; exec "$@"', "bash", *PROGRAM]
+    output = finish(limited, *debug(folder), status=1)
+    assert "CHECKPOINT OF STEP 12 NOT WRITTEN" in output
+    assert f"the last one is of step {int(saved.name.removeprefix('step-'))}" in output
+    assert "step 24/24" in output, "training went on"
+    assert output.splitlines()[-1].startswith("error: the last checkpoint could not be written")
+    assert f"resuming from {saved}" in finish(PROGRAM, *debug(folder))
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    stop_at(folder, "step 2/24")
+    whole, newest = stop_at(folder, "step 10/24")
+    (newest / "draft.safetensors").write_bytes((newest / "draft.safetensors").read_bytes()[:1000])
+    output = finish(PROGRAM, *debug(folder))
+    assert f"{newest} is not used: draft.safetensors is cut or damaged" in output
+    assert f"resuming from {whole}" in output
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_a_folder_that_cannot_be_written_is_found_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    output = finish(PROGRAM, *debug(tmp_path / "file/run"), status=1)
+    assert output.startswith(f"error: output_dir {tmp_path / 'file/run'} cannot be written to: ")
 
 
 def test_torchrun_with_two_ranks_gives_the_same_run(undisturbed: Path, tmp_path: Path) -> None:

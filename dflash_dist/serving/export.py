@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dflash_dist.draft.model import DraftShape
 from dflash_dist.serving.contract import TRAINING, write_draft
-from dflash_dist.training.checkpoint import read_state, step_folders
+from dflash_dist.training.checkpoint import damage, read_state, step_folders
 from dflash_dist.training.setup import CHAT_TEMPLATE, CONFIG
 
 
@@ -38,6 +38,10 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str = "bfloat16
     if step is not None and step not in folders:
         raise ValueError(f"{run} keeps no checkpoint of step {step}, only of {', '.join(map(str, folders))}")
     folder = folders[step if step is not None else max(folders)]
+    if problem := damage(folder):
+        raise ValueError(
+            f"{folder} cannot be exported: {problem}; choose another --step of {', '.join(map(str, folders))}"
+        )
     shape = DraftShape(**read_state(folder)["shape"])
     write_draft(out, shape, load_file(folder / "draft.safetensors"), dtype)
     record = how_trained(run) | {"step": max(folders) if step is None else step}

@@ -4,7 +4,8 @@ Draft and optimiser are replicated, so rank 0 copies them to the host and a thre
 another name, synced to disk, then renamed. A folder with a step's name is therefore complete. It holds
     draft.safetensors   parameters, float32, with the published names
     optimizer.pt        AdamW's moments and step counts
-    state.json          step, draft shape, and what a resumed run must share
+    state.json          step, draft shape, what a resumed run must share, and the checksums of the other files
+A disk that fills up, or a file that is damaged later, costs the checkpoint concerned and not the run.
 """
 
 from __future__ import annotations
@@ -19,19 +20,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
+FILES = ("draft.safetensors", "optimizer.pt")
 
 
 def step_folders(folder: Path) -> dict[int, Path]:
-    """The complete checkpoints in a run's checkpoint folder, by step, oldest first."""
+    """The checkpoints that were written whole to a run's checkpoint folder, by step, oldest first."""
     found = {}
     if folder.is_dir():
         for path in sorted(folder.iterdir()):
             if match := STEP_FOLDER.fullmatch(path.name):
                 found[int(match.group(1))] = path
     return found
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint since it was written; None where it is whole."""
+    try:
+        checksums = read_state(folder)["checksums"]
+        for name in FILES:
+            if _checksum(folder / name) != checksums[name]:
+                return f"{name} is cut or damaged"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def newest_whole(folder: Path) -> int | None:
+    """The newest step whose checkpoint is whole; says which newer ones are not."""
+    for step, path in reversed(step_folders(folder).items()):
+        problem = damage(path)
+        if problem is None:
+            return step
+        print(f"{path} is not used: {problem}", flush=True)
+    return None
 
 
 class Checkpoints:
@@ -43,23 +68,34 @@ class Checkpoints:
         self._failure: BaseException | None = None
 
     def save(self, step: int, draft: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Copies everything to the host now and writes it in the background; waits for an earlier write first."""
-        self.wait()
+        """Copies everything to the host now and writes it in the background; waits for an earlier write first.
+
+        A write that fails says so at once, and training goes on: the next one may succeed.
+        """
+        self._join()
+        self._failure = None
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in draft.state_dict().items()}
         moments = _host_copy(optimizer.state_dict())
         self._writer = threading.Thread(target=self._write, args=(step, tensors, moments, {**state, "step": step}))
         self._writer.start()
 
     def wait(self) -> None:
-        """Returns once nothing is being written; raises what the last write failed with."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
+        """Returns once nothing is being written.
+
+        Raises:
+            RuntimeError: the last write failed.
+        """
+        self._join()
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise RuntimeError(f"the last checkpoint could not be written to {self.folder}: {failure}") from failure
 
     close = wait
+
+    def _join(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
 
     def load(self, step: int, draft: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Restores draft and optimiser in place, on any number of ranks."""
@@ -68,13 +104,14 @@ class Checkpoints:
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], moments: Any, state: dict[str, Any]) -> None:
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f".{final.name}.partial"
         try:
-            final = self.folder / f"step-{step:08d}"
-            partial = self.folder / f".{final.name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             save_file(tensors, partial / "draft.safetensors")
             torch.save(moments, partial / "optimizer.pt")
+            state = state | {"checksums": {name: _checksum(partial / name) for name in FILES}}
             (partial / "state.json").write_text(json.dumps(state, indent=2))
             for path in (*partial.iterdir(), partial):
                 _sync(path)
@@ -85,6 +122,10 @@ class Checkpoints:
                 _remove(old)
         except BaseException as error:  # a thread's exception would vanish: wait() raises it
             self._failure = error
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+            whole = max(step_folders(self.folder), default=None)
+            last = "there is none yet" if whole is None else f"the last one is of step {whole}"
+            print(f"CHECKPOINT OF STEP {step} NOT WRITTEN to {self.folder}: {error}; {last}", flush=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -103,6 +144,14 @@ def refuse_changed(saved: dict[str, Any], current: dict[str, Any], folder: Path)
             f"{folder} is a checkpoint of a different run, so it cannot be resumed. Changed: {'; '.join(changed)}."
             " Restore these, or choose another output_dir"
         )
+
+
+def _checksum(path: Path) -> str:
+    state = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            state.update(piece)
+    return state.hexdigest()
 
 
 def _host_copy(tree: Any) -> Any:

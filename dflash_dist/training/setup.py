@@ -3,10 +3,14 @@ cheapest first."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
+import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,39 @@ from dflash_dist.target.load import TargetInfo, check_capture, check_mask_token,
 from dflash_dist.target.tiny import BUILTIN_CHAT, BUILTIN_TARGET, make_tiny_chats, make_tiny_target
 from dflash_dist.target.warm_start import warm_start
 
-CONFIG, CHAT_TEMPLATE = "config.yaml", "chat_template.jinja"  # in the run folder
+# In the run folder; PREEMPTED is there after a run that was asked to stop before its end.
+CONFIG, CHAT_TEMPLATE, PREEMPTED = "config.yaml", "chat_template.jinja", "PREEMPTED"
+
+
+@contextlib.contextmanager
+def claim_folder(folder: Path, world: World) -> Iterator[None]:
+    """Makes the run folder and holds it while the run lasts, so that no second run writes to it. The lock is the
+    operating system's: it falls with its holder.
+
+    Raises:
+        ValueError: the folder cannot be written to, or another run holds it.
+    """
+    if not world.is_main:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise ValueError(f"output_dir {folder} cannot be written to: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            raise ValueError(
+                f"output_dir {folder} is in use by {lock.read().strip() or 'another run'}: choose another, or wait"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
+        (folder / PREEMPTED).unlink(missing_ok=True)
+        yield
 
 
 def make_builtins(config: Config, world: World) -> Config:

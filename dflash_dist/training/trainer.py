@@ -31,7 +31,7 @@ from dflash_dist.draft.blocks import Blocks, build_blocks
 from dflash_dist.draft.objective import Statistics, WeightedSlots, block_loss
 from dflash_dist.ranks import World, join_world
 from dflash_dist.training import setup
-from dflash_dist.training.checkpoint import Checkpoints, read_state, refuse_changed, step_folders
+from dflash_dist.training.checkpoint import Checkpoints, newest_whole, read_state, refuse_changed, step_folders
 from dflash_dist.training.context import HELD_OUT, TRAIN, Place, make_context
 from dflash_dist.training.optim import apply_update, learning_rate, make_optimizer, restore_hyperparameters
 from dflash_dist.training.watch import StepResult, Watch, due
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="knobs set on the command line")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.overrides)
-    with join_world() as world:
+    with join_world() as world, setup.claim_folder(Path(config.output_dir), world):
         Trainer(config, world).run()
 
 
@@ -209,6 +209,7 @@ class Trainer:
                 if result is None:
                     if step > saved:
                         self.save(step)
+                    self.mark_preempted()
                     watch.say(f"stopped after step {step}; start the same command again to continue")
                     break
                 to_validate = due(result.step, self.config.validate.every, self.total_steps)
@@ -231,13 +232,20 @@ class Trainer:
             state = {"identity": self.identity, "shape": dataclasses.asdict(self.draft.shape)}
             self.checkpoints.save(step, self.draft, self.optimizer, state)
 
+    def mark_preempted(self) -> None:
+        """Tells a batch script, once the checkpoint is written, that this end was asked for and the run is to go on."""
+        if self.world.is_main:
+            self.checkpoints.wait()
+            (self.folder / setup.PREEMPTED).touch()
+
     def resume(self) -> int:
-        """Loads the newest checkpoint, if any; returns the steps it has done."""
+        """Loads the newest checkpoint that is whole, if any; returns the steps it has done."""
         folders = step_folders(self.checkpoints.folder)
-        step = max(folders, default=0)
-        if not self.world.agrees_on(step if folders else -1):
+        if not self.world.agrees_on(max(folders, default=-1)):
             raise ValueError(f"the ranks see different checkpoints in {self.folder}: put output_dir on a shared disk")
-        if not folders:
+        newest = newest_whole(self.checkpoints.folder) if self.world.is_main else 0  # reads all of it: once is enough
+        step = int(self.world.sum_numbers(-1 if newest is None else newest)[0])
+        if step < 0:
             return 0
         refuse_changed(read_state(folders[step])["identity"], self.identity, folders[step])
         self.checkpoints.load(step, self.draft, self.optimizer)
@@ -248,14 +256,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """While running, SIGTERM and SIGINT ask for a checkpoint and a clean end after the current step; a second one
-        acts as it would elsewhere."""
+        """While running, SIGTERM, SIGINT and SIGUSR1 (what Slurm may send ahead of its time limit) ask for a checkpoint
+        and a clean end after the current step; a second one acts as it would elsewhere."""
 
         def ask(number: int, _frame: object) -> None:
             self.stop_requested = True
             signal.signal(number, before[number])
 
-        before: dict[int, Any] = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT)}
+        before: dict[int, Any] = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
         try:
             yield
         finally:
