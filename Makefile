@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 RUN := $(BIN)/python -m dflash_dist
 
-.PHONY: setup demo debug test test-thorough check format tensorboard clean
+.PHONY: setup demo debug test test-thorough launch-check check format tensorboard clean
 
 setup: .venv/installed
 
@@ -27,6 +27,9 @@ test: setup
 
 test-thorough: setup  ## random conversations by the ten thousand: about 3 minutes
 	$(BIN)/python -m pytest tests/data/test_templates.py --hypothesis-profile=thorough
+
+launch-check: setup  ## what each component of launch/ would submit, compared with what is meant: under a minute
+	$(BIN)/python -m pytest -rs tests/test_launch.py
 
 check: setup  ## formatter, linter, type checker
 	$(BIN)/ruff format --check .

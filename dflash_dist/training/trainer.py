@@ -52,6 +52,9 @@ def main(argv: list[str]) -> None:
         Trainer(config, world).run()
 
 
+ONE_REQUEST = 3.0  # [s] within which several signals are one request to stop
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows that one rank runs at once, with the blocks sampled from them; on the host until `to`."""
@@ -257,11 +260,16 @@ class Trainer:
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
         """While running, SIGTERM, SIGINT and SIGUSR1 (what Slurm may send ahead of its time limit) ask for a checkpoint
-        and a clean end after the current step; a second one acts as it would elsewhere."""
+        and a clean end after the current step; a second one acts as it would elsewhere. Slurm signals every process and
+        torchrun passes the same signal on, so what comes at almost the same time is not a second one."""
+        asked = math.inf
 
         def ask(number: int, _frame: object) -> None:
-            self.stop_requested = True
-            signal.signal(number, before[number])
+            nonlocal asked
+            if self.stop_requested and time.monotonic() - asked > ONE_REQUEST:
+                signal.signal(number, before[number])
+                signal.raise_signal(number)
+            self.stop_requested, asked = True, min(asked, time.monotonic())
 
         before: dict[int, Any] = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
         try:

@@ -1,0 +1,315 @@
+"""What would be submitted, word by word, and what two agents do without any scheduler."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from configparser import ConfigParser
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from torchx.runner import get_runner
+from torchx.schedulers import get_scheduler_factories
+
+from tests.conftest import REPOSITORY
+from tests.test_commands import ENVIRONMENT, PROGRAM, finish, losses
+
+COMPONENTS = str(REPOSITORY / "launch/components.py")
+SCHEDULERS = [
+    "local_cwd",
+    "slurm",
+    pytest.param(
+        "kubernetes",
+        marks=pytest.mark.skipif(importlib.util.find_spec("kubernetes") is None, reason="pip install kubernetes"),
+    ),
+]
+# What several agents need, and what a job without GPUs must not see.
+NODES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+TIMEOUTS = "PET_RDZV_CONF=join_timeout=900,read_timeout=900 "
+HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
+# How the second task learns where the first one runs.
+FIRST_NODE = {
+    "local_cwd": "TORCHX_RANK0_HOST",
+    "slurm": "SLURM_JOB_NODELIST_HET_GROUP_0",
+    "kubernetes": "VC_DFLASHDIST_0_HOSTS",
+}
+REGENERATE = ["--target", "t", "--prompts", "p.jsonl", "--out", "o.jsonl"]
+EVALUATE = ["--target", "t", "--draft", "d", "--prompts", "p.jsonl"]
+
+# name -> (component, its arguments, tasks, GPUs, cores and MB of one, environment, command)
+# In a command, {agents} stands for what torchrun is told about N nodes.
+CASES: dict[str, tuple[str, list[str], int, tuple[int, int, int], dict[str, str], str]] = {
+    "train": (
+        "train",
+        ["--config", "a.yaml", "--", "train.lr=3e-4", "data.path=it's here"],
+        1,
+        (8, 32, 256_000),
+        {},
+        "torchrun {agents} --nnodes 1 --nproc_per_node 8 --tee 3 --role '' "
+        """-m dflash_dist train --config a.yaml train.lr=3e-4 'data.path=it'"'"'s here'""",
+    ),
+    "train on nodes": (
+        "train",
+        ["--config", "a.yaml", "-j", "2x4", "--retries", "3", "--env", "NCCL_IB_HCA=mlx5_0,mlx5_1,NCCL_DEBUG=INFO"],
+        2,
+        (4, 16, 128_000),
+        NODES | {"NCCL_DEBUG": "INFO", "PET_MAX_RESTARTS": "3"},
+        "NCCL_IB_HCA=mlx5_0,mlx5_1 " + TIMEOUTS + "torchrun {agents} --nnodes 2 --nproc_per_node 4 --tee 3 --role '' "
+        "-m dflash_dist train --config a.yaml",
+    ),
+    "train on CPU": (
+        "train",
+        ["--config", "a.yaml", "-j", "1x2", "--gpu", "0", "--cpu", "2", "--mem", "0"],
+        1,
+        (0, 2, 0),
+        HIDDEN,
+        "torchrun {agents} --nnodes 1 --nproc_per_node 2 --tee 3 --role '' -m dflash_dist train --config a.yaml",
+    ),
+    "regenerate": (
+        "regenerate",
+        [*REGENERATE, "-j", "2x2", "--", "--temperature", "0.6"],
+        2,
+        (2, 8, 64_000),
+        NODES,
+        TIMEOUTS + "torchrun {agents} --nnodes 2 --nproc_per_node 2 --tee 3 --role '' "
+        "-m dflash_dist regenerate --target t --prompts p.jsonl --out o.jsonl --temperature 0.6",
+    ),
+    "evaluate": (
+        "evaluate",
+        [*EVALUATE, "--", "--json", "r.json"],
+        1,
+        (1, 4, 32_000),
+        {},
+        "python -m dflash_dist evaluate --target t --draft d --prompts p.jsonl --json r.json",
+    ),
+    "debug": (
+        "debug",
+        ["--", "train.max_steps=5"],
+        1,
+        (0, 2, 4_000),
+        HIDDEN,
+        "python -m dflash_dist train --config configs/debug.yaml train.max_steps=5",
+    ),
+}
+
+
+def tasks_of(scheduler: str, request: Any) -> list[tuple[list[str], dict[str, str], dict[str, Any]]]:
+    """Command, environment and resources of each task that the scheduler would get, read from its own request."""
+    if scheduler == "local_cwd":
+        return [(task.args, task.env, {}) for task in request.role_params["dflash_dist"]]
+    if scheduler == "slurm":
+        tasks = []
+        for task in request.replicas.values():
+            options, step = task.materialize()
+            exports = next(word for word in step if word.startswith("--export="))
+            environment = dict(pair.split("=", 1) for pair in exports.removeprefix("--export=ALL,").split(","))
+            command = " ".join(step[step.index(exports) + 1 :]).replace('"$SLURM_JOB_ID"', "JOB")
+            tasks.append((shlex.split(command), environment, dict(o[2:].partition("=")[::2] for o in options)))
+        return tasks
+    tasks = []
+    for task in request.resource["spec"]["tasks"]:
+        container = task["template"].spec.containers[0]
+        environment = {variable.name: variable.value for variable in container.env}
+        tasks.append((container.command, environment, container.resources.limits))
+    return tasks
+
+
+def resources(scheduler: str, gpus: int, cores: int, memory: int) -> dict[str, str]:
+    if scheduler == "slurm":
+        named = {"gpus-per-task": gpus, "cpus-per-task": cores, "mem": memory}
+        return {name: str(number) for name, number in named.items() if number}
+    return {
+        name: number
+        for name, number in {
+            "nvidia.com/gpu": str(gpus),
+            "cpu": f"{1000 * cores}m",
+            "memory": f"{memory}M",
+        }.items()
+        if number not in ("0", "0M")
+    }
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_submitted_is_what_is_meant(name: str, scheduler: str) -> None:
+    component, arguments, count, (gpus, cores, memory), environment, command = CASES[name]
+    options = {"queue": "default"} if scheduler == "kubernetes" else {}
+    with get_runner() as runner:
+        submitted = runner.dryrun_component(f"{COMPONENTS}:{component}", arguments, scheduler, options)
+    assert submitted._app is not None
+    role = submitted._app.roles[0]
+    assert (role.resource.gpu, role.resource.cpu, role.resource.memMB) == (gpus, cores, memory)
+    assert role.max_retries == (3 if "--retries" in arguments else 0)
+    tasks = tasks_of(scheduler, submitted.request)
+    assert len(tasks) == count
+    for index, (words, variables, asked) in enumerate(tasks):
+        if words[0] == "bash":
+            assert words[:2] == ["bash", "-c"] and len(words) == 3
+            found = words[2]
+        else:
+            found = shlex.join(words)
+        # What a job is called differs from one to the next; all of its agents must have the same name for it.
+        rendezvous = found.partition("--rdzv_id ")[2].split(" ")[0]
+        first = FIRST_NODE[scheduler] if scheduler != "kubernetes" or index else "TORCHX_RANK0_HOST"
+        endpoint = "localhost:0" if count == 1 else f"${{{first}:=localhost}}:29500"
+        agents = f"--rdzv_backend c10d --rdzv_endpoint {endpoint} --rdzv_id {rendezvous}"
+        assert found == command.replace("{agents}", agents)
+        given = "TORCHX_", "TORCHELASTIC_", "PET_LOG_DIR", "LOGLEVEL", "PATH"
+        assert {k: v for k, v in variables.items() if not k.startswith(given)} == environment
+        if scheduler == "slurm":
+            assert asked.pop("ntasks-per-node") == "1" and asked.pop("requeue") == ""
+            assert asked.pop("job-name") == f"dflash_dist-{index}"
+        if scheduler != "local_cwd":
+            assert asked == resources(scheduler, gpus, cores, memory)
+
+
+def test_the_page_shows_what_torchx_submits_to_slurm() -> None:
+    page = (REPOSITORY / "docs/launch.md").read_text()
+    command = page.partition("torchx run -s slurm ")[2].partition("\n```")[0]
+    words = shlex.split(command.replace("\\\n", ""))
+    options = dict(pair.split("=", 1) for pair in words[words.index("-cfg") + 1].split(","))
+    arguments = words[words.index("launch/components.py:train") + 1 :]
+    with get_runner() as runner:
+        submitted = runner.dryrun_component(f"{COMPONENTS}:train", arguments, "slurm", options)
+    script = submitted.request.materialize().partition("#SBATCH")[2]
+    assert script in page, "renew it with `torchx run -s slurm --dryrun`"
+
+
+def test_the_defaults_name_options_that_the_schedulers_have() -> None:
+    config = ConfigParser()
+    config.read(REPOSITORY / ".torchxconfig")
+    assert set(config.sections()) == {"local_cwd", "slurm", "kubernetes"}
+    commented = {"slurm": {"partition", "time", "mail-user", "mail-type", "job_dir"}, "kubernetes": {"image_repo"}}
+    for name in config.sections():
+        if name == "kubernetes" and importlib.util.find_spec("kubernetes") is None:
+            continue
+        known = {option for option, _ in get_scheduler_factories()[name]("test").run_opts()}
+        assert set(config[name]) | commented.get(name, set()) <= known
+
+
+def test_torchx_runs_two_ranks_here(tmp_path: Path) -> None:
+    torchx = Path(sys.executable).with_name("torchx")
+    path = {"PATH": f"{torchx.parent}:{os.environ['PATH']}"}  # as in an activated environment
+    job = ["launch/components.py:train", "--config", "configs/debug.yaml", "-j", "1x2", "--gpu", "0", "--"]
+    knobs = [f"output_dir={tmp_path / 'run'}", "train.max_steps=2", "log.every=1", "validate.every=0"]
+    command = [str(torchx), "run", "-s", "local_cwd", *job, *knobs]
+    subprocess.run(command, env=ENVIRONMENT | path, cwd=REPOSITORY, check=True, stderr=subprocess.DEVNULL)
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2]
+
+
+def kubernetes_job() -> tuple[dict, dict]:
+    service, job = yaml.safe_load_all((REPOSITORY / "launch/kubernetes.yaml").read_text())
+    return service, job
+
+
+def test_the_manifest_agrees_with_itself() -> None:
+    service, job = kubernetes_job()
+    pod = job["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    (script,) = container["args"]
+    name, pods = job["metadata"]["name"], job["spec"]["completions"]
+    assert (service["kind"], job["kind"], job["spec"]["completionMode"]) == ("Service", "Job", "Indexed")
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["selector"] == {"job-name": name}
+    assert service["metadata"]["name"] == pod["subdomain"]
+    assert job["spec"]["parallelism"] == pods and f"--nnodes={pods} " in script
+    assert f"--nproc_per_node={container['resources']['limits']['nvidia.com/gpu']} " in script
+    port = container["ports"][0]["containerPort"]
+    assert f"--rdzv_endpoint={name}-0.{pod['subdomain']}:{port} " in script
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert (REPOSITORY / variables["CONFIG"]).is_file()
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.fixture
+def fake(tmp_path: Path):
+    """Puts programs of a cluster on the path, which note how they were called in `calls`."""
+    (tmp_path / "bin").mkdir()
+
+    def make(name: str, script: str) -> None:
+        program = tmp_path / "bin" / name
+        program.write_text(f'#!/bin/bash\necho "{name} $*" >> {tmp_path}/calls\n{script}\n')
+        program.chmod(0o755)
+
+    return make
+
+
+def shell(tmp_path: Path, command: list[str], **variables: str) -> subprocess.Popen:
+    paths = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    return subprocess.Popen(command, env=os.environ | paths | variables, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(("stopped", "failed"), [(False, 0), (True, 0), (True, 1), (False, 3)])
+def test_a_slurm_job_comes_back_only_if_it_was_stopped(tmp_path: Path, fake, stopped: bool, failed: int) -> None:
+    script = str(REPOSITORY / "launch/slurm.sbatch")
+    subprocess.run(["bash", "-n", script], check=True)
+    fake("scontrol", "[ $1 = requeue ] || printf 'first\\nsecond\\n'")
+    fake("srun", 'shift 2; exec "$@"')
+    fake("torchrun", f"{'mkdir run; touch run/PREEMPTED; ' if stopped else ''}exit {failed}")
+    about = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "9", "SLURM_GPUS_ON_NODE": "4"}
+    job = shell(tmp_path, ["bash", script, "a.yaml", "run", "train.lr=1", "data.path=it's here"], **about)
+    assert job.wait() == failed
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[2] == (
+        "torchrun --nnodes 2 --nproc_per_node 4 --max_restarts 3 --rdzv_backend c10d --rdzv_id 9 "
+        "--rdzv_endpoint first:20009 -m dflash_dist train --config a.yaml output_dir=run train.lr=1 data.path=it's here"
+    )
+    assert calls[3:] == (["scontrol requeue 9"] if stopped else [])
+
+
+def test_a_pod_passes_the_signal_on_and_asks_to_be_made_again(tmp_path: Path, fake) -> None:
+    container = kubernetes_job()[1]["spec"]["template"]["spec"]["containers"][0]
+    # Like torchrun: takes TERM, gives its processes a moment to save, ends with an error.
+    fake("torchrun", "trap 'sleep 0.3; mkdir run; touch run/PREEMPTED; exit 1' TERM; touch ready; sleep 60 & wait")
+    about = {"CONFIG": "a.yaml", "OUTPUT_DIR": "run", "JOB_COMPLETION_INDEX": "0"}
+    pod = shell(tmp_path, [*container["command"], *container["args"]], **about)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    pod.send_signal(signal.SIGTERM)
+    assert pod.wait(20) == 75
+    assert "--rdzv_conf=is_host=1," in (tmp_path / "calls").read_text()
+    rules = kubernetes_job()[1]["spec"]["podFailurePolicy"]["rules"]
+    assert {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [75]}} in rules
+
+
+def test_two_agents_stop_on_slurms_signal_and_go_on_where_they_were(tmp_path: Path) -> None:
+    """Two nodes by hand, as docs/launch.md has it, in the shell that launch/slurm.sbatch puts around each agent."""
+
+    run, steps = tmp_path / "run", 24
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_id", "t", "--rdzv_endpoint", f"localhost:{port}", "-m", "dflash_dist"]
+    short = [f"train.max_steps={steps}", "log.every=1", "validate.every=0", "checkpoint.every=1000"]
+    training = ["train", "--config", "configs/debug.yaml", f"output_dir={run}", *short]
+    agents = [
+        subprocess.Popen(
+            ["bash", "-c", 'trap "" USR1; exec "$@"', "agent", *agent, *meeting, *training],
+            env=ENVIRONMENT | NODES,
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(2)
+    ]
+    while not (run / "metrics.jsonl").exists() or not losses(run):
+        assert all(agent.poll() is None for agent in agents)
+        time.sleep(0.1)
+    for agent in agents:  # as Slurm does it: every process of the step
+        for process in [*psutil.Process(agent.pid).children(recursive=True), psutil.Process(agent.pid)]:
+            process.send_signal(signal.SIGUSR1)
+    assert [agent.wait() for agent in agents] == [0, 0]
+    assert (run / "PREEMPTED").exists() and 1 <= len(losses(run)) < steps
+    finish(PROGRAM, *training)  # on another number of ranks, even
+    assert [step for step, _ in losses(run)] == list(range(1, steps + 1))
+    assert not (run / "PREEMPTED").exists()
