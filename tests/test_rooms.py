@@ -11,6 +11,7 @@ PACKAGE = Path(dflash_dist.__file__).parent
 FLOORS = {
     "config": 0,
     "ranks": 0,
+    "files": 0,
     "data": 1,
     "draft": 1,
     "target": 2,

@@ -37,14 +37,15 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str = "bfloat16
         raise ValueError(f"{run} holds no checkpoint: is it the output_dir of a training run?")
     if step is not None and step not in folders:
         raise ValueError(f"{run} keeps no checkpoint of step {step}, only of {', '.join(map(str, folders))}")
-    folder = folders[step if step is not None else max(folders)]
+    step = max(folders) if step is None else step
+    folder = folders[step]
     if problem := damage(folder):
         raise ValueError(
             f"{folder} cannot be exported: {problem}; choose another --step of {', '.join(map(str, folders))}"
         )
     shape = DraftShape(**read_state(folder)["shape"])
     write_draft(out, shape, load_file(folder / "draft.safetensors"), dtype)
-    record = how_trained(run) | {"step": max(folders) if step is None else step}
+    record = how_trained(run) | {"step": step}
     (out / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
     print(f"exported {folder} to {out} ({dtype}); serve it with blocks of {shape.block_size} tokens:")
     print(f"  vLLM    num_speculative_tokens={shape.block_size - 1}")

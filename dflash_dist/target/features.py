@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+
+from dflash_dist.files import sync
 
 PARTIAL = ".partial"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -177,9 +178,9 @@ class FeatureFolder:
 
     def _publish(self, partial: Path, name: str) -> None:
         """Renames a file once its content is on the disk."""
-        _sync(partial)
+        sync(partial)
         partial.rename(self.folder / name)
-        _sync(self.folder)
+        sync(self.folder)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -229,11 +230,3 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 def _hash(content: bytes | memoryview) -> str:
     return xxhash.xxh3_64_hexdigest(content)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import shutil
 import threading
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 import xxhash
 from safetensors.torch import load_file, save_file
+
+from dflash_dist.files import sync
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 FILES = ("draft.safetensors", "optimizer.pt")
@@ -114,10 +115,10 @@ class Checkpoints:
             state = state | {"checksums": {name: _checksum(partial / name) for name in FILES}}
             (partial / "state.json").write_text(json.dumps(state, indent=2))
             for path in (*partial.iterdir(), partial):
-                _sync(path)
+                sync(path)
             _remove(final)  # left by a run that was cut back to an earlier step
             partial.rename(final)
-            _sync(self.folder)
+            sync(self.folder)
             for old in list(step_folders(self.folder).values())[: -self.keep]:
                 _remove(old)
         except BaseException as error:  # a thread's exception would vanish: wait() raises it
@@ -171,11 +172,3 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
         folder.rename(gone)
         shutil.rmtree(gone)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

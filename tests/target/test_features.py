@@ -167,7 +167,7 @@ def test_what_a_killed_process_left_half_done_is_taken_away(tmp_path: Path) -> N
 def test_a_shard_gets_its_name_only_after_it_was_synced(tmp_path: Path, monkeypatch) -> None:
     features = make(tmp_path)
     shard, events = features.shards[0], []
-    monkeypatch.setattr(module, "_sync", lambda path: events.append(("sync", path.suffix)))
+    monkeypatch.setattr(module, "sync", lambda path: events.append(("sync", path.suffix)))
     rename = Path.rename
     monkeypatch.setattr(Path, "rename", lambda path, to: events.append(("rename", to.suffix)) or rename(path, to))
     features.write(shard, rows_of(shard, torch.bfloat16))

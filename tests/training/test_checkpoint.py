@@ -52,7 +52,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert list(step_folders(tmp_path)) == [10, 15]
 
 
-@pytest.mark.parametrize("breaks", ["save_file", "_sync"])
+@pytest.mark.parametrize("breaks", ["save_file", "sync"])
 def test_a_failed_write_leaves_the_previous_checkpoint_and_is_reported(tmp_path, monkeypatch, breaks, capsys) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, *trained(), {})
