@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ CASES: dict[str, tuple[str, list[str], int, tuple[int, int, int], dict[str, str]
         "python -m dflash_dist train --config configs/debug.yaml train.max_steps=5",
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def signals_stay() -> Iterator[None]:
+    """TorchX's local scheduler takes over this process's signals, and does not give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def tasks_of(scheduler: str, request: Any) -> list[tuple[list[str], dict[str, str], dict[str, Any]]]:
