@@ -9,32 +9,17 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-
 from dflash_dist.config import Config, describe, load_config
-from dflash_dist.data.packing import (
-    TRAINING_ANCHORS,
-    VALIDATION_ANCHORS,
-    PackedBatch,
-    PackedRows,
-    global_rows,
-    random_stream,
-)
-from dflash_dist.draft.attention import training_attention
-from dflash_dist.draft.blocks import Blocks, build_blocks
-from dflash_dist.draft.objective import Statistics, WeightedSlots, block_loss
 from dflash_dist.ranks import World, join_world
 from dflash_dist.training import setup
 from dflash_dist.training.checkpoint import Checkpoints, newest_whole, read_state, refuse_changed, step_folders
-from dflash_dist.training.context import HELD_OUT, TRAIN, Place, make_context
-from dflash_dist.training.optim import apply_update, learning_rate, make_optimizer, restore_hyperparameters
-from dflash_dist.training.watch import StepResult, Watch, due
+from dflash_dist.training.context import make_context
+from dflash_dist.training.optim import restore_hyperparameters
+from dflash_dist.training.step import TrainingStep
+from dflash_dist.training.watch import Watch, due
 
 
 def main(argv: list[str]) -> None:
@@ -55,23 +40,6 @@ def main(argv: list[str]) -> None:
 ONE_REQUEST = 3.0  # [s] within which several signals are one request to stop
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows that one rank runs at once, with the blocks sampled from them; on the host until `to`."""
-
-    place: Place  # where the rows come from
-    batch: PackedBatch
-    blocks: Blocks
-    slots: WeightedSlots
-
-    @property
-    def weight(self) -> float:
-        return self.blocks.weights.sum(dtype=torch.float64).item()
-
-    def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(self.place, self.batch.to(device), self.blocks.to(device), self.slots.to(device))
-
-
 class Trainer:
     """One run: builds what it needs, then steps until it is done or asked to stop."""
 
@@ -81,112 +49,22 @@ class Trainer:
         self.world = world
         info = setup.check_target(config)
         data = setup.make_data(config, info, world)
-        self.rows, self.held_out = data.train.rows, data.held_out.rows if data.held_out else None
-        train = config.train
-        self.total_steps = setup.planned_steps(config, len(self.rows))
-
-        self.draft = setup.make_draft(config, info).to(world.device)
-        self.compute_dtype = getattr(torch, train.precision)
-        self.context, embedding, head = make_context(config, info, data, world)
-        self.embedding = embedding.to(self.compute_dtype)
-        self.head = self.embedding if head is embedding else head.to(self.compute_dtype)
-        self.optimizer = make_optimizer(self.draft, train)
-        # One rank has nobody to average with: nothing is wrapped.
-        self.ddp = DistributedDataParallel(self.draft, gradient_as_bucket_view=True) if world.size > 1 else self.draft
+        rows, held_out = data.train.rows, data.held_out.rows if data.held_out else None
+        self.total_steps = setup.planned_steps(config, len(rows))
+        draft = setup.make_draft(config, info).to(world.device)
+        context, embedding, head = make_context(config, info, data, world)
+        self.training = TrainingStep(config, world, rows, held_out, draft, context, embedding, head, self.total_steps)
         # What a resumed run must share with the one it continues.
         self.identity = {
-            **{f"draft.{name}": value for name, value in dataclasses.asdict(self.draft.shape).items()},
-            "train.seed": train.seed,
-            "train.global_batch_size": train.global_batch_size,
+            **{f"draft.{name}": value for name, value in dataclasses.asdict(draft.shape).items()},
+            "train.seed": config.train.seed,
+            "train.global_batch_size": config.train.global_batch_size,
             "data.seq_len": config.data.seq_len,
             "data fingerprint": data.train.fingerprint,
         }
         self.folder = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         self.stop_requested = False
-
-    # ------------------------------------------------------------------------------------------------ one step
-
-    def train_step(self, step: int) -> StepResult | None:
-        """Step `step` (from 0). Does nothing and returns None where any rank was asked to stop."""
-        micro_batches = self.sample(step)
-        weight = sum(micro.weight for micro in micro_batches)
-        total_weight, stops = self.world.sum_numbers(weight, self.stop_requested)
-        if stops:
-            return None
-        statistics = []
-        for micro in micro_batches:
-            with self.gradients_stay_local(unless=micro is micro_batches[-1]):
-                loss, shown = self.forward(self.ddp, micro.to(self.world.device))
-                # DDP averages over ranks; the loss is a mean over all ranks' weights, so undo the former.
-                (loss * self.world.size / max(total_weight, 1e-30)).backward()
-            statistics.append(shown)
-        lr = learning_rate(step, self.total_steps, self.config.train)
-        grad_norm = apply_update(self.optimizer, lr, self.config.train.clip_norm)
-        return StepResult(step + 1, torch.stack(statistics).sum(0), grad_norm, lr, time.perf_counter())
-
-    def sample(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a step."""
-        train = self.config.train
-        rows = global_rows(step, len(self.rows), train.global_batch_size, train.seed)
-        return self.micro_batches(self.rows, rows, TRAINING_ANCHORS, step)
-
-    def micro_batches(self, source: PackedRows, rows: list[int], stream: int, step: int) -> list[MicroBatch]:
-        """This rank's share of `rows`, in micro-batches. A row's anchors depend on its place among `rows`, not on the
-        rank that gets it."""
-        part = TRAIN if source is self.rows else HELD_OUT
-        micro_batches = []
-        numbered = self.world.share(list(enumerate(rows)))
-        size = self.config.train.micro_batch_size
-        for few in (numbered[i : i + size] for i in range(0, len(numbered), size)):
-            place = part, [row for _, row in few]
-            batch = source.batch(place[1])
-            blocks = build_blocks(
-                batch.input_ids,
-                batch.loss_mask,
-                batch.document_ids,
-                batch.position_ids,
-                anchors=self.config.loss.anchors,
-                block_size=self.config.draft.block_size,
-                mask_token_id=self.config.mask_token_id,
-                gamma=self.config.gamma,
-                generators=[random_stream(self.config.train.seed, stream, step, number) for number, _ in few],
-            )
-            micro_batches.append(MicroBatch(place, batch, blocks, WeightedSlots.of(blocks, self.config.loss.chunk)))
-        self.context.expect(micro.place for micro in micro_batches)
-        return micro_batches
-
-    def forward(self, draft: torch.nn.Module, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Context, draft, loss sum and statistics of a micro-batch."""
-        batch, blocks = micro.batch, micro.blocks
-        context = self.context.of(micro.place, batch)
-        attend = training_attention(blocks, batch.document_ids)
-        slots = F.embedding(blocks.input_ids.flatten(1), self.embedding)
-        bf16 = self.compute_dtype == torch.bfloat16
-        with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16):
-            hidden = draft(
-                slots, blocks.position_ids.flatten(1), context.to(self.compute_dtype), batch.position_ids, attend
-            )
-        return block_loss(hidden, self.head, blocks, micro.slots)
-
-    def gradients_stay_local(self, unless: bool) -> contextlib.AbstractContextManager:
-        if unless or not isinstance(self.ddp, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.ddp.no_sync()
-
-    @torch.no_grad()
-    def validate(self) -> Statistics:
-        """Statistics on the held-out rows, with anchors of their own random stream: training is not touched."""
-        assert self.held_out is not None
-        self.draft.eval()
-        each = self.world.size * self.config.train.micro_batch_size
-        count = math.ceil(len(self.held_out) / each) * each  # rows past the end are padding: every rank runs as many
-        micro_batches = self.micro_batches(self.held_out, list(range(count)), VALIDATION_ANCHORS, 0)
-        shown = [self.forward(self.draft, micro.to(self.world.device))[1] for micro in micro_batches]
-        self.draft.train()
-        return Statistics.read(self.world.sum_tensor(torch.stack(shown).sum(0)))
-
-    # ------------------------------------------------------------------------------------------------ the run
 
     def run(self) -> None:
         """Steps from the newest checkpoint to the last step.
@@ -205,7 +83,7 @@ class Trainer:
                 self.save(0)
             unread, saved = None, begin
             for step in range(begin, self.total_steps):
-                result = self.train_step(step)
+                result = self.training.run(step, self.stop_requested)
                 if unread is not None:
                     watch.read(unread)
                 unread = result
@@ -228,12 +106,12 @@ class Trainer:
 
     def validate_and_show(self, step: int, watch: Watch) -> None:
         begun = time.perf_counter()
-        watch.validated(step, self.validate(), time.perf_counter() - begun)
+        watch.validated(step, self.training.validate(), time.perf_counter() - begun)
 
     def save(self, step: int) -> None:
         if self.world.is_main:
-            state = {"identity": self.identity, "shape": dataclasses.asdict(self.draft.shape)}
-            self.checkpoints.save(step, self.draft, self.optimizer, state)
+            state = {"identity": self.identity, "shape": dataclasses.asdict(self.training.draft.shape)}
+            self.checkpoints.save(step, self.training.draft, self.training.optimizer, state)
 
     def mark_preempted(self) -> None:
         """Tells a batch script, once the checkpoint is written, that this end was asked for and the run is to go on."""
@@ -251,8 +129,8 @@ class Trainer:
         if step < 0:
             return 0
         refuse_changed(read_state(folders[step])["identity"], self.identity, folders[step])
-        self.checkpoints.load(step, self.draft, self.optimizer)
-        restore_hyperparameters(self.optimizer, self.config.train)
+        self.checkpoints.load(step, self.training.draft, self.training.optimizer)
+        restore_hyperparameters(self.training.optimizer, self.config.train)
         if self.world.is_main:
             print(f"resuming from {folders[step]}")
         return step

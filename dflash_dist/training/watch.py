@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from dflash_dist.config import Config
 from dflash_dist.draft.objective import Statistics
 from dflash_dist.ranks import World
 from dflash_dist.training.metrics import MetricLog, peak_memory_mib
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step left on the device."""
-
-    step: int  # optimiser steps done, this one included
-    statistics: torch.Tensor  # this rank's, see `Statistics`
-    grad_norm: torch.Tensor
-    lr: float
-    at: float  # when the host had issued it [s of time.perf_counter]; read late, it still tells the step's own time
+from dflash_dist.training.step import StepResult
 
 
 def due(step: int, every: int, last: int) -> bool:

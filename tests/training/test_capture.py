@@ -159,7 +159,7 @@ def test_a_damaged_row_stops_training_and_is_mended_by_capture(stored: Path, tmp
             (stored / name).write_bytes(before[name][:-1] + bytes([before[name][-1] ^ 1]))
     with pytest.raises(ValueError, match=r"train-\d{5}\.safetensors, row \d+, is damaged.* Delete this file and run"):
         for step in range(20):
-            Trainer(config, ALONE).train_step(step)
+            Trainer(config, ALONE).training.run(step)
     for name in before:
         if name.startswith("train"):
             (stored / name).unlink()

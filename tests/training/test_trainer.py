@@ -14,6 +14,7 @@ from dflash_dist.config import Config
 from dflash_dist.data.chat import Document
 from dflash_dist.data.packing import global_rows
 from dflash_dist.ranks import World
+from dflash_dist.training import step as step_module
 from dflash_dist.training import trainer as module
 from dflash_dist.training.checkpoint import step_folders
 from dflash_dist.training.trainer import Trainer
@@ -29,16 +30,16 @@ def losses(config: Config) -> dict[int, float]:
 
 
 def run(world: World, config: Config, stop_after: int | None = None) -> None:
-    """A whole run; the last rank gets a Ctrl-C as step `stop_after` begins."""
+    """A whole run; the last rank gets a Ctrl-C while it samples step `stop_after`."""
     trainer = Trainer(config, world)
-    sample = trainer.sample
+    sample = trainer.training.sample
 
     def sample_and_ask(step: int):
         if step == stop_after and world.rank == world.size - 1:
             signal.raise_signal(signal.SIGINT)
         return sample(step)
 
-    trainer.sample = sample_and_ask  # type: ignore[method-assign]
+    trainer.training.sample = sample_and_ask  # type: ignore[method-assign]
     trainer.run()
 
 
@@ -47,19 +48,19 @@ def run(world: World, config: Config, stop_after: int | None = None) -> None:
 
 def unsupervise(trainer: Trainer, rows: Container[int]) -> None:
     """Makes the rows teach nothing."""
-    original = trainer.rows.row
+    original = trainer.training.rows.row
 
     def row(index: int):
         for document in original(index):
             yield Document(document.input_ids, []) if index in rows else document
 
-    trainer.rows.row = row  # type: ignore[method-assign]
+    trainer.training.rows.row = row  # type: ignore[method-assign]
 
 
 def first_step(world: World, config: Config, unsupervised: list[int] | None = None) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of the first step. The rows at the places `unsupervised` of its batch teach nothing."""
     trainer = Trainer(config, world)
-    rows = global_rows(0, len(trainer.rows), config.train.global_batch_size, config.train.seed)
+    rows = global_rows(0, len(trainer.training.rows), config.train.global_batch_size, config.train.seed)
     unsupervise(trainer, {rows[place] for place in unsupervised or []})
     gradients: list[torch.Tensor] = []
 
@@ -67,11 +68,11 @@ def first_step(world: World, config: Config, unsupervised: list[int] | None = No
         gradients.extend(p.grad.clone() for group in optimizer.param_groups for p in group["params"])
         return torch.tensor(1.0)
 
-    module.apply_update, original = keep, module.apply_update
+    step_module.apply_update, original = keep, step_module.apply_update
     try:
-        result = trainer.train_step(0)
+        result = trainer.training.run(0)
     finally:
-        module.apply_update = original
+        step_module.apply_update = original
     assert result is not None
     loss_sum, weight_sum = world.sum_tensor(result.statistics)[:2].tolist()
     return loss_sum / weight_sum, gradients
@@ -98,29 +99,29 @@ def test_micro_batches_do_not_change_the_gradient(debug_config) -> None:
 def test_a_step_without_any_anchor_is_no_division_by_zero(debug_config) -> None:
     loss_sum_only = debug_config("train.global_batch_size=2")
     trainer = Trainer(loss_sum_only, ALONE)
-    unsupervise(trainer, range(len(trainer.rows)))
-    before = [p.clone() for p in trainer.draft.parameters()]
-    result = trainer.train_step(0)
+    unsupervise(trainer, range(len(trainer.training.rows)))
+    before = [p.clone() for p in trainer.training.draft.parameters()]
+    result = trainer.training.run(0)
     assert result is not None and result.grad_norm == 0 and not result.statistics.isnan().any()
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.draft.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.training.draft.parameters()))
 
 
 def test_a_target_that_cannot_be_packed_trains_on_one_document_a_row(debug_config, monkeypatch, capsys) -> None:
     monkeypatch.setattr("dflash_dist.training.setup.packs_exactly", lambda _config: False)
     trainer = Trainer(debug_config(), ALONE)
-    assert len(trainer.rows) == 224
-    assert trainer.rows.batch([0, 5]).document_ids.max() == 1  # the document and its padding
+    assert len(trainer.training.rows) == 224
+    assert trainer.training.rows.batch([0, 5]).document_ids.max() == 1  # the document and its padding
     assert "one document a row" in capsys.readouterr().out
-    assert trainer.train_step(0) is not None
+    assert trainer.training.run(0) is not None
 
 
 def test_bf16_compute_keeps_float32_parameters_and_state(debug_config) -> None:
     trainer = Trainer(debug_config("train.precision=bfloat16", "target.dtype=bfloat16"), ALONE)
-    before = [p.clone() for p in trainer.draft.parameters()]
-    trainer.train_step(0)
-    for earlier, parameter in zip(before, trainer.draft.parameters()):
+    before = [p.clone() for p in trainer.training.draft.parameters()]
+    trainer.training.run(0)
+    for earlier, parameter in zip(before, trainer.training.draft.parameters()):
         assert parameter.dtype == torch.float32
-        assert all(value.dtype == torch.float32 for value in trainer.optimizer.state[parameter].values())
+        assert all(value.dtype == torch.float32 for value in trainer.training.optimizer.state[parameter].values())
         # The mistake this guards against: an update too small for bf16 is lost, and norms never move.
         assert not torch.equal(parameter, earlier)
 
@@ -134,7 +135,7 @@ def test_a_stopped_and_resumed_run_has_the_losses_of_an_uninterrupted_one(debug_
     parts = debug_config(*short, f"output_dir={tmp_path / 'parts'}")
     run(ALONE, whole)
     run(ALONE, parts, stop_after=7)
-    assert list(step_folders(tmp_path / "parts/checkpoints")) == [5, 7]
+    assert list(step_folders(tmp_path / "parts/checkpoints")) == [5, 8]
     run(ALONE, parts)
     assert losses(parts) == losses(whole) and len(losses(whole)) == 12
 
@@ -173,14 +174,14 @@ def test_validating_changes_nothing_in_training(debug_config, tmp_path: Path) ->
 
 def test_validation_does_not_depend_on_the_ranks(debug_config) -> None:
     config = debug_config("data.val_conversations=40")  # rows that do not divide evenly
-    alone = Trainer(config, ALONE).validate()
+    alone = Trainer(config, ALONE).training.validate()
     for shown in run_ranks(validate, 2, config):
         assert shown.slot_count == alone.slot_count and shown.slot_correct == alone.slot_correct
         assert shown.loss == pytest.approx(alone.loss, rel=1e-6)
 
 
 def validate(world: World, config: Config) -> Any:
-    return Trainer(config, world).validate()
+    return Trainer(config, world).training.validate()
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_a_resumed_run_uses_the_hyperparameters_of_its_config(debug_config) -> N
     run(ALONE, debug_config("train.max_steps=1", "validate.every=0"))
     trainer = Trainer(debug_config("train.max_steps=2", "train.weight_decay=0.1", "train.betas=[0.8,0.9]"), ALONE)
     assert trainer.resume() == 1
-    (group,) = trainer.optimizer.param_groups
+    (group,) = trainer.training.optimizer.param_groups
     assert group["weight_decay"] == 0.1 and group["betas"] == (0.8, 0.9)
 
 
@@ -240,7 +241,8 @@ def test_a_finished_run_started_again_does_nothing(debug_config) -> None:
 def run_poisoned(world: World, config: Config, poisoned_step: int) -> str:
     """A run whose loss is NaN on rank 0 in one step; returns what stopped it."""
     trainer = Trainer(config, world)
-    forward, sample = trainer.forward, trainer.sample
+    training = trainer.training
+    backward, sample = training.backward, training.sample
     current = 0
 
     def watch(step: int):
@@ -248,15 +250,14 @@ def run_poisoned(world: World, config: Config, poisoned_step: int) -> str:
         current = step + 1
         return sample(step)
 
-    def poison(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, shown = forward(*args)
-        return (loss * math.nan if current == poisoned_step and world.rank == 0 else loss), shown
+    def poison(loss: torch.Tensor) -> None:
+        backward(loss * math.nan if current == poisoned_step and world.rank == 0 else loss)
 
-    trainer.sample, trainer.forward = watch, poison  # type: ignore[method-assign]
+    training.sample, training.backward = watch, poison  # type: ignore[method-assign]
     try:
         trainer.run()
     except FloatingPointError as error:
-        assert all(p.isfinite().all() for p in trainer.draft.parameters())
+        assert all(p.isfinite().all() for p in trainer.training.draft.parameters())
         return str(error)
     return "nothing"
 

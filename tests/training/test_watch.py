@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dflash_dist.draft.objective import Statistics
-from dflash_dist.training.watch import StepResult, Watch, due
+from dflash_dist.training.step import StepResult
+from dflash_dist.training.watch import Watch, due
 
 
 def result(step: int, at: float, norm: float = 1.0) -> StepResult:

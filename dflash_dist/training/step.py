@@ -1,0 +1,196 @@
+"""One training step, from rows to an update, as every rank runs it (docs/design.md, section "One step")."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dflash_dist.config import Config
+from dflash_dist.data.packing import (
+    TRAINING_ANCHORS,
+    VALIDATION_ANCHORS,
+    PackedBatch,
+    PackedRows,
+    global_rows,
+    random_stream,
+)
+from dflash_dist.draft.attention import training_attention
+from dflash_dist.draft.blocks import Blocks, build_blocks
+from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.objective import Statistics, WeightedSlots, block_loss
+from dflash_dist.ranks import World
+from dflash_dist.training.context import HELD_OUT, TRAIN, ContextSource, Place
+from dflash_dist.training.optim import apply_update, learning_rate, make_optimizer
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that one rank runs at once, with the blocks sampled from them; on the host until `to`."""
+
+    place: Place  # where the rows come from
+    batch: PackedBatch
+    blocks: Blocks
+    slots: WeightedSlots
+
+    @property
+    def weight(self) -> float:
+        return self.blocks.weights.sum(dtype=torch.float64).item()
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return MicroBatch(self.place, self.batch.to(device), self.blocks.to(device), self.slots.to(device))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step left on the device."""
+
+    step: int  # optimiser steps done, this one included
+    statistics: torch.Tensor  # this rank's, see `Statistics`
+    grad_norm: torch.Tensor
+    lr: float
+    at: float  # when the host had issued it [s of time.perf_counter]; read late, it still tells the step's own time
+
+
+class TrainingStep:
+    """The draft with its optimiser, what it learns from, and the way from one to the other.
+
+    Args:
+        rows: packed rows to train on.
+        held_out: packed rows to validate on, if any.
+        draft: on the device, float32.
+        context: gives the target's features.
+        embedding: [V, H], frozen, on the device.
+        head: [V, H], frozen, on the device; the same tensor as `embedding` where the target ties them.
+        total_steps: length of the learning rate's schedule.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        rows: PackedRows,
+        held_out: PackedRows | None,
+        draft: DFlashDraftModel,
+        context: ContextSource,
+        embedding: torch.Tensor,
+        head: torch.Tensor,
+        total_steps: int,
+    ):
+        self.config, self.world, self.rows, self.held_out = config, world, rows, held_out
+        self.draft, self.context, self.total_steps = draft, context, total_steps
+        self.compute_dtype = getattr(torch, config.train.precision)
+        self.embedding = embedding.to(self.compute_dtype)
+        self.head = self.embedding if head is embedding else head.to(self.compute_dtype)
+        self.optimizer = make_optimizer(draft, config.train)
+        # One rank has nobody to average with: nothing is wrapped.
+        self.ddp = DistributedDataParallel(draft, gradient_as_bucket_view=True) if world.size > 1 else draft
+
+    def run(self, step: int, stop: bool = False) -> StepResult | None:
+        """Step `step` (from 0). Does nothing and returns None where any rank wants to `stop`."""
+        micro_batches = self.sample(step)
+        weight = sum(micro.weight for micro in micro_batches)
+        total_weight, stops = self.world.sum_numbers(weight, stop)
+        if stops:
+            return None
+        statistics = []
+        for micro in micro_batches:
+            with self.gradients_stay_local(unless=micro is micro_batches[-1]):
+                on_device = micro.to(self.world.device)
+                context = self.capture(on_device)
+                hidden = self.propose(self.ddp, on_device, context)
+                loss, shown = self.loss(hidden, on_device)
+                # DDP averages over ranks; the loss is a mean over all ranks' weights, so undo the former.
+                self.backward(loss * self.world.size / max(total_weight, 1e-30))
+            statistics.append(shown)
+        lr = learning_rate(step, self.total_steps, self.config.train)
+        grad_norm = self.update(lr)
+        return StepResult(step + 1, torch.stack(statistics).sum(0), grad_norm, lr, time.perf_counter())
+
+    # -------------------------------------------------------------------------------------- on the host, before all
+
+    def sample(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step."""
+        train = self.config.train
+        rows = global_rows(step, len(self.rows), train.global_batch_size, train.seed)
+        return self.micro_batches(self.rows, rows, TRAINING_ANCHORS, step)
+
+    def micro_batches(self, source: PackedRows, rows: list[int], stream: int, step: int) -> list[MicroBatch]:
+        """This rank's share of `rows`, in micro-batches. A row's anchors depend on its place among `rows`, not on the
+        rank that gets it."""
+        part = TRAIN if source is self.rows else HELD_OUT
+        micro_batches = []
+        numbered = self.world.share(list(enumerate(rows)))
+        size = self.config.train.micro_batch_size
+        for few in (numbered[i : i + size] for i in range(0, len(numbered), size)):
+            place = part, [row for _, row in few]
+            batch = source.batch(place[1])
+            blocks = build_blocks(
+                batch.input_ids,
+                batch.loss_mask,
+                batch.document_ids,
+                batch.position_ids,
+                anchors=self.config.loss.anchors,
+                block_size=self.config.draft.block_size,
+                mask_token_id=self.config.mask_token_id,
+                gamma=self.config.gamma,
+                generators=[random_stream(self.config.train.seed, stream, step, number) for number, _ in few],
+            )
+            micro_batches.append(MicroBatch(place, batch, blocks, WeightedSlots.of(blocks, self.config.loss.chunk)))
+        self.context.expect(micro.place for micro in micro_batches)
+        return micro_batches
+
+    # ------------------------------------------------------------- on the device, without waiting for it anywhere
+
+    def capture(self, micro: MicroBatch) -> torch.Tensor:
+        """The target's features [B, S, L * H]."""
+        return self.context.of(micro.place, micro.batch)
+
+    def propose(self, draft: nn.Module, micro: MicroBatch, context: torch.Tensor) -> torch.Tensor:
+        """The hidden states [B, A * K, H] of all slots."""
+        batch, blocks = micro.batch, micro.blocks
+        attend = training_attention(blocks, batch.document_ids)
+        slots = F.embedding(blocks.input_ids.flatten(1), self.embedding)
+        positions = blocks.position_ids.flatten(1)
+        bf16 = self.compute_dtype == torch.bfloat16
+        with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16):
+            return draft(slots, positions, context.to(self.compute_dtype), batch.position_ids, attend)
+
+    def loss(self, hidden: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss sum and statistics of a micro-batch."""
+        return block_loss(hidden, self.head, micro.blocks, micro.slots)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def update(self, lr: float) -> torch.Tensor:
+        """Applies the gradients; returns their norm."""
+        return apply_update(self.optimizer, lr, self.config.train.clip_norm)
+
+    def gradients_stay_local(self, unless: bool) -> contextlib.AbstractContextManager:
+        if unless or not isinstance(self.ddp, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.ddp.no_sync()
+
+    # ------------------------------------------------------------------------------------------------ held-out rows
+
+    @torch.no_grad()
+    def validate(self) -> Statistics:
+        """Statistics on the held-out rows, with anchors of their own random stream: training is not touched."""
+        assert self.held_out is not None
+        self.draft.eval()
+        each = self.world.size * self.config.train.micro_batch_size
+        count = math.ceil(len(self.held_out) / each) * each  # rows past the end are padding: every rank runs as many
+        shown = []
+        for micro in self.micro_batches(self.held_out, list(range(count)), VALIDATION_ANCHORS, 0):
+            on_device = micro.to(self.world.device)
+            hidden = self.propose(self.draft, on_device, self.capture(on_device))
+            shown.append(self.loss(hidden, on_device)[1])
+        self.draft.train()
+        return Statistics.read(self.world.sum_tensor(torch.stack(shown).sum(0)))
