@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 RUN := $(BIN)/python -m dflash_dist
 
-.PHONY: setup demo debug test test-thorough launch-check check format tensorboard clean
+.PHONY: setup demo debug test test-thorough launch-check slurm-test fault-test check format tensorboard clean
 
 setup: .venv/installed
 
@@ -30,6 +30,12 @@ test-thorough: setup  ## random conversations by the ten thousand: about 3 minut
 
 launch-check: setup  ## what each component of launch/ would submit, compared with what is meant: under a minute
 	$(BIN)/python -m pytest -rs tests/test_launch.py
+
+slurm-test: setup  ## the jobs of docs/launch.md on a Slurm of two nodes, installed and run here as root: about 4 minutes
+	$(BIN)/python -m pytest -rs -s tests/slurm.py
+
+fault-test: setup  ## runs of 2 ranks, killed and stopped at chosen moments, end as the undisturbed one: about 15 minutes
+	FAULT_SEED=$(or $(SEED),0) $(BIN)/python -m pytest -s tests/faults.py
 
 check: setup  ## formatter, linter, type checker
 	$(BIN)/ruff format --check .

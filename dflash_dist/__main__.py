@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 
 # command -> (module with a `main(argv)`, what it does); modules load when called, so that --help is instant
 COMMANDS = {
@@ -17,6 +18,10 @@ COMMANDS = {
     "regenerate": ("dflash_dist.target.answers", "let the target write the answers of a data set again"),
     "export": ("dflash_dist.serving.export", "write a run's draft as serving engines load it"),
     "evaluate": ("dflash_dist.serving.evaluate", "decode speculatively and plainly; report acceptance and speed"),
+    "bench": (
+        "dflash_dist.cost.bench",
+        "time training steps at any shape, against a plain implementation and the peak",
+    ),
     "bench-data": ("dflash_dist.cost.bench_data", "time tokenising and packing against the obvious loop"),
     "demo": ("dflash_dist.demo", "all of it on a real small target: answers, training, export, evaluation"),
 }
@@ -37,10 +42,17 @@ def main() -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, FloatingPointError, RuntimeError) as error:
-        if not _is_ours(error):
-            raise
+    except Exception as error:
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        if rank and _is_loss_of_a_peer(error):
+            sys.exit(f"{rank}ended because another rank did: look for what that one said, or torchrun below ({error})")
+        ours = isinstance(error, (ValueError, FloatingPointError, RuntimeError)) and _is_ours(error)
+        if rank:
+            from dflash_dist.watchdog import tell_torchrun  # imports torch, which took part in this by now
+
+            tell_torchrun(f"error: {error}" if ours else traceback.format_exc())
+        if not ours:
+            raise
         sys.exit(f"{rank}error: {error}")
 
 
@@ -51,6 +63,13 @@ def _is_ours(error: BaseException) -> bool:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     return frame is not None and frame.tb_frame.f_globals.get("__name__", "").startswith("dflash_dist.")
+
+
+def _is_loss_of_a_peer(error: BaseException) -> bool:
+    """Whether gloo or NCCL report the end of another rank. A hub's lost connection is no RuntimeError."""
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("closed by peer", "reset by peer", "remote process exited")
+    )
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ class DraftConfig:
 class LossConfig:
     anchors: int = knob(512, "blocks sampled from a packed row, at most")
     gamma: float | None = knob(None, "decay of the weights exp(-(k-1)/gamma); null: 7, 5, 4 for blocks of 16, 10, 8")
-    chunk: int = knob(2048, "slots whose logits exist at the same time")
+    chunk: int | None = knob(None, "slots whose logits exist at once; null: what suits the device")
 
 
 @dataclass
@@ -105,6 +105,11 @@ class TrainConfig:
     clip_norm: float = knob(1.0, "largest global norm of the gradient")
     precision: Dtype = knob("bfloat16", "dtype of the draft's compute; parameters and optimiser are always float32")
     gradient_checkpointing: bool = knob(False, "recompute the draft's layers in backward: less memory, more time")
+    hang_timeout: float = knob(
+        600.0,
+        "how long [s] a rank may give no sign of life, or all ranks of a training get nowhere, before the others end"
+        " with a message that names it; 0: for ever",
+    )
 
 
 @dataclass
@@ -307,7 +312,7 @@ def _refuse_impossible(config: Config) -> None:
     require(data.val_conversations >= 0, f"data.val_conversations must not be negative, found {data.val_conversations}")
     require(data.max_bad_rows >= 0, f"data.max_bad_rows must not be negative, found {data.max_bad_rows:g}")
     require(loss.anchors >= 1, f"loss.anchors must be at least 1, found {loss.anchors}")
-    require(loss.chunk >= 1, f"loss.chunk must be at least 1 slot, found {loss.chunk}")
+    require(loss.chunk is None or loss.chunk >= 1, f"loss.chunk must be at least 1 slot, found {loss.chunk}")
     require(
         loss.gamma is not None or draft.block_size in PUBLISHED_GAMMA,
         f"loss.gamma has no published value for draft.block_size {draft.block_size}: set it (16 was trained with 7,"
@@ -341,6 +346,10 @@ def _refuse_impossible(config: Config) -> None:
     )
     require(train.weight_decay >= 0, f"train.weight_decay must not be negative, found {train.weight_decay}")
     require(train.clip_norm > 0, f"train.clip_norm must be positive, found {train.clip_norm}")
+    require(
+        0 <= train.hang_timeout < math.inf,
+        f"train.hang_timeout must be a number of seconds, or 0 for none, found {train.hang_timeout}",
+    )
     require(config.validate.every >= 0, f"validate.every must not be negative, found {config.validate.every}")
     require(
         config.validate.every == 0 or data.val_path is not None or data.val_conversations > 0,

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from dflash_dist.watchdog import Activity, Watchdog
+
 T = TypeVar("T")
+
+# How long torch itself waits. To join, not long: torchrun starts the ranks together, they differ by their imports. In a
+# collective, a day: one node may tokenise for hours while another waits for it, and hangs are the watchdog's to find.
+JOIN, WAIT = timedelta(minutes=10), timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    activity: Activity = field(default_factory=Activity, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -60,23 +70,72 @@ class World:
         if self.size > 1:
             dist.all_reduce(torch.zeros(1))  # over gloo: a NCCL barrier would occupy the GPU
 
+    @contextmanager
+    def expects_progress(self, expected: bool = True) -> Iterator[None]:
+        """In here every rank should be getting on, and the watchdog ends a run that does not; or need not (False)."""
+        before, self.activity.expects_progress = self.activity.expects_progress, expected
+        try:
+            yield
+        finally:
+            self.activity.expects_progress = before
+
+    def tick(self) -> None:
+        """Tells the watchdog that this rank gets on, also where it does many things without a collective."""
+        self.activity.ticks += 1
+
 
 @contextmanager
-def join_world() -> Iterator[World]:
-    """Joins the ranks that torchrun started, or makes a world of one; leaves cleanly."""
+def join_world(hang_timeout: float, logs: Path | None = None) -> Iterator[World]:
+    """Joins the ranks that torchrun started, or makes a world of one; leaves cleanly.
+
+    Args:
+        hang_timeout: after how long [s] the watchdog ends a run that hangs; 0: never.
+        logs: folder for what it finds.
+    """
     if "RANK" not in os.environ:
         yield World(0, 1, _device(0))
         return
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")  # the flight recorder, in collectives; read when torch joins
     device = _device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+    store, rank, size = next(dist.rendezvous("env://", timeout=JOIN))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps its store when it starts ranks again, with the addresses of those that are gone. Several nodes
+        # count their starts differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each start its own store.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=JOIN)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        dist.distributed_c10d._set_pg_timeout(WAIT)
+        world = World(rank, size, device)
+        with _watched(world, hang_timeout, logs):
+            yield world
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _watched(world: World, hang_timeout: float, logs: Path | None) -> Iterator[None]:
+    if world.size == 1 or hang_timeout == 0:
+        yield
+        return
+    # A name for this start, see above.
+    [start] = world.sum_numbers(time.time() if world.is_main else 0.0)
+
+    def connect() -> dist.Store:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+        return dist.PrefixStore(f"watchdog/{start}", store)
+
+    watchdog = Watchdog(connect, world.rank, world.size, world.activity, hang_timeout, logs)
+    watchdog.announce()
+    world.barrier()
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.stop()
 
 
 def _device(local_rank: int) -> torch.device:

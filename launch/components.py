@@ -1,10 +1,11 @@
 """The commands as TorchX jobs, on this machine or on a scheduler; docs/launch.md shows each:
 
 torchx run -s local_cwd launch/components.py:train --config configs/qwen3-8b.yaml -j 1x8 -- train.max_steps=20
+torchx run -s local_cwd dflash.train ...  # the same where dflash_dist is installed, from any folder
 """
 
 # No `from __future__ import annotations`: TorchX reads the parameters' types, not their names. Nor does it know
-# `X | None` and `dict[...]`.
+# `X | None`, `dict[...]` and `list[...]`. What is no component has the latter, which keeps it out of `torchx builtins`.
 # ruff: noqa: UP006, UP035, UP045
 
 import shlex
@@ -145,8 +146,8 @@ def _torchrun(
     cpu: int,
     mem: int,
     image: str,
-    env: Optional[Dict[str, str]],
-    mounts: Optional[List[str]],
+    env: Optional[dict[str, str]],
+    mounts: Optional[list[str]],
     retries: int,
 ) -> specs.AppDef:
     """One agent a node. With several nodes they meet at the first one, over c10d on port 29500."""
@@ -187,8 +188,8 @@ def _alone(
     cpu: int,
     mem: int,
     image: str,
-    env: Optional[Dict[str, str]],
-    mounts: Optional[List[str]],
+    env: Optional[dict[str, str]],
+    mounts: Optional[list[str]],
 ) -> specs.AppDef:
     """One process without torchrun."""
     role = specs.Role(

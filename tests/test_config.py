@@ -172,6 +172,7 @@ def test_an_unknown_key_in_the_file_names_the_file(load, tmp_path):
         ("train.betas=[0.9, 1.0]", "train.betas must be two numbers from 0 to below 1"),
         ("train.weight_decay=-0.1", "train.weight_decay must not be negative, found -0.1"),
         ("train.clip_norm=0", "train.clip_norm must be positive, found 0"),
+        ("train.hang_timeout=-1", "train.hang_timeout must be"),
         ("validate.every=-1", "validate.every must not be negative, found -1"),
         ("validate.every=5", "nothing is held out: set data.val_path or data.val_conversations"),
         ("checkpoint.every=0", "checkpoint.every must be at least 1, found 0"),

@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import tomllib
 from collections.abc import Iterator
 from configparser import ConfigParser
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import pytest
 import yaml
 from torchx.runner import get_runner
 from torchx.schedulers import get_scheduler_factories
+from torchx.specs.finder import ModuleComponentsFinder, get_components
 
 from tests.conftest import REPOSITORY
-from tests.test_commands import ENVIRONMENT, PROGRAM, finish, losses
+from tests.test_commands import ENVIRONMENT, PROGRAM, finish, losses, read_until
 
 COMPONENTS = str(REPOSITORY / "launch/components.py")
 SCHEDULERS = [
@@ -182,6 +184,31 @@ def test_what_is_submitted_is_what_is_meant(name: str, scheduler: str) -> None:
             assert asked == resources(scheduler, gpus, cores, memory)
 
 
+def test_once_installed_the_components_have_names_and_torchx_keeps_its_own() -> None:
+    def names(module: str, group: str) -> set[str]:
+        return {found.name for found in ModuleComponentsFinder(module, group).find() if not found.validation_errors}
+
+    table = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    folders = table["tool"]["setuptools"]["package-dir"]
+    try:
+        distribution("dflash_dist")
+        known = set(get_components())
+    except PackageNotFoundError:  # what an installation would register
+        known = set()
+        for group, module in table["project"]["entry-points"]["torchx.components"].items():
+            package, _, name = module.rpartition(".")
+            known |= names(f"{folders.get(package, package)}.{name}", "" if group.startswith("_") else group)
+    ours = {"dflash.train", "dflash.regenerate", "dflash.evaluate", "dflash.debug"}
+    assert known == ours | names("torchx.components", "")
+
+
+def test_every_package_is_installed() -> None:
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {path.parent.relative_to(REPOSITORY) for path in (REPOSITORY / "dflash_dist").rglob("__init__.py")}
+    expected = {str(package).replace("/", ".") for package in packages} | settings["package-dir"].keys()
+    assert sorted(expected) == settings["packages"]
+
+
 def test_the_page_shows_what_torchx_submits_to_slurm() -> None:
     page = (REPOSITORY / "docs/launch.md").read_text()
     command = page.partition("torchx run -s slurm ")[2].partition("\n```")[0]
@@ -240,6 +267,24 @@ def test_the_manifest_agrees_with_itself() -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
+def kubeflow_job() -> dict:
+    return yaml.safe_load((REPOSITORY / "launch/pytorchjob.yaml").read_text())
+
+
+def test_kubeflows_manifest_asks_for_the_same() -> None:
+    spec = kubeflow_job()["spec"]
+    worker, policy = spec["pytorchReplicaSpecs"]["Worker"], spec["elasticPolicy"]
+    assert worker["replicas"] == policy["minReplicas"] == policy["maxReplicas"]
+    ours, pod = kubernetes_job()[1]["spec"], worker["template"]["spec"]
+    other = ours["template"]["spec"]
+    assert worker["replicas"] == ours["completions"]
+    (container,), (wanted,) = pod["containers"], other["containers"]
+    assert container["name"] == "pytorch" and container["ports"][0]["name"] == "pytorchjob-port"
+    assert f"--nproc_per_node={container['resources']['limits']['nvidia.com/gpu']} " in container["args"][0]
+    assert all(pod[name] == other[name] for name in ("terminationGracePeriodSeconds", "volumes"))
+    assert all(container[name] == wanted[name] for name in ("image", "command", "env", "resources", "volumeMounts"))
+
+
 @pytest.fixture
 def fake(tmp_path: Path):
     """Puts programs of a cluster on the path, which note how they were called in `calls`."""
@@ -254,8 +299,8 @@ def fake(tmp_path: Path):
 
 
 def shell(tmp_path: Path, command: list[str], **variables: str) -> subprocess.Popen:
-    paths = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    return subprocess.Popen(command, env=os.environ | paths | variables, cwd=tmp_path)
+    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"} | variables
+    return subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(("stopped", "failed"), [(False, 0), (True, 0), (True, 1), (False, 3)])
@@ -276,14 +321,16 @@ def test_a_slurm_job_comes_back_only_if_it_was_stopped(tmp_path: Path, fake, sto
     assert calls[3:] == (["scontrol requeue 9"] if stopped else [])
 
 
-def test_a_pod_passes_the_signal_on_and_asks_to_be_made_again(tmp_path: Path, fake) -> None:
-    container = kubernetes_job()[1]["spec"]["template"]["spec"]["containers"][0]
+@pytest.mark.parametrize("manifest", ["kubernetes", "kubeflow"])
+def test_a_pod_passes_the_signal_on_and_asks_to_be_made_again(tmp_path: Path, fake, manifest: str) -> None:
+    kubeflow = kubeflow_job()["spec"]["pytorchReplicaSpecs"]["Worker"]
+    template = kubeflow["template"] if manifest == "kubeflow" else kubernetes_job()[1]["spec"]["template"]
+    container = template["spec"]["containers"][0]
     # Like torchrun: takes TERM, gives its processes a moment to save, ends with an error.
-    fake("torchrun", "trap 'sleep 0.3; mkdir run; touch run/PREEMPTED; exit 1' TERM; touch ready; sleep 60 & wait")
-    about = {"CONFIG": "a.yaml", "OUTPUT_DIR": "run", "JOB_COMPLETION_INDEX": "0"}
+    fake("torchrun", "trap 'sleep 0.3; mkdir run; touch run/PREEMPTED; exit 1' TERM; echo ready; sleep 60 & wait")
+    about = {"CONFIG": "a.yaml", "OUTPUT_DIR": "run", "JOB_COMPLETION_INDEX": "0", "HOSTNAME": "dflash-worker-0"}
     pod = shell(tmp_path, [*container["command"], *container["args"]], **about)
-    while not (tmp_path / "ready").exists():
-        time.sleep(0.05)
+    read_until(pod, "ready")
     pod.send_signal(signal.SIGTERM)
     assert pod.wait(20) == 75
     assert "--rdzv_conf=is_host=1," in (tmp_path / "calls").read_text()
@@ -302,22 +349,24 @@ def test_two_agents_stop_on_slurms_signal_and_go_on_where_they_were(tmp_path: Pa
     meeting = ["--rdzv_backend", "c10d", "--rdzv_id", "t", "--rdzv_endpoint", f"localhost:{port}", "-m", "dflash_dist"]
     short = [f"train.max_steps={steps}", "log.every=1", "validate.every=0", "checkpoint.every=1000"]
     training = ["train", "--config", "configs/debug.yaml", f"output_dir={run}", *short]
+    output, agents_output = os.pipe()  # one for both: whichever meets first has rank 0, which tells of the steps
     agents = [
         subprocess.Popen(
             ["bash", "-c", 'trap "" USR1; exec "$@"', "agent", *agent, *meeting, *training],
             env=ENVIRONMENT | NODES,
             cwd=REPOSITORY,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=agents_output,
+            stderr=agents_output,
         )
         for _ in range(2)
     ]
-    while not (run / "metrics.jsonl").exists() or not losses(run):
-        assert all(agent.poll() is None for agent in agents)
-        time.sleep(0.1)
-    for agent in agents:  # as Slurm does it: every process of the step
-        for process in [*psutil.Process(agent.pid).children(recursive=True), psutil.Process(agent.pid)]:
-            process.send_signal(signal.SIGUSR1)
+    os.close(agents_output)
+    with open(output) as lines:
+        assert any("step 1/" in line for line in lines), "both agents ended without a step"
+        for agent in agents:  # as Slurm does it: every process of the step
+            for process in [*psutil.Process(agent.pid).children(recursive=True), psutil.Process(agent.pid)]:
+                process.send_signal(signal.SIGUSR1)
+        lines.read()
     assert [agent.wait() for agent in agents] == [0, 0]
     assert (run / "PREEMPTED").exists() and 1 <= len(losses(run)) < steps
     finish(PROGRAM, *training)  # on another number of ranks, even

@@ -10,8 +10,9 @@ import dflash_dist
 PACKAGE = Path(dflash_dist.__file__).parent
 FLOORS = {
     "config": 0,
-    "ranks": 0,
+    "watchdog": 0,
     "files": 0,
+    "ranks": 1,
     "data": 1,
     "draft": 1,
     "target": 2,

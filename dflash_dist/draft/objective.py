@@ -1,41 +1,48 @@
 """The loss: decay-weighted cross-entropy through the frozen LM head, fused and in chunks.
 
-Full logits [A*K, V] never exist. For each chunk of slots the log-sum-exp, the loss and the gradient with respect to the
-slots' hidden states are computed at once, so backward only scales what forward kept.
+Full logits [A*K, V] never exist. For each chunk of slots the probabilities, the loss and the gradient with respect to
+the slots' hidden states are computed at once, in one buffer, so backward only scales what forward kept.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from dflash_dist.draft.blocks import Blocks
 
+# Slots enter the head in multiples of this: matrix products like it, and a device sees few different shapes.
+PADDING = 64
+# Slots whose logits exist at once. On a GPU enough to keep it busy; on a CPU as many as so many bytes of float32 hold,
+# where products are at full speed and memory is still reused from one chunk to the next.
+GPU_CHUNK, CPU_CHUNK_BYTES = 2048, 48 * 2**20
+# On a CPU the passes over the logits go by as many of them as stay in the cache [elements].
+CPU_TILE = 2**19
+# A CPU finds a maximum at once among so many neighbours, but its index one by one.
+GROUP = 256
+
 
 @dataclass(frozen=True)
 class WeightedSlots:
-    """The slots that carry weight, found on the host: the others never enter the head.
+    """The slots that carry weight, found on the host: the others never enter the head."""
 
-    Padded to whole chunks with slots of zero weight, so that a device sees few different shapes.
-    """
-
-    index: torch.Tensor  # [N] int64 into the flattened [B, A, K-1]
+    index: torch.Tensor  # [N] int64 into the flattened [B, A, K-1], padded with 0 to a multiple of PADDING
     count: int  # how many of them are not padding
-    chunk: int
 
     @staticmethod
-    def of(blocks: Blocks, chunk: int) -> WeightedSlots:
+    def of(blocks: Blocks) -> WeightedSlots:
         index = blocks.weights.flatten().nonzero().flatten()
-        padding = -len(index) % chunk
-        return WeightedSlots(torch.cat([index, index.new_zeros(padding)]), len(index), chunk)
+        padding = -len(index) % PADDING
+        return WeightedSlots(torch.cat([index, index.new_zeros(padding)]), len(index))
 
     def to(self, device: torch.device) -> WeightedSlots:
-        return WeightedSlots(self.index.to(device, non_blocking=True), self.count, self.chunk)
+        return WeightedSlots(self.index.to(device, non_blocking=True), self.count)
 
 
 def block_loss(
-    hidden: torch.Tensor, head: torch.Tensor, blocks: Blocks, slots: WeightedSlots
+    hidden: torch.Tensor, head: torch.Tensor, blocks: Blocks, slots: WeightedSlots, chunk: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted loss sum of a micro-batch, and its statistics from the same pass.
 
@@ -43,6 +50,7 @@ def block_loss(
         hidden: [B, A*K, H], the draft's output.
         head: [V, H], frozen; its dtype is that of the matrix products.
         blocks: labels and weights.
+        chunk: slots whose logits exist at once; by default what suits the device.
 
     Returns:
         Σ w·nll (float32 scalar with gradient), and the vector that `Statistics` reads, without gradient.
@@ -51,32 +59,40 @@ def block_loss(
     labels = blocks.labels.flatten()[slots.index]
     weights = blocks.weights.flatten()[slots.index]
     weights[slots.count :] = 0  # padding repeats slot 0; it must neither train nor count
-    loss, nll, correct = _ChunkedCrossEntropy.apply(targets[slots.index], head, labels, weights, slots.chunk)
+    loss, nll, correct = _ChunkedCrossEntropy.apply(
+        targets[slots.index], head, labels, weights, chunk or suitable_chunk(head)
+    )
     return loss, _statistics(blocks, slots.index, nll, correct, weights)
+
+
+def suitable_chunk(head: torch.Tensor) -> int:
+    if head.is_cuda:
+        return GPU_CHUNK
+    return max(CPU_CHUNK_BYTES // (4 * len(head)) // PADDING, 1) * PADDING
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, labels, weights, chunk):
         """Returns Σ w·nll, nll [N] float32 and correct [N] float32 for hidden [N, H]."""
-        nll = torch.empty_like(weights)
-        correct = torch.empty_like(weights)
+        count, vocab = len(hidden), len(head)
+        nll, correct = torch.empty_like(weights), torch.empty_like(weights)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        chunks = math.ceil(count / chunk)
+        size = math.ceil(count / max(chunks, 1))
+        tile = size if head.is_cuda else max(CPU_TILE // vocab, 1)
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(hidden), chunk):
-                part = slice(start, start + chunk)
-                label = labels[part, None]
-                logits = (hidden[part].to(head.dtype) @ head.T).float()
-                peak, best = logits.max(dim=-1, keepdim=True)
-                label_logit = logits.gather(1, label)
-                powers = logits.sub_(peak).exp_()
-                total = powers.sum(dim=-1, keepdim=True)
-                nll[part] = (total.log() + peak - label_logit).squeeze(1)
-                correct[part] = (best == label).squeeze(1).float()
-                if gradient is not None:  # w · (softmax - one-hot) @ head
-                    weight = weights[part, None]
-                    powers.mul_(weight / total).scatter_add_(1, label, -weight)
-                    gradient[part] = (powers.to(head.dtype) @ head).to(hidden.dtype)
+            rows = hidden.to(head.dtype)
+            logits = head.new_empty(size, vocab)
+            wide = None if head.dtype == torch.float32 else head.new_empty(min(tile, size), vocab, dtype=torch.float32)
+            for part in (slice(start, min(start + size, count)) for start in range(0, count, max(size, 1))):
+                some = torch.mm(rows[part], head.T, out=logits[: part.stop - part.start])
+                for few, label, few_nll, few_correct in zip(
+                    *(of.split(tile) for of in (some, labels[part], nll[part], correct[part]))
+                ):
+                    _to_gradient(few, label[:, None], few_nll, few_correct, wide)
+                if gradient is not None:
+                    gradient[part] = (some @ head) * weights[part, None]
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(nll, correct)
         return (weights * nll).sum(), nll, correct
@@ -85,6 +101,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, loss_gradient, _nll, _correct):
         (gradient,) = ctx.saved_tensors
         return gradient * loss_gradient.to(gradient.dtype), None, None, None, None
+
+
+def _to_gradient(
+    logits: torch.Tensor, label: torch.Tensor, nll: torch.Tensor, correct: torch.Tensor, wide: torch.Tensor | None
+) -> None:
+    """Turns logits [N, V] into their gradient, softmax - one-hot, in place; fills in nll [N] and correct [N].
+
+    In float32: `wide` is room for that where the logits are not. The difference too, since a bfloat16 knows nothing
+    between 0.996 and 1, where the probability of a label that has been learned lies.
+    """
+    peak, best = _first_max(logits)
+    label_logit = logits.gather(1, label)
+    powers = torch.softmax(logits, -1, dtype=torch.float32, out=logits if wide is None else wide[: len(logits)])
+    # The most likely token's probability is 1 / Σ exp(logit - peak): exact, where the label's own may be 0.
+    torch.sub(peak.float() - label_logit.float(), powers.gather(1, best).log(), out=nll[:, None])
+    correct[:] = (best == label)[:, 0]
+    powers.scatter_add_(1, label, torch.full_like(label, -1, dtype=torch.float32))
+    if wide is not None:
+        logits.copy_(powers)
+
+
+def _first_max(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maximum and its first index along the last dimension, both [N, 1]."""
+    if logits.is_cuda or logits.shape[-1] % GROUP:
+        return logits.max(dim=-1, keepdim=True)
+    groups = logits.unflatten(-1, (-1, GROUP))
+    peak, group = groups.amax(-1).max(dim=-1, keepdim=True)
+    inside = groups.gather(1, group[..., None].expand(-1, 1, GROUP)).argmax(-1)
+    return peak, group * GROUP + inside
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dflash_dist.config import TrainConfig
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.sources import BadRow, BadRows, Conversation, Message, read_conversations, read_row
 from dflash_dist.ranks import World, join_world
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
     server.add_argument("--give-up", action="store_true", help="leave out rows that every retry failed to answer")
     server.add_argument("--extra-body", type=_json_object, default={}, help="further JSON fields of every request")
     args = parser.parse_args(argv)
-    with join_world() as world:
+    with join_world(TrainConfig.hang_timeout) as world:
         regenerate(args, world)
 
 

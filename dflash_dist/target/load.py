@@ -151,7 +151,7 @@ def load_target(
         raise ValueError(f"target.replicas {replicas} does not divide the {world.size} ranks of this run")
     config = copy.deepcopy(info.config)
     if not full_depth:
-        _truncate(config.get_text_config(), max(layer_ids) + 1)
+        truncate(config.get_text_config(), max(layer_ids) + 1)
     options: dict[str, Any] = {"config": config, "dtype": dtype}
     if attention:
         options["attn_implementation"] = attention
@@ -224,7 +224,8 @@ def _from_pretrained(auto_class: Any, info: TargetInfo, **options: Any) -> Any:
     return model
 
 
-def _truncate(text_config: Any, layers: int) -> None:
+def truncate(text_config: Any, layers: int) -> None:
+    """Leaves the first `layers` decoder layers in a config."""
     text_config.num_hidden_layers = layers
     if getattr(text_config, "layer_types", None):
         text_config.layer_types = text_config.layer_types[:layers]

@@ -34,8 +34,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_tiny_target(folder: Path) -> None:
     """Writes a random 6-layer Qwen3 of 0.3 M parameters and its tokenizer, unless they are there already."""
-    if (folder / "model.safetensors").is_file():
+    if folder.is_dir():
         return
+    partial = folder.with_suffix(".partial")  # a run that is killed here leaves no half of a model under the name
     tokenizer = tiny_tokenizer()
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -54,8 +55,9 @@ def make_tiny_target(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Qwen3ForCausalLM(config)
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    tokenizer.save_pretrained(partial)
+    model.save_pretrained(partial)
+    partial.rename(folder)
 
 
 def make_tiny_chats(path: Path, count: int = 256) -> None:

@@ -28,6 +28,7 @@ from dflash_dist.training.context import (
     parts_of,
     show_bytes,
 )
+from dflash_dist.training.logs import LOGS, keep_logs
 
 
 def main(argv: list[str]) -> None:
@@ -39,8 +40,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--shard-mib", type=float, default=1024, help="size of a shard [MiB]; a rank holds two of them")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="knobs set on the command line")
     args = parser.parse_args(argv)
-    with join_world() as world:
-        capture(load_config(args.config, args.overrides), Path(args.out), world, args.shard_mib)
+    config, out = load_config(args.config, args.overrides), Path(args.out)
+    folder = Path(config.output_dir)
+    with keep_logs(folder), join_world(config.train.hang_timeout, folder / LOGS) as world:
+        capture(config, out, world, args.shard_mib)
 
 
 def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) -> None:
@@ -128,7 +131,8 @@ def run(
             rows = parts[shard.part]
             # As many rows as in training, so that the same kernels run and give the same bits.
             padding = [len(rows)] * (micro_batch_size - len(numbers))
-            hidden = context.of((shard.part, numbers), rows.batch([*numbers, *padding]).to(world.device))
+            with world.expects_progress():  # not where it waits for a slow disk
+                hidden = context.of((shard.part, numbers), rows.batch([*numbers, *padding]).to(world.device))
             for row, states in zip(numbers, hidden):
                 held[row] = states[: features.filled[shard.part][row]].to("cpu", copy=True)
             if len(held) == len(shard.rows):

@@ -108,7 +108,8 @@ class Checkpoints:
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".{final.name}.partial"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in self.folder.glob(".step-*"):  # by a run that was killed as it wrote or removed
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
             save_file(tensors, partial / "draft.safetensors")
             torch.save(moments, partial / "optimizer.pt")
@@ -119,8 +120,11 @@ class Checkpoints:
             _remove(final)  # left by a run that was cut back to an earlier step
             partial.rename(final)
             sync(self.folder)
-            for old in list(step_folders(self.folder).values())[: -self.keep]:
-                _remove(old)
+            folders = step_folders(self.folder)
+            # Newer ones are damaged, or the run would have gone on from them: they must not count as kept.
+            kept = [at for at in folders if at <= step][-self.keep :]
+            for other in folders.keys() - kept:
+                _remove(folders[other])
         except BaseException as error:  # a thread's exception would vanish: wait() raises it
             self._failure = error
             shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room

@@ -127,13 +127,19 @@ def planned_steps(config: Config, num_rows: int) -> int:
     return math.ceil(train.epochs * num_rows / train.global_batch_size)
 
 
-def draft_shape(config: Config, info: TargetInfo) -> DraftShape:
-    """The draft's shape: as stated, and otherwise as the target's. The draft always trains with plain rotary positions
-    at the target's base frequency, so that none of the target's rotary scaling belongs into its config."""
-    draft, text = config.draft, info.text
+def draft_shape(config: Config, text: Any, path: str) -> DraftShape:
+    """The draft's shape: as stated, and otherwise as that of the target's `text` decoder at `path`.
+
+    The draft always trains with plain rotary positions at the target's base frequency, so that none of the target's
+    rotary scaling belongs into its config.
+
+    Raises:
+        ValueError: the target is no Llama-like decoder, or the stated numbers do not fit it.
+    """
+    draft = config.draft
     missing = [name for name in ("rms_norm_eps", "intermediate_size", "num_key_value_heads") if not hasattr(text, name)]
     if missing:
-        raise ValueError(f"{info.path} is no Llama-like decoder: its config has no {', '.join(missing)}")
+        raise ValueError(f"{path} is no Llama-like decoder: its config has no {', '.join(missing)}")
     heads = draft.num_attention_heads or text.num_attention_heads
     shape = DraftShape(
         hidden_size=text.hidden_size,
@@ -158,7 +164,7 @@ def draft_shape(config: Config, info: TargetInfo) -> DraftShape:
         )
     if config.data.seq_len > shape.max_position_embeddings:
         raise ValueError(
-            f"data.seq_len {config.data.seq_len} is above the {shape.max_position_embeddings} positions of {info.path}"
+            f"data.seq_len {config.data.seq_len} is above the {shape.max_position_embeddings} positions of {path}"
         )
     return shape
 
@@ -173,7 +179,7 @@ def make_draft(config: Config, info: TargetInfo) -> DFlashDraftModel:
     """The draft in float32 on the host, the same on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        draft = DFlashDraftModel(draft_shape(config, info), config.train.gradient_checkpointing)
+        draft = DFlashDraftModel(draft_shape(config, info.text, info.path), config.train.gradient_checkpointing)
     if config.draft.init == "target":
         warm_start(draft, info)
     return draft

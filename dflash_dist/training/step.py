@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from dataclasses import dataclass
 
@@ -13,38 +12,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dflash_dist.config import Config
-from dflash_dist.data.packing import (
-    TRAINING_ANCHORS,
-    VALIDATION_ANCHORS,
-    PackedBatch,
-    PackedRows,
-    global_rows,
-    random_stream,
-)
 from dflash_dist.draft.attention import training_attention
-from dflash_dist.draft.blocks import Blocks, build_blocks
 from dflash_dist.draft.model import DFlashDraftModel
-from dflash_dist.draft.objective import Statistics, WeightedSlots, block_loss
+from dflash_dist.draft.objective import Statistics, block_loss
 from dflash_dist.ranks import World
-from dflash_dist.training.context import HELD_OUT, TRAIN, ContextSource, Place
+from dflash_dist.training.context import ContextSource
 from dflash_dist.training.optim import apply_update, learning_rate, make_optimizer
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows that one rank runs at once, with the blocks sampled from them; on the host until `to`."""
-
-    place: Place  # where the rows come from
-    batch: PackedBatch
-    blocks: Blocks
-    slots: WeightedSlots
-
-    @property
-    def weight(self) -> float:
-        return self.blocks.weights.sum(dtype=torch.float64).item()
-
-    def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(self.place, self.batch.to(device), self.blocks.to(device), self.slots.to(device))
+from dflash_dist.training.sampling import MicroBatch, Sampler
 
 
 @dataclass(frozen=True)
@@ -62,8 +36,7 @@ class TrainingStep:
     """The draft with its optimiser, what it learns from, and the way from one to the other.
 
     Args:
-        rows: packed rows to train on.
-        held_out: packed rows to validate on, if any.
+        sampler: gives this rank its rows.
         draft: on the device, float32.
         context: gives the target's features.
         embedding: [V, H], frozen, on the device.
@@ -75,15 +48,14 @@ class TrainingStep:
         self,
         config: Config,
         world: World,
-        rows: PackedRows,
-        held_out: PackedRows | None,
+        sampler: Sampler,
         draft: DFlashDraftModel,
         context: ContextSource,
         embedding: torch.Tensor,
         head: torch.Tensor,
         total_steps: int,
     ):
-        self.config, self.world, self.rows, self.held_out = config, world, rows, held_out
+        self.config, self.world, self.sampler = config, world, sampler
         self.draft, self.context, self.total_steps = draft, context, total_steps
         self.compute_dtype = getattr(torch, config.train.precision)
         self.embedding = embedding.to(self.compute_dtype)
@@ -101,6 +73,7 @@ class TrainingStep:
             return None
         statistics = []
         for micro in micro_batches:
+            self.world.tick()
             with self.gradients_stay_local(unless=micro is micro_batches[-1]):
                 on_device = micro.to(self.world.device)
                 context = self.capture(on_device)
@@ -113,36 +86,11 @@ class TrainingStep:
         grad_norm = self.update(lr)
         return StepResult(step + 1, torch.stack(statistics).sum(0), grad_norm, lr, time.perf_counter())
 
-    # -------------------------------------------------------------------------------------- on the host, before all
-
     def sample(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a step."""
-        train = self.config.train
-        rows = global_rows(step, len(self.rows), train.global_batch_size, train.seed)
-        return self.micro_batches(self.rows, rows, TRAINING_ANCHORS, step)
+        """This rank's micro-batches of a step, on the host."""
+        return self._announced(self.sampler.training(step))
 
-    def micro_batches(self, source: PackedRows, rows: list[int], stream: int, step: int) -> list[MicroBatch]:
-        """This rank's share of `rows`, in micro-batches. A row's anchors depend on its place among `rows`, not on the
-        rank that gets it."""
-        part = TRAIN if source is self.rows else HELD_OUT
-        micro_batches = []
-        numbered = self.world.share(list(enumerate(rows)))
-        size = self.config.train.micro_batch_size
-        for few in (numbered[i : i + size] for i in range(0, len(numbered), size)):
-            place = part, [row for _, row in few]
-            batch = source.batch(place[1])
-            blocks = build_blocks(
-                batch.input_ids,
-                batch.loss_mask,
-                batch.document_ids,
-                batch.position_ids,
-                anchors=self.config.loss.anchors,
-                block_size=self.config.draft.block_size,
-                mask_token_id=self.config.mask_token_id,
-                gamma=self.config.gamma,
-                generators=[random_stream(self.config.train.seed, stream, step, number) for number, _ in few],
-            )
-            micro_batches.append(MicroBatch(place, batch, blocks, WeightedSlots.of(blocks, self.config.loss.chunk)))
+    def _announced(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         self.context.expect(micro.place for micro in micro_batches)
         return micro_batches
 
@@ -164,7 +112,7 @@ class TrainingStep:
 
     def loss(self, hidden: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss sum and statistics of a micro-batch."""
-        return block_loss(hidden, self.head, micro.blocks, micro.slots)
+        return block_loss(hidden, self.head, micro.blocks, micro.slots, self.config.loss.chunk)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -182,13 +130,11 @@ class TrainingStep:
 
     @torch.no_grad()
     def validate(self) -> Statistics:
-        """Statistics on the held-out rows, with anchors of their own random stream: training is not touched."""
-        assert self.held_out is not None
+        """Statistics on the held-out rows."""
         self.draft.eval()
-        each = self.world.size * self.config.train.micro_batch_size
-        count = math.ceil(len(self.held_out) / each) * each  # rows past the end are padding: every rank runs as many
         shown = []
-        for micro in self.micro_batches(self.held_out, list(range(count)), VALIDATION_ANCHORS, 0):
+        for micro in self._announced(self.sampler.held_out()):
+            self.world.tick()
             on_device = micro.to(self.world.device)
             hidden = self.propose(self.draft, on_device, self.capture(on_device))
             shown.append(self.loss(hidden, on_device)[1])

@@ -17,7 +17,9 @@ from dflash_dist.ranks import World, join_world
 from dflash_dist.training import setup
 from dflash_dist.training.checkpoint import Checkpoints, newest_whole, read_state, refuse_changed, step_folders
 from dflash_dist.training.context import make_context
+from dflash_dist.training.logs import LOGS, keep_logs
 from dflash_dist.training.optim import restore_hyperparameters
+from dflash_dist.training.sampling import Sampler
 from dflash_dist.training.step import TrainingStep
 from dflash_dist.training.watch import Watch, due
 
@@ -33,7 +35,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="knobs set on the command line")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.overrides)
-    with join_world() as world, setup.claim_folder(Path(config.output_dir), world):
+    folder = Path(config.output_dir)
+    with (
+        keep_logs(folder),
+        join_world(config.train.hang_timeout, folder / LOGS) as world,
+        setup.claim_folder(folder, world),
+    ):
         Trainer(config, world).run()
 
 
@@ -53,7 +60,8 @@ class Trainer:
         self.total_steps = setup.planned_steps(config, len(rows))
         draft = setup.make_draft(config, info).to(world.device)
         context, embedding, head = make_context(config, info, data, world)
-        self.training = TrainingStep(config, world, rows, held_out, draft, context, embedding, head, self.total_steps)
+        sampler = Sampler(config, world, rows, held_out)
+        self.training = TrainingStep(config, world, sampler, draft, context, embedding, head, self.total_steps)
         # What a resumed run must share with the one it continues.
         self.identity = {
             **{f"draft.{name}": value for name, value in dataclasses.asdict(draft.shape).items()},
@@ -75,8 +83,14 @@ class Trainer:
         begin = self.resume()
         config_text = setup.describe_run(self.config) if self.world.is_main else ""
         watch = Watch(self.config, self.world, begin, self.total_steps, config_text)
-        # However the run ends, a checkpoint that is being written gets finished, or its failure reported.
-        with contextlib.closing(watch), contextlib.closing(self.checkpoints), self.signals():
+        # However the run ends, a checkpoint that is being written gets finished, whatever signals come, or its
+        # failure reported.
+        with (
+            self.signals(),
+            contextlib.closing(watch),
+            contextlib.closing(self.checkpoints),
+            self.world.expects_progress(),
+        ):
             if begin == 0 and self.config.validate.every:
                 self.validate_and_show(0, watch)
             if self.total_steps == 0:
@@ -111,7 +125,8 @@ class Trainer:
     def save(self, step: int) -> None:
         if self.world.is_main:
             state = {"identity": self.identity, "shape": dataclasses.asdict(self.training.draft.shape)}
-            self.checkpoints.save(step, self.training.draft, self.training.optimizer, state)
+            with self.world.expects_progress(False):  # it may wait for a slow disk to finish the one before
+                self.checkpoints.save(step, self.training.draft, self.training.optimizer, state)
 
     def mark_preempted(self) -> None:
         """Tells a batch script, once the checkpoint is written, that this end was asked for and the run is to go on."""

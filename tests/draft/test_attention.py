@@ -247,7 +247,7 @@ def test_a_micro_batch_without_an_anchor_gives_every_parameter_a_gradient_of_zer
     draft = lively_draft(tiny_shape(block_size=K))
     hidden = draft(*draft_inputs(draft, rows, blocks), ChunkedAttention(blocks, rows.document_ids))
     head = torch.randn(260, 64, generator=torch.Generator().manual_seed(1))
-    loss, _ = block_loss(hidden, head, blocks, WeightedSlots.of(blocks, 16))
+    loss, _ = block_loss(hidden, head, blocks, WeightedSlots.of(blocks))
     loss.backward()
     assert hidden.isfinite().all()
     assert loss == 0
@@ -268,7 +268,7 @@ def test_a_row_without_an_anchor_adds_nothing_to_the_gradient_of_the_row_beside_
         slots, _, features, _ = draft_inputs(draft, rows, reference_blocks(rows, anchors, A, K, gamma=4.0))
         attend = ChunkedAttention(blocks, part.document_ids)
         hidden = draft(slots[start:], blocks.position_ids.flatten(1), features[start:], part.position_ids, attend)
-        loss, _ = block_loss(hidden, head, blocks, WeightedSlots.of(blocks, 16))
+        loss, _ = block_loss(hidden, head, blocks, WeightedSlots.of(blocks))
         loss.backward()
         gradients.append([parameter.grad for parameter in draft.parameters()])
     assert all(gradient.abs().max() > 1e-3 for gradient in gradients[1])

@@ -305,7 +305,7 @@ def test_chunked_attention_gives_the_draft_the_gradients_of_the_dense_reference(
     for backend in ("dense", "chunked", "chunked by 2"):
         case = packed_case()
         hidden = case.run(BACKENDS[backend](case.blocks, case.rows.document_ids)).flatten(1, 2)
-        loss, _ = block_loss(hidden, head, case.blocks, WeightedSlots.of(case.blocks, 32))
+        loss, _ = block_loss(hidden, head, case.blocks, WeightedSlots.of(case.blocks))
         (loss / case.blocks.weights.sum()).backward()
         gradients.append(dict(case.draft.named_parameters()))
     for name, dense in gradients[0].items():
@@ -324,7 +324,7 @@ def test_gradient_checkpointing_recomputes_each_layer_and_changes_no_gradient():
             layer.register_forward_pre_hook(lambda module, _, calls=calls: calls.append(module))
         case.features.requires_grad_()
         hidden = case.run(ChunkedAttention(case.blocks, case.rows.document_ids)).flatten(1, 2)
-        loss, _ = block_loss(hidden, head, case.blocks, WeightedSlots.of(case.blocks, 32))
+        loss, _ = block_loss(hidden, head, case.blocks, WeightedSlots.of(case.blocks))
         loss.backward()
         gradients.append([case.features.grad, *(parameter.grad for parameter in case.draft.parameters())])
         runs.append(len(calls))

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dflash_dist.draft.blocks import Blocks
-from dflash_dist.draft.objective import Statistics, WeightedSlots, block_loss
+from dflash_dist.draft.objective import GROUP, PADDING, Statistics, WeightedSlots, block_loss
 from tests.reference import eligible_anchors, naive_loss, naive_statistics, packed_row, random_rows, reference_blocks
 
 A, K, H, V = 6, 8, 16, 260
@@ -34,7 +34,7 @@ def random_head(seed: int = 1, size: int = H, vocabulary: int = V) -> torch.Tens
 
 
 def fused_loss(hidden: torch.Tensor, head: torch.Tensor, blocks: Blocks, chunk: int = 16) -> torch.Tensor:
-    return block_loss(hidden, head, blocks, WeightedSlots.of(blocks, chunk))[0]
+    return block_loss(hidden, head, blocks, WeightedSlots.of(blocks), chunk)[0]
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
@@ -62,13 +62,11 @@ def test_fused_loss_and_gradient_equal_the_naive_ones(chunk, seed):
 
 def test_the_chunk_size_does_not_change_the_result():
     blocks, head = random_blocks(), random_head()
-    count = int((blocks.weights > 0).sum())
-    assert count % 5 == 0  # the sizes below divide the number of slots, or do not
+    count = len(WeightedSlots.of(blocks).index)  # the sizes below divide it, or do not
     results = []
-    for chunk in (count, 5, 6, count - 1, count + 1):
-        slots = WeightedSlots.of(blocks, chunk)
+    for chunk in (count, count // 2, 5, 6, count - 1, count + 1, None):
         hidden = random_hidden(blocks)
-        loss, statistics = block_loss(hidden, head, blocks, slots)
+        loss, statistics = block_loss(hidden, head, blocks, WeightedSlots.of(blocks), chunk)
         loss.backward()
         results.append((loss.item(), hidden.grad, statistics))
     for loss, gradient, statistics in results[1:]:
@@ -77,15 +75,31 @@ def test_the_chunk_size_does_not_change_the_result():
         torch.testing.assert_close(statistics, results[0][2], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 64])
-def test_weighted_slots_are_exactly_those_with_weight_padded_to_whole_chunks(chunk):
+def test_weighted_slots_are_exactly_those_with_weight_padded_to_a_multiple():
     blocks = random_blocks()
-    slots = WeightedSlots.of(blocks, chunk)
+    slots = WeightedSlots.of(blocks)
     weights = blocks.weights.flatten()
     assert slots.index[: slots.count].tolist() == [i for i, weight in enumerate(weights.tolist()) if weight > 0]
-    assert len(slots.index) % chunk == 0
-    assert 0 <= len(slots.index) - slots.count < chunk
+    assert len(slots.index) % PADDING == 0
+    assert 0 <= len(slots.index) - slots.count < PADDING
     assert slots.index.max() < len(weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [GROUP, 3 * GROUP, GROUP + 4])  # found by groups, or not
+def test_of_equal_logits_the_first_is_the_most_likely_as_in_decoding(vocabulary, dtype):
+    blocks = random_blocks()
+    head = random_head(vocabulary=vocabulary).to(dtype)
+    head[vocabulary // 2 :] = head[: vocabulary - vocabulary // 2]  # every token of the first half has a twin
+    hidden = random_hidden(blocks).detach()
+    logits = hidden.to(dtype) @ head.T
+    blocks.labels[:] = logits.argmax(-1).unflatten(1, (A, K))[:, :, 1:]
+    first = Statistics.read(block_loss(hidden, head, blocks, WeightedSlots.of(blocks))[1])
+    assert first.slot_accuracy == [1] * (K - 1)
+    blocks.labels[:] += vocabulary // 2  # the twins
+    second = Statistics.read(block_loss(hidden, head, blocks, WeightedSlots.of(blocks))[1])
+    assert second.slot_accuracy == [0] * (K - 1)
+    assert second.loss == first.loss
 
 
 def test_large_logits_neither_overflow_nor_lose_the_loss():
@@ -134,8 +148,8 @@ def test_only_slots_with_weight_reach_the_loss(first_slot):
     weightless = weightless.flatten(1)
     clean = random_hidden(blocks)
     poisoned = torch.where(weightless[..., None], 1e4, clean.detach()).requires_grad_()
-    slots = WeightedSlots.of(blocks, 16)
-    assert slots.count % 16 != 0
+    slots = WeightedSlots.of(blocks)
+    assert slots.count % PADDING != 0
     (loss, statistics), (expected, expected_statistics) = (
         block_loss(h, head, blocks, slots) for h in (poisoned, clean)
     )
@@ -152,7 +166,7 @@ def test_without_any_weight_the_loss_is_zero_and_so_is_the_gradient():
     rows = packed_row([0] * 20, length=20)
     blocks = reference_blocks(rows, [[]], A, K, gamma=4.0)
     hidden = random_hidden(blocks)
-    loss, statistics = block_loss(hidden, random_head(), blocks, WeightedSlots.of(blocks, 16))
+    loss, statistics = block_loss(hidden, random_head(), blocks, WeightedSlots.of(blocks), 16)
     loss.backward()
     assert loss == 0
     assert hidden.grad is not None
@@ -177,7 +191,7 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         self.largest = max([self.largest, *sizes])
-        if func is torch.ops.aten.mm.default:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out):
             self.multiplied |= {operand.dtype for operand in args}
         return result
 
@@ -191,7 +205,7 @@ def test_no_tensor_is_larger_than_the_logits_of_one_chunk_and_products_have_the_
     assert hidden.numel() < chunk * vocabulary
     assert (blocks.weights > 0).sum() > 5 * chunk
     with Watch() as seen:
-        loss, _ = block_loss(hidden, head, blocks, WeightedSlots.of(blocks, chunk))
+        loss, _ = block_loss(hidden, head, blocks, WeightedSlots.of(blocks), chunk)
         loss.backward()
     assert seen.largest == chunk * vocabulary
     assert seen.multiplied == {dtype}
@@ -221,7 +235,7 @@ def test_statistics_on_an_example_written_out_by_hand():
         ],
         vocabulary=20,
     )
-    _, vector = block_loss(hidden, torch.eye(20), blocks, WeightedSlots.of(blocks, 4))
+    _, vector = block_loss(hidden, torch.eye(20), blocks, WeightedSlots.of(blocks), 4)
     assert vector.dtype == torch.float64
     read = Statistics.read(vector)
     assert read.full_blocks == 4
@@ -248,7 +262,7 @@ def test_statistics_equal_the_naive_count(seed, chunk):
     lucky = torch.rand(blocks.labels.shape, generator=torch.Generator().manual_seed(seed)) < 0.7
     guesses[..., 1:] = torch.where(lucky, blocks.labels, guesses[..., 1:])
     hidden = torch.linalg.pinv(head).T[guesses.flatten(1)] * 30
-    _, vector = block_loss(hidden, head, blocks, WeightedSlots.of(blocks, chunk))
+    _, vector = block_loss(hidden, head, blocks, WeightedSlots.of(blocks), chunk)
     expected = naive_statistics(hidden, head, blocks)
     assert 1 < expected["accepted"] / expected["full_blocks"] < K
     for name, value in asdict(Statistics.read(vector)).items():
@@ -261,7 +275,7 @@ def test_sums_of_micro_batches_read_like_the_whole():
 
     def vector(rows: slice) -> torch.Tensor:
         part = Blocks(*(getattr(blocks, field.name)[rows] for field in fields(Blocks)))
-        return block_loss(hidden[rows], head, part, WeightedSlots.of(part, 16))[1]
+        return block_loss(hidden[rows], head, part, WeightedSlots.of(part), 16)[1]
 
     whole, parts = Statistics.read(vector(slice(0, 3))), Statistics.read(vector(slice(0, 1)) + vector(slice(1, 3)))
     for name, value in asdict(whole).items():
@@ -273,14 +287,14 @@ def test_sums_of_micro_batches_read_like_the_whole():
 
 def test_statistics_carry_no_gradient():
     blocks = random_blocks()
-    _, vector = block_loss(random_hidden(blocks), random_head(), blocks, WeightedSlots.of(blocks, 16))
+    _, vector = block_loss(random_hidden(blocks), random_head(), blocks, WeightedSlots.of(blocks), 16)
     assert not vector.requires_grad
 
 
 def test_validation_runs_without_gradient():
     blocks, head = random_blocks(), random_head()
-    expected, statistics = block_loss(random_hidden(blocks), head, blocks, WeightedSlots.of(blocks, 16))
+    expected, statistics = block_loss(random_hidden(blocks), head, blocks, WeightedSlots.of(blocks), 16)
     with torch.no_grad():
-        loss, same = block_loss(random_hidden(blocks), head, blocks, WeightedSlots.of(blocks, 16))
+        loss, same = block_loss(random_hidden(blocks), head, blocks, WeightedSlots.of(blocks), 16)
     assert torch.equal(loss, expected.detach())
     assert torch.equal(same, statistics)

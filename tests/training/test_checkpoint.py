@@ -52,6 +52,20 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert list(step_folders(tmp_path)) == [10, 15]
 
 
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_that_is_used(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (2, 4):
+        checkpoints.save(step, *trained(), {})
+        checkpoints.wait()
+    (tmp_path / "step-00000004").rename(tmp_path / "step-00000008")
+    cut(tmp_path / "step-00000008/draft.safetensors")
+    (tmp_path / ".step-00000006.partial").mkdir()  # of a run that was killed
+    checkpoints.save(6, *trained(), {})
+    checkpoints.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
+    assert newest_whole(tmp_path) == 6
+
+
 @pytest.mark.parametrize("breaks", ["save_file", "sync"])
 def test_a_failed_write_leaves_the_previous_checkpoint_and_is_reported(tmp_path, monkeypatch, breaks, capsys) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)

@@ -48,19 +48,19 @@ def run(world: World, config: Config, stop_after: int | None = None) -> None:
 
 def unsupervise(trainer: Trainer, rows: Container[int]) -> None:
     """Makes the rows teach nothing."""
-    original = trainer.training.rows.row
+    original = trainer.training.sampler.rows.row
 
     def row(index: int):
         for document in original(index):
             yield Document(document.input_ids, []) if index in rows else document
 
-    trainer.training.rows.row = row  # type: ignore[method-assign]
+    trainer.training.sampler.rows.row = row  # type: ignore[method-assign]
 
 
 def first_step(world: World, config: Config, unsupervised: list[int] | None = None) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of the first step. The rows at the places `unsupervised` of its batch teach nothing."""
     trainer = Trainer(config, world)
-    rows = global_rows(0, len(trainer.training.rows), config.train.global_batch_size, config.train.seed)
+    rows = global_rows(0, len(trainer.training.sampler.rows), config.train.global_batch_size, config.train.seed)
     unsupervise(trainer, {rows[place] for place in unsupervised or []})
     gradients: list[torch.Tensor] = []
 
@@ -99,7 +99,7 @@ def test_micro_batches_do_not_change_the_gradient(debug_config) -> None:
 def test_a_step_without_any_anchor_is_no_division_by_zero(debug_config) -> None:
     loss_sum_only = debug_config("train.global_batch_size=2")
     trainer = Trainer(loss_sum_only, ALONE)
-    unsupervise(trainer, range(len(trainer.training.rows)))
+    unsupervise(trainer, range(len(trainer.training.sampler.rows)))
     before = [p.clone() for p in trainer.training.draft.parameters()]
     result = trainer.training.run(0)
     assert result is not None and result.grad_norm == 0 and not result.statistics.isnan().any()
@@ -109,8 +109,8 @@ def test_a_step_without_any_anchor_is_no_division_by_zero(debug_config) -> None:
 def test_a_target_that_cannot_be_packed_trains_on_one_document_a_row(debug_config, monkeypatch, capsys) -> None:
     monkeypatch.setattr("dflash_dist.training.setup.packs_exactly", lambda _config: False)
     trainer = Trainer(debug_config(), ALONE)
-    assert len(trainer.training.rows) == 224
-    assert trainer.training.rows.batch([0, 5]).document_ids.max() == 1  # the document and its padding
+    assert len(trainer.training.sampler.rows) == 224
+    assert trainer.training.sampler.rows.batch([0, 5]).document_ids.max() == 1  # the document and its padding
     assert "one document a row" in capsys.readouterr().out
     assert trainer.training.run(0) is not None
 

@@ -1,0 +1,459 @@
+"""Times real training steps with random weights: `python -m dflash_dist bench [--like Qwen/Qwen3-8B] [--reference]`.
+
+The shapes are those of a config, of a published model, of a config.json, or given one by one; nothing is downloaded.
+The steps are those of training, on a GPU or on a CPU, alone or under torchrun. `--reference` times a plain
+implementation in turns with ours (A B A B), each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import gc
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+
+from dflash_dist.config import PUBLISHED_GAMMA, Config, DataConfig, load_config
+from dflash_dist.cost.reference import ReferenceStep
+from dflash_dist.cost.shapes import PUBLISHED, TargetShape, Work, spread_layers, step_flops
+from dflash_dist.data.chat import Document
+from dflash_dist.data.documents import Documents
+from dflash_dist.data.packing import PackedRows
+from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.ranks import World, join_world
+from dflash_dist.target.capture import HFDFlashTargetModel, decoder_layers
+from dflash_dist.target.load import truncate
+from dflash_dist.training.context import TargetContext
+from dflash_dist.training.metrics import peak_memory_mib
+from dflash_dist.training.sampling import Sampler
+from dflash_dist.training.setup import draft_shape
+from dflash_dist.training.step import TrainingStep
+
+STAGES = ("sample", "capture", "propose", "loss", "backward", "update")
+WARM_UP = 2  # steps before any is timed: allocators, optimiser state, compilation
+MASK_TOKEN = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to time."""
+
+    config: Config
+    target: PretrainedConfig  # of the text decoder, at full depth
+    threads: int
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    plan = make_plan(args)
+    with join_world(plan.config.train.hang_timeout) as world:
+        if args.reference and (world.size > 1 or world.device.type == "cuda"):
+            raise ValueError("--reference compares single processes on a CPU: leave torchrun and the GPU away")
+        report = (
+            compare(plan, args.steps, args.rounds) if args.reference else measure(plan, args.steps * args.rounds, world)
+        )
+    if world.is_main:
+        print(table(report))
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="dflash_dist bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("what to time: one of these, and single numbers to change it")
+    what.add_argument("--config", help="YAML file of a run; its target's config.json is read, its weights and data not")
+    what.add_argument("--like", help=f"folder or file of a config.json, or one of {', '.join(PUBLISHED)}")
+    for name, meaning in {
+        "hidden": "width of target and draft",
+        "heads": "query heads of both",
+        "kv-heads": "key/value heads of both",
+        "head-dim": "size of a head",
+        "intermediate": "width of the MLPs",
+        "target-layers": "decoder layers of the target",
+        "vocab": "tokens of the vocabulary",
+        "draft-layers": "decoder layers of the draft",
+        "seq": "tokens a row",
+        "anchors": "blocks a row",
+        "block": "slots a block",
+        "rows": "rows a rank runs in a step, at once",
+    }.items():
+        what.add_argument(f"--{name}", type=int, help=meaning)
+    what.add_argument("--layer-ids", help="captured layers, such as 1,9,17,25,33; default: spread evenly")
+    how = parser.add_argument_group("how")
+    how.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and compute (default: bfloat16)")
+    how.add_argument("--threads", type=int, help="threads a process (default: torch's)")
+    how.add_argument("--steps", type=int, default=5, help="steps a round (default: 5)")
+    how.add_argument("--rounds", type=int, default=4, help="rounds (default: 4)")
+    how.add_argument("--reference", action="store_true", help="also time a plain float32 implementation")
+    how.add_argument("--json", type=Path, help="file for the report")
+    args = parser.parse_args(argv)
+    if args.config and args.like:
+        parser.error("--config and --like both name shapes: choose one")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------- what to time
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """The config and the target that the arguments describe.
+
+    Raises:
+        ValueError: they describe nothing that exists.
+    """
+    config = load_config(args.config) if args.config else Config(output_dir="-", data=DataConfig(seq_len=512))
+    target = _target_config(args, config).get_text_config()
+    if args.target_layers:
+        truncate(target, args.target_layers)
+    for flag, name in {
+        "hidden": "hidden_size",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "intermediate": "intermediate_size",
+        "vocab": "vocab_size",
+    }.items():
+        if getattr(args, flag):
+            setattr(target, name, getattr(args, flag))
+    draft = dataclasses.replace(
+        config.draft,
+        mask_token_id=MASK_TOKEN,
+        num_layers=args.draft_layers or config.draft.num_layers,
+        block_size=args.block or config.draft.block_size,
+    )
+    if args.layer_ids:
+        ids = [int(i) for i in args.layer_ids.split(",")]
+    else:
+        ids = config.target.layer_ids or spread_layers(target.num_hidden_layers, min(5, draft.num_layers))
+    rows = args.rows or config.train.micro_batch_size
+    dtype = args.dtype or (config.train.precision if args.config else "bfloat16")
+    config = dataclasses.replace(
+        config,
+        target=dataclasses.replace(config.target, layer_ids=ids, dtype=dtype),
+        data=dataclasses.replace(config.data, seq_len=args.seq or config.data.seq_len),
+        draft=draft,
+        loss=dataclasses.replace(config.loss, anchors=args.anchors or config.loss.anchors),
+        train=dataclasses.replace(config.train, precision=dtype, micro_batch_size=rows),
+    )
+    outside = [i for i in ids if not 0 <= i < target.num_hidden_layers]
+    if outside:
+        raise ValueError(f"--layer-ids {outside} are out of range: the target has {target.num_hidden_layers} layers")
+    target.max_position_embeddings = max(target.max_position_embeddings, config.data.seq_len)
+    if config.loss.gamma is None and draft.block_size not in PUBLISHED_GAMMA:
+        config.loss.gamma = draft.block_size / 2  # as costly as any other
+    return Plan(config, target, args.threads or torch.get_num_threads())
+
+
+def _target_config(args: argparse.Namespace, config: Config) -> PretrainedConfig:
+    name = args.like or config.target.path
+    if name in PUBLISHED:
+        return PUBLISHED[name].config()
+    if name:
+        try:
+            return AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} has no config.json to read, nor is it one of {', '.join(PUBLISHED)}") from error
+    return TargetShape(256, 4, 8, 4, 32, 768, 8192, False).config()
+
+
+# ------------------------------------------------------------------------------------------------------ the two ways
+
+
+class Ours:
+    """Our training step on random weights and random rows."""
+
+    def __init__(self, plan: Plan, world: World):
+        torch.set_num_threads(plan.threads)
+        self.world, self.target, self.done = world, TargetShape.of(plan.target), 0
+        config = _for_ranks(plan.config, world.size)
+        ids = config.target.layer_ids
+        shallow = copy.deepcopy(plan.target)
+        truncate(shallow, max(ids) + 1)
+        model = _random_model(AutoModel, shallow, getattr(torch, config.target.dtype), world.device)
+        embedding = model.get_input_embeddings().weight.detach()
+        if world.size > 1:
+            embedding = embedding.clone()  # plain, outside FSDP, as `load_target` gives it
+            for layer in decoder_layers(model):
+                fully_shard(layer)
+            fully_shard(model)
+        self.training = TrainingStep(
+            config,
+            world,
+            Sampler(config, world, _random_rows(config, self.target.vocab), None),
+            _random_draft(plan).to(world.device),
+            TargetContext(HFDFlashTargetModel(model, ids)),
+            embedding,
+            embedding if self.target.tied else torch.randn_like(embedding).mul_(0.02),
+            total_steps=10**6,
+        )
+
+    def step(self) -> None:
+        self.training.run(self.done)
+        self.done += 1
+
+    def flops(self) -> dict[str, float]:
+        """What a step over all ranks cannot do without, by stage; see `step_flops`."""
+        size = self.training.config.draft.block_size
+        tokens = pairs = slots = visible = labels = 0
+        for micro in self.training.sample(self.done):
+            blocks = micro.blocks
+            context = blocks.position_ids[..., 0][blocks.documents >= 0]  # as many tokens as the anchor's position
+            tokens += micro.batch.position_ids.numel()
+            pairs += int((micro.batch.position_ids + 1).sum())
+            slots += blocks.input_ids.numel()
+            visible += size * int((context + size).sum())
+            labels += micro.slots.count
+        every = self.world.size
+        work = Work(tokens * every, pairs * every, slots * every, visible * every, labels * every)
+        return step_flops(self.target, self.training.draft.shape, work)
+
+
+class Plain:
+    """The reference on the same rows and blocks, in float32."""
+
+    def __init__(self, plan: Plan, world: World):
+        torch.set_num_threads(plan.threads)
+        self.world = world
+        config = _for_ranks(plan.config, world.size)
+        model = _random_model(AutoModelForCausalLM, plan.target, torch.float32, world.device)
+        sampler = Sampler(config, world, _random_rows(config, plan.target.vocab_size), None)
+        self.reference, self.done = ReferenceStep(model, _random_draft(plan), sampler, config.train.lr), 0
+
+    def step(self) -> None:
+        self.reference.run(self.done)
+        self.done += 1
+
+
+def _for_ranks(config: Config, ranks: int) -> Config:
+    """As many rows a rank, whatever the number of ranks."""
+    batch = config.train.micro_batch_size * ranks
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=batch))
+
+
+def _random_model(auto_class: Any, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = auto_class.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _random_draft(plan: Plan) -> DFlashDraftModel:
+    torch.manual_seed(1)
+    return DFlashDraftModel(draft_shape(plan.config, plan.target, "the target"))
+
+
+def _random_rows(config: Config, vocab: int) -> PackedRows:
+    """Rows of one document each, all of it supervised."""
+    length = config.data.seq_len
+    tokens = np.random.default_rng(0).integers(1, vocab, size=(4 * config.train.global_batch_size, length))
+    documents = Documents.of([Document(row.astype(np.int32), [(0, length)]) for row in tokens])
+    return PackedRows(documents, np.arange(len(tokens)), length, MASK_TOKEN)
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+class Meter:
+    """Times the steps of one way, and watches the memory that they take above that of the process at rest."""
+
+    def __init__(self, way: Ours | Plain):
+        self.way, self.device = way, way.world.device
+        gc.collect()
+        self.resting_mib = resting_mib(self.device)
+        for _ in range(WARM_UP):
+            way.step()
+
+    def times(self, steps: int) -> list[Time]:
+        return [self.time(self.way.step) for _ in range(steps)]
+
+    def time(self, work: Callable[[], Any]) -> Time:
+        begin = self._now()
+        work()
+        end = self._now()
+        return Time(end.seconds - begin.seconds, end.cpu_seconds - begin.cpu_seconds)
+
+    def _now(self) -> Time:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return Time(time.perf_counter(), time.process_time())
+
+    def report(self, times: list[Time]) -> dict[str, Any]:
+        return {
+            "seconds_per_step": statistics.median(t.seconds for t in times),
+            "cpu_seconds_per_step": statistics.median(t.cpu_seconds for t in times),
+            "resting_mib": self.resting_mib,
+            "peak_mib": peak_memory_mib(self.device),
+        }
+
+
+@dataclass(frozen=True)
+class Time:
+    seconds: float  # on the clock
+    cpu_seconds: float  # of all threads of the process
+
+
+def stage_times(ours: Ours, meter: Meter, steps: int) -> dict[str, Time]:
+    """What each stage of a step takes. On a GPU the host waits after every stage here, so that together they take
+    longer than a step."""
+    spent: dict[str, list[Time]] = {stage: [] for stage in STAGES}
+
+    def timed(stage: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            results: list[Any] = []
+            spent[stage].append(meter.time(lambda: results.append(method(*args))))
+            return results[0]
+
+        return call
+
+    for stage in STAGES:
+        setattr(ours.training, stage, timed(stage, getattr(ours.training, stage)))
+    meter.times(steps)
+    for stage in STAGES:
+        delattr(ours.training, stage)
+    return {
+        stage: Time(sum(t.seconds for t in times) / steps, sum(t.cpu_seconds for t in times) / steps)
+        for stage, times in spent.items()
+    }
+
+
+def full_report(ours: Ours, meter: Meter, times: list[Time]) -> dict[str, Any]:
+    report = meter.report(times)
+    train, ranks, flops = ours.training.config.train, ours.world.size, ours.flops()
+    peak = ranks * matmul_flops_per_s(getattr(torch, train.precision), ours.world.device)
+    seconds, useful = report["seconds_per_step"], sum(flops.values())
+    return report | {
+        "tokens_per_s": train.global_batch_size * ours.training.config.data.seq_len / seconds,
+        "anchors_per_s": train.global_batch_size * ours.training.config.loss.anchors / seconds,
+        "useful_flops_per_step": useful,
+        "matmul_flops_per_s": peak,
+        "share_of_peak": useful / seconds / peak,
+        "collective_mib_per_step": collective_mib(ours.step),
+        "stages": {
+            stage: dataclasses.asdict(spent) | {"flops": flops.get(stage, 0.0)}
+            for stage, spent in stage_times(ours, meter, max(len(times) // 2, 1)).items()
+        },
+    }
+
+
+def measure(plan: Plan, steps: int, world: World) -> dict[str, Any]:
+    """Our step alone, on every rank of this run."""
+    ours = Ours(plan, world)
+    meter = Meter(ours)
+    return full_report(ours, meter, meter.times(steps))
+
+
+def compare(plan: Plan, steps: int, rounds: int) -> dict[str, Any]:
+    """Our step and the reference in turns, each in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, spawn, _start, (Ours, plan)) as ours,
+        ProcessPoolExecutor(1, spawn, _start, (Plain, plan)) as plain,
+    ):
+        times: dict[Any, list[Time]] = {ours: [], plain: []}
+        for _ in range(rounds):
+            for process in times:
+                times[process] += process.submit(_times, steps).result()
+        report = ours.submit(_report, times[ours]).result()
+        reference = plain.submit(_report, times[plain]).result()
+    return report | {f"reference_{name}": value for name, value in reference.items()}
+
+
+_meter: Meter  # of a process that `compare` started
+
+
+def _start(way: type[Ours] | type[Plain], plan: Plan) -> None:
+    global _meter
+    _meter = Meter(way(plan, World(0, 1, torch.device("cpu"))))
+
+
+def _times(steps: int) -> list[Time]:
+    return _meter.times(steps)
+
+
+def _report(times: list[Time]) -> dict[str, Any]:
+    way = _meter.way
+    return full_report(way, _meter, times) if isinstance(way, Ours) else _meter.report(times)
+
+
+def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
+    """The best of several matrix products, on as many threads as torch uses now."""
+    size, times = (8192, 20) if device.type == "cuda" else (1024, 20)
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.float32).to(dtype)
+    best = math.inf
+    for _ in range(times):
+        begin = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def resting_mib(device: torch.device) -> float:
+    """Memory in use now [MiB]; from here on `peak_memory_mib` tells the most."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far, see proc(5)
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def collective_mib(step: Callable[[], Any]) -> float:
+    """What one rank hands to collectives in a step [MiB], as torch's flight recorder has it."""
+    if not dist.is_initialized():
+        return 0.0
+    last = max(entry["record_id"] for entry in recorded_collectives())
+    step()
+    new = [entry for entry in recorded_collectives() if entry["record_id"] > last]
+    sizes = {"Float": 4, "Double": 8, "BFloat16": 2, "Half": 2, "Long": 8, "Int": 4, "Byte": 1}
+    return (
+        sum(
+            sizes[dtype] * math.prod(shape)
+            for entry in new
+            for shape, dtype in zip(entry["input_sizes"], entry["input_dtypes"])
+        )
+        / 2**20
+    )
+
+
+def recorded_collectives() -> list[dict[str, Any]]:
+    return json.loads(torch._C._distributed_c10d._dump_fr_trace_json())["entries"]  # type: ignore[attr-defined]
+
+
+# -------------------------------------------------------------------------------------------------------------- showing
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = [f"{'stage':<10} {'ms':>9} {'CPU s':>8} {'GFLOP':>9} {'GFLOP/s':>9}"]
+    for stage, spent in report["stages"].items():
+        rate = spent["flops"] / max(spent["seconds"], 1e-9) / 1e9
+        lines.append(
+            f"{stage:<10} {1e3 * spent['seconds']:>9.1f} {spent['cpu_seconds']:>8.3f}"
+            f" {spent['flops'] / 1e9:>9.2f} {rate:>9.1f}"
+        )
+    lines += [f"{name:<32} {value:,.4g}" for name, value in report.items() if isinstance(value, float)]
+    if "reference_cpu_seconds_per_step" in report:
+        ratio = report["reference_cpu_seconds_per_step"] / report["cpu_seconds_per_step"]
+        ours, plain = (report[f"{p}peak_mib"] - report[f"{p}resting_mib"] for p in ("", "reference_"))
+        lines.append(
+            f"CPU-seconds: {ratio:.2f} times less than the reference; memory above rest: {ours / plain:.2f} of it"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,99 @@
+"""A log file for every rank in the run folder; the terminal shows rank 0, and what ends any of them.
+
+Rank 0 prints to both through Python objects, because a pipe in between would no longer be a terminal to progress bars;
+what native code prints there reaches the terminal alone. The other ranks' file descriptors lead to their files, native
+output included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+LOGS = "logs"  # in the run folder
+
+
+@contextlib.contextmanager
+def keep_logs(folder: Path) -> Iterator[None]:
+    """While it lasts, what this process prints goes to `folder`/logs/rank-N.log, appended; from rank 0, or a process
+    without torchrun, to the terminal as well. An exception is written there and passed on. `sys.__stderr__` leads to
+    the terminal throughout.
+
+    Raises:
+        ValueError: the folder cannot be written to.
+    """
+    rank, path = int(os.environ.get("RANK", 0)), folder / LOGS
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: a killed rank has written its lines, and a full disk keeps none back to fail again.
+        log = (path / f"rank-{rank}.log").open("ab", buffering=0)
+    except OSError as error:
+        raise ValueError(f"output_dir {folder} cannot be written to: {error}") from error
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + 1
+    with log, _descriptors_to(log) if rank else contextlib.nullcontext():
+        _put(
+            log,
+            f"==== {time.strftime('%F %T')} rank {rank} of {os.environ.get('WORLD_SIZE', 1)}, attempt {attempt},"
+            f" process {os.getpid()} on {platform.node()}: {' '.join(sys.argv)}\n",
+        )
+        before = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (_Lines(stream, log, echo=rank == 0) for stream in before)  # type: ignore[assignment]
+        try:
+            yield
+        except BaseException:
+            _put(log, traceback.format_exc())
+            raise
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+def _put(log: BinaryIO, text: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk costs lines, not the run
+        log.write(text.encode(errors="replace"))
+
+
+@contextlib.contextmanager
+def _descriptors_to(log: BinaryIO) -> Iterator[None]:
+    """stdout and stderr of this process lead to the file; `sys.__stderr__` still to the terminal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    terminal, stderr = {number: os.dup(number) for number in (1, 2)}, sys.__stderr__
+    sys.__stderr__ = os.fdopen(terminal[2], "w", buffering=1, closefd=False)  # type: ignore[misc]
+    for number in terminal:
+        os.dup2(log.fileno(), number)
+    try:
+        yield
+    finally:
+        sys.__stderr__ = stderr  # type: ignore[misc]
+        for number, before in terminal.items():
+            os.dup2(before, number)
+            os.close(before)
+
+
+class _Lines:
+    """A stream whose whole lines go to a file, without what was drawn over in place; and, to `echo`, everything where
+    it went before."""
+
+    def __init__(self, stream: TextIO, log: BinaryIO, echo: bool):
+        self.stream, self.log, self.echo, self.line, self.lock = stream, log, echo, "", threading.Lock()
+
+    def write(self, text: str) -> int:
+        if self.echo:
+            self.stream.write(text)
+        with self.lock:
+            *whole, self.line = (self.line + text).split("\n")
+            self.line = self.line[self.line.rfind("\r") + 1 :]
+            for line in whole:
+                _put(self.log, line.rstrip("\r").rpartition("\r")[2].replace("\033[K", "") + "\n")
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)

@@ -1,0 +1,101 @@
+"""Every rank has its log file; the terminal shows rank 0 and what ends any of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dflash_dist.training.logs import LOGS, keep_logs
+from tests.conftest import REPOSITORY
+
+PRINTS = """
+import os, sys
+from pathlib import Path
+from dflash_dist.training.logs import keep_logs
+with keep_logs(Path(sys.argv[1])):
+    print("from Python")
+    print("a warning", file=sys.stderr)
+    os.system("echo from outside Python")
+    print("for the user", file=sys.__stderr__)
+    raise KeyError("unexpected")
+"""
+
+
+def rank(number: int, *command: str, **environment: str) -> tuple[str, str]:
+    """What a rank that fails prints to stdout and to stderr."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | {"RANK": str(number), "WORLD_SIZE": "2", "PYTHONPATH": str(REPOSITORY)} | environment,
+        cwd=REPOSITORY,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    return done.stdout, done.stderr
+
+
+def test_another_rank_is_silent_until_it_fails(tmp_path: Path) -> None:
+    out, err = rank(1, "-c", PRINTS, str(tmp_path), TORCHELASTIC_RESTART_COUNT="2")
+    assert out == ""
+    assert err.startswith("for the user\nTraceback") and err.endswith("KeyError: 'unexpected'\n")
+    header, *lines = (tmp_path / LOGS / "rank-1.log").read_text().splitlines()
+    assert " rank 1 of 2, attempt 3, process " in header
+    assert lines[:3] == ["from Python", "a warning", "from outside Python"]
+    assert lines[3].startswith("Traceback") and lines[-1] == "KeyError: 'unexpected'"
+
+
+def test_rank_0_prints_to_both(tmp_path: Path) -> None:
+    out, err = rank(0, "-c", PRINTS, str(tmp_path))
+    assert sorted(out.splitlines()) == ["from Python", "from outside Python"]
+    assert err.startswith("a warning\nfor the user\nTraceback") and err.endswith("KeyError: 'unexpected'\n")
+    lines = (tmp_path / LOGS / "rank-0.log").read_text().splitlines()
+    assert lines[1:3] == ["from Python", "a warning"] and lines[-1] == "KeyError: 'unexpected'"
+
+
+def test_an_error_of_any_rank_reaches_the_terminal_and_torchruns_report(tmp_path: Path) -> None:
+    report = tmp_path / "error.json"
+    run = ["-m", "dflash_dist", "train", "--config", str(tmp_path / "none.yaml")]
+    _, err = rank(1, *run, TORCHELASTIC_ERROR_FILE=str(report))
+    message = f"error: config file {tmp_path / 'none.yaml'} does not exist"
+    assert err == f"[rank 1] {message}\n"
+    assert json.loads(report.read_text())["message"]["message"] == message
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_starts_follow_each_other_and_what_is_drawn_over_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    drawn = ["\r 1%", "\r 2%", "\r\033[Ksaid", "\n", "\r 3%\033[K", "\r", "\n", "the e", "nd\n", "cut"]
+    for _ in range(2):
+        with keep_logs(tmp_path):
+            assert sys.stderr.isatty()
+            for text in drawn:
+                sys.stderr.write(text)
+    assert sys.stderr is terminal and terminal.getvalue() == "".join(drawn) * 2
+    lines = (tmp_path / LOGS / "rank-0.log").read_text().splitlines()
+    assert [line for line in lines if "attempt" not in line] == ["said", "", "the end"] * 2
+
+
+def test_a_full_disk_does_not_end_what_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    (tmp_path / LOGS).mkdir()
+    (tmp_path / LOGS / "rank-0.log").symlink_to("/dev/full")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with keep_logs(tmp_path):
+        print("goes on")
+    assert terminal.getvalue() == "goes on\n"
