@@ -22,8 +22,8 @@ demo: setup  ## a real target, real training over 2 ranks, export, evaluation: a
 debug: setup  ## a whole run with a tiny random target: under a minute
 	$(RUN) train --config configs/debug.yaml
 
-test: setup
-	$(BIN)/python -m pytest
+test: setup  ## two files at a time, for two cores: about 5 minutes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-thorough: setup  ## random conversations by the ten thousand: about 3 minutes
 	$(BIN)/python -m pytest tests/data/test_templates.py --hypothesis-profile=thorough

@@ -31,6 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["XDG_CACHE_HOME"] = cache.name
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of this folder first: they start whole programs, and two workers should end at about the same time."""
+    items.sort(key=lambda item: item.path.parent != REPOSITORY / "tests")
+
+
 def pytest_sessionfinish() -> None:
     close_pools()
 
