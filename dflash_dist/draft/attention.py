@@ -9,10 +9,13 @@ and returns [B, heads, A*K, D]. Neither ever holds a dense [A*K, S + A*K] mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dflash_dist.draft.blocks import Blocks
@@ -36,47 +39,144 @@ def full_attention(query, context_key, context_value, block_key, block_value) ->
 class ChunkedAttention:
     """Runs of neighbouring anchors at a time, each over the context it can reach and its own slots.
 
-    FlexAttention has no backward on CPU. Anchors are sorted, so neighbours share nearly all of their context.
+    FlexAttention has no backward on CPU. Anchors are sorted, so neighbours share nearly all of their context: a run is
+    a few large matrix products, and the scores of one key/value head stay in the cache.
     """
 
     def __init__(self, blocks: Blocks, document_ids: torch.Tensor, anchors_at_once: int = 16):
         self.block_size = blocks.block_size
-        # (row, slots of the run, context range that it reaches, mask [slots, context + slots])
-        self.runs: list[tuple[int, slice, slice, torch.Tensor]] = []
-        for row in range(len(blocks.anchors)):
-            used = int((blocks.documents[row] >= 0).sum())
-            # A row without anchors still runs one block: DDP needs a gradient, if zero, from every parameter.
-            used = max(used, 1)
-            for start in range(0, used, anchors_at_once):
-                self.runs.append(self._run(row, start, min(start + anchors_at_once, used), blocks, document_ids))
-
-    def _run(self, row: int, start: int, end: int, blocks: Blocks, document_ids: torch.Tensor):
-        anchor, document = blocks.anchors[row, start:end], blocks.documents[row, start:end]
-        begin = int((document_ids[row] == document[0]).int().argmax())
-        context = slice(begin, max(int(anchor.max()), begin + 1))  # never empty, for the same reason
-        index = torch.arange(context.start, context.stop, device=anchor.device)
-        block = torch.arange(end - start, device=anchor.device)
-        seen_context = sees_context(anchor[:, None], document[:, None], index, document_ids[row, context])
-        seen_slots = sees_slot(block[:, None], block.repeat_interleave(self.block_size))
-        mask = torch.cat([seen_context, seen_slots], dim=1).repeat_interleave(self.block_size, dim=0)
-        return row, slice(start * self.block_size, end * self.block_size), context, mask
+        self.runs = [
+            Run.of(row, slice(start, min(start + anchors_at_once, used)), blocks, document_ids)
+            for row, used in enumerate((blocks.documents >= 0).sum(dim=1).tolist())
+            for start in range(0, used, anchors_at_once)
+        ]
 
     def __call__(self, query, context_key, context_value, block_key, block_value) -> torch.Tensor:
-        pieces: list[list[torch.Tensor]] = [[] for _ in query]
-        for row, slots, context, mask in self.runs:
-            key = torch.cat([context_key[row, :, context], block_key[row, :, slots]], dim=1)
-            value = torch.cat([context_value[row, :, context], block_value[row, :, slots]], dim=1)
-            piece = F.scaled_dot_product_attention(
-                query[row, None, :, slots], key[None], value[None], attn_mask=mask, enable_gqa=True
-            )
-            pieces[row].append(piece[0])
-        # Unused blocks carry no weight: whatever they attend to is never looked at.
-        groups = query.shape[1] // block_value.shape[1]
-        outputs = []
-        for row, done in enumerate(pieces):
-            rest = block_value[row, :, sum(piece.shape[1] for piece in done) :].repeat_interleave(groups, dim=0)
-            outputs.append(torch.cat([*done, rest], dim=1))
-        return torch.stack(outputs)
+        rows, heads, slots, head_dim = query.shape
+        size = self.block_size
+        # The queries of a block that share a key come together: [B, kv_heads, A, Q, D] with Q = heads / kv_heads * K.
+        split = query.unflatten(1, (block_key.shape[1], -1)).unflatten(3, (-1, size))
+        output = _AttendInRuns.apply(
+            self.runs,
+            split.transpose(2, 3).flatten(3, 4),
+            context_key,
+            context_value,
+            block_key.unflatten(2, (-1, size)),
+            block_value.unflatten(2, (-1, size)),
+        )
+        # Laid out as the output projection reads it: [B, A * K, heads, D].
+        output = output.unflatten(3, (-1, size)).permute(0, 2, 4, 1, 3, 5)
+        return output.reshape(rows, slots, heads, head_dim).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring anchors of a row."""
+
+    row: int
+    anchors: slice
+    context: slice  # what they can reach
+    bias: torch.Tensor  # [anchors, 1, context] float32: 0 where visible, else -inf
+
+    @staticmethod
+    def of(row: int, anchors: slice, blocks: Blocks, document_ids: torch.Tensor) -> Run:
+        anchor, document = blocks.anchors[row, anchors, None], blocks.documents[row, anchors, None]
+        begin = int((document_ids[row] == document[0]).int().argmax())
+        context = slice(begin, int(anchor.max()))
+        index = torch.arange(context.start, context.stop)
+        visible = sees_context(anchor, document, index, document_ids[row, context])
+        return Run(row, anchors, context, torch.where(visible, 0.0, -math.inf)[:, None])
+
+
+class _AttendInRuns(torch.autograd.Function):
+    """Attention in float32, whatever the dtype around it. Backward computes the probabilities again: kept, they would
+    take more memory than all other activations together.
+
+    Shapes:
+        query, output           [B, kv_heads, A, Q, D]
+        context_key, _value     [B, kv_heads, S, D]
+        block_key, _value       [B, kv_heads, A, K, D]
+    """
+
+    @staticmethod
+    def forward(ctx, runs, query, *keys_and_values):
+        ctx.save_for_backward(query, *keys_and_values)
+        ctx.runs = runs
+        with torch.autocast("cpu", enabled=False):
+            scaled = _wide(query) * query.shape[-1] ** -0.5
+            context_key, context_value, block_key, block_value = map(_wide, keys_and_values)
+            output = torch.zeros_like(scaled)  # unused blocks carry no weight: their output is never looked at
+            block_scores = scaled @ block_key.mT
+            for at, context, bias, (scores,) in _heads_of_runs(runs, block_scores, rooms=1):
+                scores.fill(scaled[at], context_key[context], block_scores[at])
+                scores.to_probabilities(bias)
+                torch.mm(scores.context, context_value[context], out=output[at].flatten(0, 1))
+                block_scores[at] = scores.block
+            output += block_scores @ block_value
+        return output.to(query.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        query, *keys_and_values = ctx.saved_tensors
+        scale = query.shape[-1] ** -0.5
+        scaled, gradient = _wide(query) * scale, _wide(gradient)
+        context_key, context_value, block_key, block_value = map(_wide, keys_and_values)
+        d_query, d_context_key, d_context_value = map(torch.zeros_like, (scaled, context_key, context_value))
+        block_scores, d_block_scores = scaled @ block_key.mT, gradient @ block_value.mT
+        for at, context, bias, (scores, d_scores) in _heads_of_runs(ctx.runs, block_scores, rooms=2):
+            scores.fill(scaled[at], context_key[context], block_scores[at])
+            scores.to_probabilities(bias)
+            d_scores.fill(gradient[at], context_value[context], d_block_scores[at])
+            d_scores.back_through_softmax(scores)
+            d_context_value[context].addmm_(scores.context.T, gradient[at].flatten(0, 1))
+            d_context_key[context].addmm_(d_scores.context.T, scaled[at].flatten(0, 1))
+            torch.mm(d_scores.context, context_key[context], out=d_query[at].flatten(0, 1))
+            block_scores[at], d_block_scores[at] = scores.block, d_scores.block
+        d_query += d_block_scores @ block_key
+        d_block_key, d_block_value = d_block_scores.mT @ scaled, block_scores.mT @ gradient
+        gradients = d_query * scale, d_context_key, d_context_value, d_block_key, d_block_value
+        return None, *(each.to(query.dtype) for each in gradients)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float().contiguous()
+
+
+def _heads_of_runs(runs: list[Run], block_scores: torch.Tensor, rooms: int) -> Iterator[tuple]:
+    """For each key/value head of each run: indices of its slots and of its context, the run's bias, and as many
+    matrices of scores as `rooms`, whose memory the next one uses again."""
+    heads, queries, size = block_scores.shape[1], block_scores.shape[3], block_scores.shape[4]
+    most = max((len(run.bias) * (run.bias.shape[-1] + size) for run in runs), default=0) * queries
+    memory = torch.empty(rooms, most)
+    for run in runs:
+        matrices = [_Scores(room, len(run.bias), queries, run.bias.shape[-1], size) for room in memory]
+        for head in range(heads):
+            yield (run.row, head, run.anchors), (run.row, head, run.context), run.bias, matrices
+
+
+class _Scores:
+    """Scores of the slots of a run over its context and their own block, side by side."""
+
+    def __init__(self, room: torch.Tensor, anchors: int, queries: int, context: int, size: int):
+        rows = anchors * queries
+        self.all = room[: rows * (context + size)].view(rows, context + size)
+        self.context = self.all[:, :context]  # [a * Q, C]
+        self.context_by_anchor = self.context.unflatten(0, (anchors, queries))  # [a, Q, C]
+        self.block = self.all[:, context:].unflatten(0, (anchors, queries))  # [a, Q, K]
+
+    def fill(self, left: torch.Tensor, context: torch.Tensor, block: torch.Tensor) -> None:
+        """With the products of `left` [a, Q, D] and `context` [C, D], and those of the block [a, Q, K]."""
+        torch.mm(left.flatten(0, 1), context.T, out=self.context)
+        self.block.copy_(block)
+
+    def to_probabilities(self, bias: torch.Tensor) -> None:
+        self.context_by_anchor.add_(bias)
+        torch.softmax(self.all, -1, out=self.all)
+
+    def back_through_softmax(self, probabilities: _Scores) -> None:
+        """From the gradient of the probabilities to that of the scores."""
+        torch.ops.aten._softmax_backward_data.out(self.all, probabilities.all, -1, self.all.dtype, grad_input=self.all)
 
 
 class FlexAttention:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dflash_dist.draft.attention import Attend, full_attention
+from dflash_dist.draft.elementwise import GatedSiLU, NormalizeRMS, Rope, rotate
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class DraftShape:
     max_position_embeddings: int
 
 
-Rope = tuple[torch.Tensor, torch.Tensor]
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -106,13 +105,13 @@ class DFlashDraftModel(nn.Module):
         return self.norm(hidden)
 
     def _rope(self, positions: torch.Tensor) -> Rope:
-        """Cosine and sine [B, 1, T, D] in float32. Computed anew each time: a buffer would be rounded by `.to(bf16)`,
-        which turns positions past a few hundred into noise."""
+        """Cosine and signed sine for `rotate`. Computed anew each time: a buffer would be rounded by `.to(bf16)`, which
+        turns positions past a few hundred into noise."""
         half = torch.arange(0, self.shape.head_dim, 2, device=positions.device, dtype=torch.float32)
         frequencies = self.shape.rope_theta ** (-half / self.shape.head_dim)
         angles = positions[:, None, :, None].float() * frequencies
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 @dataclass
@@ -189,7 +188,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(GatedSiLU.apply(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
 class RMSNorm(nn.Module):
@@ -201,14 +200,4 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        wide = hidden.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight.float()).to(hidden.dtype)
-
-
-def rotate(heads: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Rotary position embedding of [B, heads, T, D], half-split as in Llama and Qwen; computed in float32."""
-    cos, sin = rope
-    wide = heads.float()
-    left, right = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(heads.dtype)
+        return NormalizeRMS.apply(hidden, self.weight, self.eps)

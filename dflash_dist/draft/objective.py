@@ -15,11 +15,12 @@ from dflash_dist.draft.blocks import Blocks
 
 # Slots enter the head in multiples of this: matrix products like it, and a device sees few different shapes.
 PADDING = 64
-# Slots whose logits exist at once. On a GPU enough to keep it busy; on a CPU as many as so many bytes of float32 hold,
-# where products are at full speed and memory is still reused from one chunk to the next.
-GPU_CHUNK, CPU_CHUNK_BYTES = 2048, 48 * 2**20
-# On a CPU the passes over the logits go by as many of them as stay in the cache [elements].
-CPU_TILE = 2**19
+# Slots whose logits exist at once: enough to keep a GPU busy; on a CPU products are at full speed with fewer, and their
+# limit is so many bytes of float32.
+GPU_CHUNK, CPU_CHUNK, CPU_CHUNK_BYTES = 2048, 320, 64 * 2**20
+# A CPU multiplies with so many rows of the head at once, for with all of them it waits for memory; and its passes over
+# the logits go by as many of these as stay in the cache [elements].
+CPU_WORDS, CPU_TILE = 1024, 2**19
 # A CPU finds a maximum at once among so many neighbours, but its index one by one.
 GROUP = 256
 
@@ -68,7 +69,7 @@ def block_loss(
 def suitable_chunk(head: torch.Tensor) -> int:
     if head.is_cuda:
         return GPU_CHUNK
-    return max(CPU_CHUNK_BYTES // (4 * len(head)) // PADDING, 1) * PADDING
+    return max(min(CPU_CHUNK, CPU_CHUNK_BYTES // (4 * len(head))) // PADDING, 1) * PADDING
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -80,13 +81,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         chunks = math.ceil(count / chunk)
         size = math.ceil(count / max(chunks, 1))
-        tile = size if head.is_cuda else max(CPU_TILE // vocab, 1)
+        tile, width = (size, vocab) if head.is_cuda else (max(CPU_TILE // vocab, 1), CPU_WORDS)
         with torch.autocast(hidden.device.type, enabled=False):
             rows = hidden.to(head.dtype)
             logits = head.new_empty(size, vocab)
             wide = None if head.dtype == torch.float32 else head.new_empty(min(tile, size), vocab, dtype=torch.float32)
             for part in (slice(start, min(start + size, count)) for start in range(0, count, max(size, 1))):
-                some = torch.mm(rows[part], head.T, out=logits[: part.stop - part.start])
+                some = logits[: part.stop - part.start]
+                for columns, words in zip(some.split(width, dim=1), head.split(width)):
+                    torch.mm(rows[part], words.T, out=columns)
                 for few, label, few_nll, few_correct in zip(
                     *(of.split(tile) for of in (some, labels[part], nll[part], correct[part]))
                 ):
@@ -111,15 +114,16 @@ def _to_gradient(
     In float32: `wide` is room for that where the logits are not. The difference too, since a bfloat16 knows nothing
     between 0.996 and 1, where the probability of a label that has been learned lies.
     """
-    peak, best = _first_max(logits)
-    label_logit = logits.gather(1, label)
-    powers = torch.softmax(logits, -1, dtype=torch.float32, out=logits if wide is None else wide[: len(logits)])
+    exact = logits if wide is None else wide[: len(logits)].copy_(logits)
+    peak, best = _first_max(exact)
+    label_logit = exact.gather(1, label)
+    torch.softmax(exact, -1, out=exact)
     # The most likely token's probability is 1 / Σ exp(logit - peak): exact, where the label's own may be 0.
-    torch.sub(peak.float() - label_logit.float(), powers.gather(1, best).log(), out=nll[:, None])
+    torch.sub(peak - label_logit, exact.gather(1, best).log(), out=nll[:, None])
     correct[:] = (best == label)[:, 0]
-    powers.scatter_add_(1, label, torch.full_like(label, -1, dtype=torch.float32))
+    exact.scatter_add_(1, label, torch.full_like(peak, -1))
     if wide is not None:
-        logits.copy_(powers)
+        logits.copy_(exact)
 
 
 def _first_max(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

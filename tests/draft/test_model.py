@@ -156,13 +156,14 @@ def test_rope_tables_stay_float32_and_exact_in_a_bfloat16_model():
     rounded = draft.to(torch.bfloat16)._rope(positions)
     frequencies = 1e6 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
     angles = positions[0, :, None].double() * frequencies
-    for table, after, exact in zip(tables, rounded, (angles.cos(), angles.sin())):
+    cos, sin = angles.cos(), angles.sin()
+    # half-split: both halves turn by the same angles, the first one against the second
+    for table, after, exact in zip(tables, rounded, (torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))):
         assert table.dtype == after.dtype == torch.float32
         assert table.shape == (1, 1, 5, 16)
         assert torch.equal(table, after)
-        # a float32 angle of 1e5 is known to 4e-3; half-split: both halves turn by the same angles
-        torch.testing.assert_close(table[0, 0].double(), torch.cat([exact, exact], dim=-1), rtol=0, atol=8e-3)
-        torch.testing.assert_close(table[0, 0, :3].double(), torch.cat([exact, exact], dim=-1)[:3], rtol=0, atol=5e-5)
+        torch.testing.assert_close(table[0, 0].double(), exact, rtol=0, atol=8e-3)  # a float32 angle of 1e5: 4e-3
+        torch.testing.assert_close(table[0, 0, :3].double(), exact[:3], rtol=0, atol=5e-5)
 
 
 def test_rope_is_not_rounded_under_autocast():

@@ -1,0 +1,61 @@
+"""The draft's element-wise operations; what adds up or rotates does so in float32, whatever the dtype around it.
+
+Written out as one would read them, they pass over memory a dozen times and keep every intermediate result for backward.
+Here each backward has only the inputs, and computes the rest again.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+Rope = tuple[torch.Tensor, torch.Tensor]  # see `rotate`
+
+
+def rotate(heads: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Rotary position embedding of [B, heads, T, D], half-split as in Llama and Qwen.
+
+    Args:
+        rope: [B, 1, T, D] float32 each: (cos, cos) and (-sin, sin) of the angles of the D/2 pairs.
+    """
+    cos, signed_sin = rope
+    wide = heads.float()
+    return torch.addcmul(wide * cos, wide.roll(wide.shape[-1] // 2, dims=-1), signed_sin).to(heads.dtype)
+
+
+class NormalizeRMS(torch.autograd.Function):
+    """`x / sqrt(mean(x²) + eps) * weight` over the last dimension."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, eps):
+        wide = hidden.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(hidden, weight, scale)
+        return (wide * scale).mul_(weight).to(hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        hidden, weight, scale = ctx.saved_tensors
+        unit, gradient = hidden.float() * scale, gradient.float()
+        along = gradient * unit
+        # What grows all of a vector alike is undone by its normalisation.
+        radial = (along @ weight.float() / hidden.shape[-1])[..., None]
+        d_hidden = (gradient * weight).addcmul_(unit, radial, value=-1).mul_(scale)
+        return d_hidden.to(hidden.dtype), along.flatten(0, -2).sum(0).to(weight.dtype), None
+
+
+class GatedSiLU(torch.autograd.Function):
+    """`silu(gate) * up`."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
