@@ -39,6 +39,7 @@ from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.capture import HFDFlashTargetModel, decoder_layers
 from dflash_dist.target.load import truncate
+from dflash_dist.target.tiny import BUILTIN_TARGET, tiny_config, tiny_tokenizer
 from dflash_dist.training.context import TargetContext
 from dflash_dist.training.metrics import peak_memory_mib
 from dflash_dist.training.sampling import Sampler
@@ -122,7 +123,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     config = load_config(args.config) if args.config else Config(output_dir="-", data=DataConfig(seq_len=512))
     target = _target_config(args, config).get_text_config()
     if args.target_layers:
-        truncate(target, args.target_layers)
+        _set_depth(target, args.target_layers)
     for flag, name in {
         "hidden": "hidden_size",
         "heads": "num_attention_heads",
@@ -166,12 +167,23 @@ def _target_config(args: argparse.Namespace, config: Config) -> PretrainedConfig
     name = args.like or config.target.path
     if name in PUBLISHED:
         return PUBLISHED[name].config()
+    if name == BUILTIN_TARGET:
+        return tiny_config(tiny_tokenizer())
     if name:
-        try:
-            return AutoConfig.from_pretrained(name)
+        try:  # a run's target may be on the hub
+            return AutoConfig.from_pretrained(
+                name, revision=config.target.revision, local_files_only=args.like is not None
+            )
         except (OSError, ValueError) as error:
             raise ValueError(f"{name} has no config.json to read, nor is it one of {', '.join(PUBLISHED)}") from error
-    return TargetShape(256, 4, 8, 4, 32, 768, 8192, False).config()
+    return TargetShape(256, 8, 8, 4, 32, 768, 8192, False).config()
+
+
+def _set_depth(target: PretrainedConfig, layers: int) -> None:
+    """Fewer layers or more, whose kinds go on as they began."""
+    if kinds := getattr(target, "layer_types", None):
+        target.layer_types = (kinds * math.ceil(layers / len(kinds)))[:layers]
+    target.num_hidden_layers = layers
 
 
 # ------------------------------------------------------------------------------------------------------ the two ways
@@ -300,7 +312,8 @@ class Meter:
             "seconds_per_step": statistics.median(t.seconds for t in times),
             "cpu_seconds_per_step": statistics.median(t.cpu_seconds for t in times),
             "resting_mib": self.resting_mib,
-            "peak_mib": peak_memory_mib(self.device),
+            # The system counts resident pages in two ways, which a small step can turn around.
+            "peak_mib": max(peak_memory_mib(self.device), self.resting_mib),
         }
 
 
@@ -368,6 +381,8 @@ def compare(plan: Plan, steps: int, rounds: int) -> dict[str, Any]:
         ProcessPoolExecutor(1, spawn, _start, (Plain, plan)) as plain,
     ):
         times: dict[Any, list[Time]] = {ours: [], plain: []}
+        for started in [process.submit(_times, 0) for process in times]:  # both at once
+            started.result()
         for _ in range(rounds):
             for process in times:
                 times[process] += process.submit(_times, steps).result()
@@ -449,11 +464,10 @@ def table(report: dict[str, Any]) -> str:
             f"{stage:<10} {1e3 * spent['seconds']:>9.1f} {spent['cpu_seconds']:>8.3f}"
             f" {spent['flops'] / 1e9:>9.2f} {rate:>9.1f}"
         )
-    lines += [f"{name:<32} {value:,.4g}" for name, value in report.items() if isinstance(value, float)]
+    lines += [f"{name:<32} {value:,.4g}" for name, value in report.items() if isinstance(value, (int, float))]
     if "reference_cpu_seconds_per_step" in report:
         ratio = report["reference_cpu_seconds_per_step"] / report["cpu_seconds_per_step"]
         ours, plain = (report[f"{p}peak_mib"] - report[f"{p}resting_mib"] for p in ("", "reference_"))
-        lines.append(
-            f"CPU-seconds: {ratio:.2f} times less than the reference; memory above rest: {ours / plain:.2f} of it"
-        )
+        memory = ours / max(plain, 1.0)
+        lines.append(f"CPU-seconds: {ratio:.2f} times less than the reference; memory above rest: {memory:.2f} of it")
     return "\n".join(lines)

@@ -86,11 +86,10 @@ def draft_forward(
 
 
 def loss_of(hidden: torch.Tensor, head: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-    """Σ w·nll / Σ w, through the logits of every slot."""
+    """Σ w·nll, through the logits of every slot."""
     logits = F.linear(hidden, head).unflatten(1, blocks.input_ids.shape[1:])
     nll = F.cross_entropy(logits[:, :, 1:].flatten(0, 2), blocks.labels.flatten(), reduction="none")
-    weights = blocks.weights.flatten()
-    return (nll * weights).sum() / weights.sum()
+    return (nll * blocks.weights.flatten()).sum()
 
 
 class ReferenceStep:
@@ -109,17 +108,18 @@ class ReferenceStep:
         self.optimizer = torch.optim.AdamW(draft.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
 
     def run(self, step: int) -> float:
-        """Returns the loss, a mean over micro-batches of the same weight."""
+        """Returns the loss, Σ w·nll / Σ w over all micro-batches."""
         micro_batches = self.sampler.training(step)
+        weight = sum(micro.blocks.weights.sum().item() for micro in micro_batches)
         losses = []
         for micro in micro_batches:
             batch, blocks = micro.batch, micro.blocks
             features = features_of(self.model, self.draft.shape.target_layer_ids, batch)
             hidden = draft_forward(self.draft, blocks, batch, features, self.embedding)
-            loss = loss_of(hidden, self.head, blocks)
-            (loss / len(micro_batches)).backward()
+            loss = loss_of(hidden, self.head, blocks) / weight
+            loss.backward()
             losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return sum(losses) / len(losses)
+        return sum(losses)

@@ -32,13 +32,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_tiny_target(folder: Path) -> None:
-    """Writes a random 6-layer Qwen3 of 0.3 M parameters and its tokenizer, unless they are there already."""
-    if folder.is_dir():
-        return
-    partial = folder.with_suffix(".partial")  # a run that is killed here leaves no half of a model under the name
-    tokenizer = tiny_tokenizer()
-    config = Qwen3Config(
+def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    """Of a Qwen3 of 6 layers and 0.3 M parameters."""
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
@@ -52,9 +48,17 @@ def make_tiny_target(folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
+
+
+def make_tiny_target(folder: Path) -> None:
+    """Writes a random 6-layer Qwen3 of 0.3 M parameters and its tokenizer, unless they are there already."""
+    if folder.is_dir():
+        return
+    partial = folder.with_suffix(".partial")  # a run that is killed here leaves no half of a model under the name
+    tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Qwen3ForCausalLM(config)
+        model = Qwen3ForCausalLM(tiny_config(tokenizer))
     tokenizer.save_pretrained(partial)
     model.save_pretrained(partial)
     partial.rename(folder)

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dflash_dist.cost.bench import STAGES, Ours, Plan, main, make_plan, measure, parse
+from dflash_dist.cost.reference import dense_mask
+from dflash_dist.cost.shapes import PUBLISHED, TargetShape
+from dflash_dist.ranks import World
+from dflash_dist.training import step as step_module
+from tests.ranks import run_ranks
+
+REPOSITORY = Path(__file__).parent.parent.parent
+SHAPE = {
+    "hidden": 64,
+    "heads": 4,
+    "kv-heads": 2,
+    "head-dim": 16,
+    "intermediate": 128,
+    "target-layers": 6,
+    "vocab": 260,
+    "draft-layers": 2,
+    "seq": 96,
+    "anchors": 8,
+    "block": 8,
+    "rows": 2,
+    "layer-ids": "0,2,3",
+}
+TINY = [*(f"--{name}={value}" for name, value in SHAPE.items()), "--dtype=float32", "--threads=1"]
+OF_BOTH = {"seconds_per_step", "cpu_seconds_per_step", "resting_mib", "peak_mib"}
+OF_OURS = {"useful_flops_per_step", "matmul_flops_per_s", "share_of_peak", "collective_mib_per_step", "stages"}
+
+
+def plan_of(*args: str) -> Plan:
+    return make_plan(parse(list(args)))
+
+
+def share_of_peak(report: dict[str, Any]) -> float:
+    """Its one definition: useful operations a second of a step, as a share of what matrix products reach."""
+    return report["useful_flops_per_step"] / report["seconds_per_step"] / report["matmul_flops_per_s"]
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def test_the_report_has_every_figure_and_they_fit_together(tmp_path, capsys) -> None:
+    out = tmp_path / "report.json"
+    main([*TINY, "--steps", "1", "--rounds", "2", "--json", str(out)])
+    report = json.loads(out.read_text())
+    assert report.keys() >= OF_BOTH | OF_OURS
+    assert not [name for name in report if name.startswith("reference_")]
+    assert report["share_of_peak"] == pytest.approx(share_of_peak(report))
+    assert 0 < report["share_of_peak"] < 1
+    assert report["peak_mib"] >= report["resting_mib"] > 0
+    assert report["collective_mib_per_step"] == 0  # there is nobody else
+    assert list(report["stages"]) == list(STAGES) and len(STAGES) == 6
+    assert sum(stage["flops"] for stage in report["stages"].values()) == report["useful_flops_per_step"]
+    for stage in report["stages"].values():
+        assert stage["seconds"] > 0 and stage["cpu_seconds"] > 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:7]] == list(STAGES)
+    assert {line.split()[0] for line in lines[7:]} == report.keys() - {"stages"}
+
+
+def test_the_reference_is_timed_beside_ours(tmp_path, capsys) -> None:
+    out = tmp_path / "report.json"
+    main([*TINY, "--steps", "1", "--rounds", "1", "--reference", "--json", str(out)])
+    report = json.loads(out.read_text())
+    assert report.keys() >= OF_BOTH | OF_OURS | {f"reference_{name}" for name in OF_BOTH}
+    ratio = report["reference_cpu_seconds_per_step"] / report["cpu_seconds_per_step"]
+    assert f"CPU-seconds: {ratio:.2f} times less than the reference" in capsys.readouterr().out
+
+
+def test_two_ranks_count_what_they_send() -> None:
+    plan = plan_of(*TINY)
+    target = TargetShape.of(plan.target)
+    norms = 2 * target.hidden + 2 * target.head_dim
+    shard = 4 * (target.layer_parameters + norms) // 2  # of a layer; what is gathered for it is what a rank has of it
+    layers = 4  # up to the deepest captured one
+    gradients = 4 * sum(p.numel() for p in Ours(plan, World(0, 1, torch.device("cpu"))).training.draft.parameters())
+    for report in run_ranks(measured, 2, plan):
+        sent = report["collective_mib_per_step"] * 2**20
+        assert 0 <= sent - (gradients + layers * shard) < 256  # and a few numbers
+        assert report["share_of_peak"] == pytest.approx(share_of_peak(report))
+
+
+def measured(world: World, plan: Plan) -> dict[str, Any]:
+    return measure(plan, 1, world)
+
+
+# ---------------------------------------------------------------------------------------------- useful operations
+
+
+def test_useful_operations_are_those_that_a_step_does(alone, monkeypatch) -> None:
+    """Matrix products outside of attention as torch counts them; attention by what the dense mask shows."""
+
+    def without_products(query, context_key, context_value, block_key, block_value):
+        seen = (context_key + context_value).mean(2, keepdim=True) + block_key + block_value
+        return query * seen.repeat_interleave(2, dim=1)
+
+    monkeypatch.setattr(step_module, "training_attention", lambda *args: without_products)
+    ours = Ours(plan_of(*TINY), alone)
+    training = ours.training
+    flops = ours.flops()
+    [micro] = training.sample(ours.done)
+    counted = {}
+
+    def count(stage: str, call):
+        with FlopCounterMode(display=False) as counter:
+            result = call()
+        counted[stage] = counter.get_flop_counts()["Global"].get(torch.ops.aten.mm, 0)
+        return result
+
+    context = count("capture", lambda: training.capture(micro))
+    hidden = count("propose", lambda: training.propose(training.ddp, micro, context))
+    loss, _ = count("loss", lambda: training.loss(hidden, micro))
+    count("backward", lambda: training.backward(loss))
+
+    rows, length = micro.batch.input_ids.shape
+    causal = rows * length * (length + 1) // 2
+    visible = int(dense_mask(micro.blocks, micro.batch.document_ids).sum())
+    width, layers = 4 * 4 * 16, 2  # operations a visible pair, heads and head size; layers of the draft
+    assert flops["capture"] == counted["capture"] + 4 * width * causal
+    assert flops["propose"] == counted["propose"] + layers * width * visible
+    assert flops["backward"] == counted["backward"] + 2 * layers * width * visible
+    padded = len(micro.slots.index)
+    assert flops["loss"] * padded == counted["loss"] * micro.slots.count
+
+
+# ---------------------------------------------------------------------------------------------- what is to be timed
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_name_gives_its_shape(name: str) -> None:
+    plan = plan_of("--like", name)
+    assert TargetShape.of(plan.target) == PUBLISHED[name]
+    ids = plan.config.target.layer_ids
+    assert len(ids) == plan.config.draft.num_layers == 5 and ids[0] == 1
+    assert ids[-1] == PUBLISHED[name].layers - 3
+
+
+def test_a_config_json_gives_its_shape_and_numbers_change_it(tiny_target) -> None:
+    expected = TargetShape(64, 6, 4, 2, 16, 128, 260, True)
+    for path in (tiny_target, tiny_target / "config.json"):
+        plan = plan_of("--like", str(path), "--draft-layers", "2")
+        assert TargetShape.of(plan.target) == expected
+    changed = plan_of("--like", str(tiny_target), "--target-layers", "9", "--intermediate", "96", "--vocab", "300")
+    assert TargetShape.of(changed.target) == TargetShape(64, 9, 4, 2, 16, 96, 300, True)
+    assert changed.config.target.layer_ids == [1, 2, 4, 5, 6]
+    assert len(changed.target.layer_types) == 9
+
+
+def test_a_run_is_timed_at_its_own_shapes() -> None:
+    plan = plan_of("--config", str(REPOSITORY / "configs/debug.yaml"), "--rows", "3")
+    assert TargetShape.of(plan.target) == TargetShape(64, 6, 4, 2, 16, 128, 260, True)
+    config = plan.config
+    assert config.target.layer_ids == [1, 2, 4] and config.target.dtype == config.train.precision == "float32"
+    assert (config.data.seq_len, config.loss.anchors, config.draft.block_size) == (256, 64, 8)
+    assert config.train.micro_batch_size == 3
+
+
+def test_without_arguments_there_is_something_to_time() -> None:
+    plan = plan_of()
+    assert len(plan.config.target.layer_ids) == plan.config.draft.num_layers
+    assert max(plan.config.target.layer_ids) < plan.target.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--like Qwen/Qwen9-1B", r"^Qwen/Qwen9-1B has no config.json to read, nor is it one of .*Qwen/Qwen3-8B"),
+        ("--config no-such.yaml", r"^config file no-such.yaml does not exist$"),
+        ("--layer-ids 1,8", r"^--layer-ids \[8\] are out of range: the target has 8 layers$"),
+        ("--layer-ids=-1,2", r"^--layer-ids \[-1\] are out of range"),
+        ("--target-layers 5", r"^5 layers are too few to capture 5 of them: name them with --layer-ids$"),
+    ],
+)
+def test_what_does_not_exist_is_refused(args: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(args.split())
+
+
+def test_two_names_are_refused(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--like", "Qwen/Qwen3-8B", "--config", "configs/debug.yaml"])
+    assert "--config and --like both name shapes: choose one" in capsys.readouterr().err
