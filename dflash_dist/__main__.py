@@ -17,11 +17,13 @@ COMMANDS = {
     "preview": ("dflash_dist.training.preview", "look at the data of a config as training will see it"),
     "regenerate": ("dflash_dist.target.answers", "let the target write the answers of a data set again"),
     "export": ("dflash_dist.serving.export", "write a run's draft as serving engines load it"),
+    "check": ("dflash_dist.serving.check", "look for what serving engines would do wrong with a draft folder"),
     "evaluate": ("dflash_dist.serving.evaluate", "decode speculatively and plainly; report acceptance and speed"),
     "bench": (
         "dflash_dist.cost.bench",
         "time training steps at any shape, against a plain implementation and the peak",
     ),
+    "plan": ("dflash_dist.cost.plan", "say what a run will hold, take and cost on so many GPUs, from shapes alone"),
     "bench-data": ("dflash_dist.cost.bench_data", "time tokenising and packing against the obvious loop"),
     "demo": ("dflash_dist.demo", "all of it on a real small target: answers, training, export, evaluation"),
 }

@@ -1,11 +1,12 @@
 """What serving engines (z-lab/dflash, vLLM, SGLang) expect of a draft folder: one description, read and written here.
 
-Engines refuse unknown tensor names, but vLLM accepts missing ones in silence, so a folder is checked against the full
-list before it is written and when it is read.
+vLLM accepts missing tensors in silence, so a folder is checked against the full list before it is written and when it
+is read. What the folder needs in addition, and what engines make of a broken one, is in serving/check.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -17,10 +18,17 @@ from safetensors.torch import load_file, save_file
 from dflash_dist.draft.model import DFlashDraftModel, DraftShape
 
 WEIGHTS, CONFIG, TRAINING = "model.safetensors", "config.json", "training.json"
+INDEX = f"{WEIGHTS}.index.json"
+SHAPE = "dflash_shape"  # in the metadata of the weights: the shape they were trained in, as JSON
+
+Sizes = dict[str, list[int]]  # tensor name -> shape
 
 
-def tensor_shapes(shape: DraftShape) -> dict[str, list[int]]:
-    """Every tensor of a draft by name: 11 a layer and 3 more. No embedding, LM head or rotary buffer, no prefix."""
+def tensor_shapes(shape: DraftShape, attention_bias: bool = False) -> Sizes:
+    """Every tensor of a draft by name: 11 a layer and 3 more. No embedding, LM head or rotary buffer, no prefix.
+
+    Drafts trained elsewhere may have biases in attention, 4 more a layer.
+    """
     hidden, mlp, head = shape.hidden_size, shape.intermediate_size, shape.head_dim
     queries, keys = shape.num_attention_heads * head, shape.num_key_value_heads * head
     layer = {
@@ -37,7 +45,10 @@ def tensor_shapes(shape: DraftShape) -> dict[str, list[int]]:
         "mlp.down_proj": [hidden, mlp],
     }
     outside = {"fc": [hidden, len(shape.target_layer_ids) * hidden], "hidden_norm": [hidden], "norm": [hidden]}
-    shapes = {f"layers.{i}.{name}.weight": size for i in range(shape.num_layers) for name, size in layer.items()}
+    tensors = {f"{name}.weight": size for name, size in layer.items()}
+    if attention_bias:
+        tensors |= {f"self_attn.{x}_proj.bias": layer[f"self_attn.{x}_proj"][:1] for x in "qkvo"}
+    shapes = {f"layers.{i}.{name}": size for i in range(shape.num_layers) for name, size in tensors.items()}
     return shapes | {f"{name}.weight": size for name, size in outside.items()}
 
 
@@ -76,30 +87,80 @@ def to_config(shape: DraftShape, dtype: str) -> dict[str, Any]:
 def from_config(config: dict[str, Any]) -> DraftShape:
     """The shape that a draft's `config.json` describes.
 
+    What `dflash_config` holds may stand at the top level instead, as published drafts have it.
+
     Raises:
-        ValueError: a key is missing.
+        ValueError: a key is missing or has a value of the wrong kind.
     """
-    try:
-        dflash = config["dflash_config"]
-        rope = config.get("rope_parameters") or {"rope_theta": config["rope_theta"]}
-        return DraftShape(
-            hidden_size=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_attention_heads=config["num_attention_heads"],
-            num_key_value_heads=config["num_key_value_heads"],
-            head_dim=config["head_dim"],
-            intermediate_size=config["intermediate_size"],
-            rms_norm_eps=config["rms_norm_eps"],
-            rope_theta=rope["rope_theta"],
-            block_size=config["block_size"],
-            mask_token_id=dflash["mask_token_id"],
-            target_layer_ids=dflash["target_layer_ids"],
-            num_target_layers=config["num_target_layers"],
-            vocab_size=config["vocab_size"],
-            max_position_embeddings=config["max_position_embeddings"],
-        )
-    except KeyError as error:
-        raise ValueError(f"the draft's {CONFIG} has no key {error}") from error
+    inner, rope = config.get("dflash_config") or {}, config.get("rope_parameters") or {}
+    if not isinstance(inner, dict) or not isinstance(rope, dict):
+        raise ValueError(f"dflash_config and rope_parameters in the draft's {CONFIG} must be JSON objects")
+    values = {}
+    for field in dataclasses.fields(DraftShape):
+        key = "num_hidden_layers" if field.name == "num_layers" else field.name
+        place = next((place for place in (inner, rope) if key in place), config)
+        if key not in place:
+            raise ValueError(f"the draft's {CONFIG} has no key {key!r}")
+        value = values[field.name] = place[key]
+        if not _is(value, str(field.type)):
+            raise ValueError(f"{key} in the draft's {CONFIG} is {value!r}, which is no {field.type}")
+    return DraftShape(**values)
+
+
+def _is(value: Any, kind: str) -> bool:
+    """Whether a value from JSON has the type that `DraftShape` states."""
+    if kind == "list[int]":
+        return isinstance(value, list) and all(_is(item, "int") for item in value)
+    return isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)
+
+
+# ---- what must hold of tensors and shape: each rule returns what breaks it ----
+
+
+def missing(found: Sizes, expected: Sizes) -> list[str]:
+    return [f"{name} is missing" for name in expected if name not in found]
+
+
+def foreign(found: Sizes, expected: Sizes) -> list[str]:
+    return [f"{name} does not belong into a draft" for name in found if name not in expected]
+
+
+def misshapen(found: Sizes, expected: Sizes) -> list[str]:
+    return [f"{name} is {found[name]}, not {size}" for name, size in expected.items() if found.get(name, size) != size]
+
+
+def layer_faults(shape: DraftShape) -> list[str]:
+    ids = shape.target_layer_ids
+    if ids and all(a < b for a, b in itertools.pairwise(ids)) and 0 <= ids[0] <= ids[-1] < shape.num_target_layers - 1:
+        return []
+    return [f"target_layer_ids {ids} are not strictly increasing below the target's last layer"]
+
+
+def mask_faults(shape: DraftShape) -> list[str]:
+    if 0 <= shape.mask_token_id < shape.vocab_size:
+        return []
+    return [f"mask_token_id {shape.mask_token_id} is outside the vocabulary of {shape.vocab_size}"]
+
+
+def target_faults(shape: DraftShape, text: Any) -> list[str]:
+    """Why a draft does not belong to a target with this config of its text decoder."""
+    pairs = {
+        "hidden size": (shape.hidden_size, text.hidden_size),
+        "vocabulary": (shape.vocab_size, text.vocab_size),
+        "number of target layers": (shape.num_target_layers, text.num_hidden_layers),
+    }
+    return [f"{name} {ours}, not {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+
+
+def variants(config: dict[str, Any], shape: DraftShape) -> list[str]:
+    """What makes a draft another model than `DFlashDraftModel` computes, though engines may know it."""
+    ours = to_config(shape, dtype="")
+    inner, rope = config.get("dflash_config") or {}, config.get("rope_parameters") or {}
+    found = {key: config.get(key) for key in ("layer_types", "hidden_act") if config.get(key) not in (None, ours[key])}
+    found |= {key: config[key] for key in ("attention_bias", "is_causal", "rope_scaling") if config.get(key)}
+    found |= {key: value for key, value in rope.items() if (ours | ours["rope_parameters"]).get(key) != value}
+    found |= {key: value for key, value in inner.items() if key not in ours | ours["dflash_config"]}
+    return [f"{key} {value}" for key, value in found.items()]
 
 
 def refuse_mismatch(tensors: dict[str, torch.Tensor], shape: DraftShape) -> None:
@@ -109,22 +170,8 @@ def refuse_mismatch(tensors: dict[str, torch.Tensor], shape: DraftShape) -> None
         ValueError: naming what is missing, left over or of another shape.
     """
     expected, found = tensor_shapes(shape), {name: list(tensor.shape) for name, tensor in tensors.items()}
-    faults = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    faults += [f"{name} does not belong into a draft" for name in found.keys() - expected.keys()]
-    faults += [
-        f"{name} is {found[name]}, not {expected[name]}"
-        for name in expected.keys() & found.keys()
-        if found[name] != expected[name]
-    ]
-    ids = shape.target_layer_ids
-    if (
-        not ids
-        or any(a >= b for a, b in itertools.pairwise(ids))
-        or not 0 <= ids[0] <= ids[-1] < shape.num_target_layers - 1
-    ):
-        faults.append(f"target_layer_ids {ids} are not strictly increasing below the target's last layer")
-    if not 0 <= shape.mask_token_id < shape.vocab_size:
-        faults.append(f"mask_token_id {shape.mask_token_id} is outside the vocabulary of {shape.vocab_size}")
+    faults = [fault for rule in (missing, foreign, misshapen) for fault in rule(found, expected)]
+    faults += layer_faults(shape) + mask_faults(shape)
     if faults:
         raise ValueError(f"not a draft that engines can serve: {'; '.join(sorted(faults))}")
 
@@ -134,21 +181,57 @@ def write_draft(folder: Path, shape: DraftShape, tensors: dict[str, torch.Tensor
     refuse_mismatch(tensors, shape)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in tensors.items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    metadata = {"format": "pt", SHAPE: json.dumps(dataclasses.asdict(shape))}
+    save_file(weights, folder / WEIGHTS, metadata=metadata)
     (folder / CONFIG).write_text(json.dumps(to_config(shape, dtype), indent=2) + "\n")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a draft folder.
+
+    Raises:
+        ValueError: there is none, or it is no JSON object.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"draft folder {folder} holds no {CONFIG}: export a run there first")
+    return _read_object(folder / CONFIG)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a draft's weights: one, or the shards that an index names.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
+    names = {WEIGHTS}
+    if (folder / INDEX).is_file():
+        names = set(_read_object(folder / INDEX).get("weight_map", {}).values())
+    if lacking := sorted(name for name in names if not (folder / name).is_file()):
+        raise ValueError(f"draft folder {folder} holds no {', '.join(lacking)}: export a run there first")
+    return [folder / name for name in sorted(names)]
 
 
 def read_draft(folder: Path, dtype: torch.dtype, device: torch.device) -> DFlashDraftModel:
     """Loads a draft folder for decoding.
 
     Raises:
-        ValueError: a file is missing, or what is there is not exactly a draft.
+        ValueError: a file is missing, or what is there is not exactly a draft of the kind that trains here.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(f"draft folder {folder} holds no {name}: export a run there first")
-    shape = from_config(json.loads((folder / CONFIG).read_text()))
-    tensors = load_file(folder / WEIGHTS)
+    config, files = read_config(folder), weight_files(folder)
+    shape = from_config(config)
+    if other := variants(config, shape):
+        raise ValueError(f"{folder} is a draft that engines may serve but this program cannot: {'; '.join(other)}")
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     refuse_mismatch(tensors, shape)
     draft = DFlashDraftModel(shape)
     draft.load_state_dict(tensors)

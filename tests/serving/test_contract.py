@@ -4,6 +4,7 @@ package's own tables, which would agree with themselves whatever they said."""
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -138,10 +139,11 @@ def test_the_weights_file_has_exactly_the_published_names_and_shapes(folder):
     assert found == TENSORS
 
 
-def test_the_weights_file_says_that_it_is_from_torch(folder):
-    # transformers refuses to load safetensors without this
+def test_the_weights_say_that_they_are_from_torch_and_how_they_were_trained(folder):
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        metadata = file.metadata()
+    assert metadata.pop("format") == "pt"  # transformers refuses to load safetensors without this
+    assert {key: json.loads(value) for key, value in metadata.items()} == {"dflash_shape": SHAPE}
 
 
 def test_a_draft_folder_is_just_config_and_weights(folder):
@@ -178,6 +180,27 @@ def test_a_config_with_only_the_older_rope_key_is_read(shape):
 
 def test_the_newer_rope_key_is_enough(shape):
     assert from_config({key: value for key, value in CONFIG.items() if key != "rope_theta"}) == shape
+
+
+def test_weights_in_several_files_are_read(folder, draft):
+    names = sorted(TENSORS)
+    files = {"model-1.safetensors": names[:7], "model-2.safetensors": names[7:]}
+    for file, part in files.items():
+        save_file({name: draft.state_dict()[name] for name in part}, folder / file)
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {name: file for file, part in files.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = read_draft(folder, torch.float32, CPU).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in draft.state_dict().items())
+    (folder / "model-2.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no model-2\.safetensors"):
+        read_draft(folder, torch.float32, CPU)
+
+
+def test_what_dflash_config_holds_may_stand_at_the_top_level(shape):
+    config = {key: value for key, value in CONFIG.items() if key != "dflash_config"}
+    assert from_config({**config, **CONFIG["dflash_config"]}) == shape
+    assert from_config({key: value for key, value in CONFIG.items() if key != "block_size"}) == shape
 
 
 # ---- what is refused ----
@@ -283,24 +306,84 @@ def test_a_missing_file_is_named(folder, name):
         read_draft(folder, torch.float32, CPU)
 
 
-@pytest.mark.parametrize("key", ["block_size", "dflash_config", "num_target_layers", "head_dim", "vocab_size"])
+@pytest.mark.parametrize("key", ["num_target_layers", "head_dim", "vocab_size"])
 def test_a_missing_config_key_is_named(folder, key):
     (folder / "config.json").write_text(json.dumps({name: CONFIG[name] for name in CONFIG if name != key}))
     with pytest.raises(ValueError, match=f"no key '{key}'"):
         read_draft(folder, torch.float32, CPU)
 
 
-@pytest.mark.parametrize("key", ["mask_token_id", "target_layer_ids"])
+@pytest.mark.parametrize("key", ["block_size", "mask_token_id", "target_layer_ids"])
 def test_a_missing_key_of_dflash_config_is_named(key):
     inner = {name: value for name, value in CONFIG["dflash_config"].items() if name != key}
+    config = {name: value for name, value in CONFIG.items() if name != key}
     with pytest.raises(ValueError, match=f"no key '{key}'"):
+        from_config({**config, "dflash_config": inner})
+
+
+def test_a_config_without_dflash_config_is_refused():
+    with pytest.raises(ValueError, match="no key 'mask_token_id'"):
+        from_config({key: value for key, value in CONFIG.items() if key != "dflash_config"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", "24"),
+        ("head_dim", 8.5),
+        ("rms_norm_eps", "1e-6"),
+        ("vocab_size", None),
+        ("num_target_layers", True),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(key, value):
+    with pytest.raises(ValueError, match=f"{key} in the draft's config.json is {value!r}, which is no "):
+        from_config({**CONFIG, key: value})
+
+
+@pytest.mark.parametrize("ids", [3, [0, "3"], None])
+def test_layer_ids_that_are_no_integers_are_named(ids):
+    inner = {**CONFIG["dflash_config"], "target_layer_ids": ids}
+    with pytest.raises(ValueError, match=r"target_layer_ids in .* which is no list\[int\]"):
         from_config({**CONFIG, "dflash_config": inner})
 
 
-def test_a_missing_rope_theta_is_named():
-    config = {key: value for key, value in CONFIG.items() if key not in ("rope_theta", "rope_parameters")}
-    with pytest.raises(ValueError, match="no key 'rope_theta'"):
-        from_config(config)
+def test_objects_must_be_objects():
+    for key in ("dflash_config", "rope_parameters"):
+        with pytest.raises(ValueError, match="must be JSON objects"):
+            from_config({**CONFIG, key: [1]})
+
+
+@pytest.mark.parametrize(("text", "fault"), [("{", "is not JSON"), ("[]", "holds no JSON object")])
+def test_a_config_that_cannot_be_read_is_named(folder, text, fault):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{folder / 'config.json'} {fault}"):
+        read_draft(folder, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "layer_types ['sliding_attention', 'full_attention']",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act gelu"),
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"is_causal": True}, "is_causal True"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling {'rope_type': 'yarn'}"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}},
+            "rope_type linear; factor 2.0",
+        ),
+        ({"dflash_config": {**CONFIG["dflash_config"], "causal": True}}, "causal True"),
+    ],
+)
+def test_a_draft_that_computes_something_else_is_refused(folder, change, named):
+    # decoded as if it were ours, it would show a low acceptance that it does not have in engines
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **change}))
+    with pytest.raises(ValueError, match=f"may serve but this program cannot: {re.escape(named)}$"):
+        read_draft(folder, torch.float32, CPU)
 
 
 # ---- what an engine makes of it ----
