@@ -86,6 +86,10 @@ class DraftConfig:
 @dataclass
 class LossConfig:
     anchors: int = knob(512, "blocks sampled from a packed row, at most")
+    objective: Literal["decay", "dpace"] = knob(
+        "decay", "weights of a block's slots: a fixed decay, or by what the draft already gets right (arXiv 2605.18810)"
+    )
+    alpha: float = knob(0.5, "dpace: what a slot counts behind one that is never right, from 0 to 1")
     gamma: float | None = knob(None, "decay of the weights exp(-(k-1)/gamma); null: 7, 5, 4 for blocks of 16, 10, 8")
     chunk: int | None = knob(None, "slots whose logits exist at once; null: what suits the device")
 
@@ -318,6 +322,7 @@ def _refuse_impossible(config: Config) -> None:
         f"loss.gamma has no published value for draft.block_size {draft.block_size}: set it (16 was trained with 7,"
         " 8 with 4)",
     )
+    require(0 <= loss.alpha <= 1, f"loss.alpha is a share, from 0 to 1, found {loss.alpha}")
     require(loss.gamma is None or loss.gamma > 0, f"loss.gamma must be positive, found {loss.gamma}")
     require(
         math.exp(-(draft.block_size - 2) / config.gamma) > 1e-9,

@@ -21,6 +21,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from dflash_dist.draft.blocks import Blocks
 from dflash_dist.draft.visibility import sees_context, sees_slot
 
+# A run's context is extended to a multiple of this, masked [tokens]: the kernels of a CPU's bfloat16 products are
+# compiled for each size, which takes longer than many such products.
+CONTEXT_STEP = 32
+
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -75,22 +79,25 @@ class Run:
 
     row: int
     anchors: slice
-    context: slice  # what they can reach
+    context: slice  # what they can reach, and a little more
     bias: torch.Tensor  # [anchors, 1, context] float32: 0 where visible, else -inf
 
     @staticmethod
     def of(row: int, anchors: slice, blocks: Blocks, document_ids: torch.Tensor) -> Run:
         anchor, document = blocks.anchors[row, anchors, None], blocks.documents[row, anchors, None]
-        begin = int((document_ids[row] == document[0]).int().argmax())
-        context = slice(begin, int(anchor.max()))
+        length = document_ids.shape[1]
+        begin, end = int((document_ids[row] == document[0]).int().argmax()), int(anchor.max())
+        size = min(math.ceil((end - begin) / CONTEXT_STEP) * CONTEXT_STEP, length)
+        begin = min(begin, length - size)
+        context = slice(begin, begin + size)
         index = torch.arange(context.start, context.stop)
         visible = sees_context(anchor, document, index, document_ids[row, context])
         return Run(row, anchors, context, torch.where(visible, 0.0, -math.inf)[:, None])
 
 
 class _AttendInRuns(torch.autograd.Function):
-    """Attention in float32, whatever the dtype around it. Backward computes the probabilities again: kept, they would
-    take more memory than all other activations together.
+    """Products in the dtype of the query, softmax and sums over runs in float32. Backward computes the probabilities
+    again: kept, they would take more memory than all other activations together.
 
     Shapes:
         query, output           [B, kv_heads, A, Q, D]
@@ -103,8 +110,8 @@ class _AttendInRuns(torch.autograd.Function):
         ctx.save_for_backward(query, *keys_and_values)
         ctx.runs = runs
         with torch.autocast("cpu", enabled=False):
-            scaled = _wide(query) * query.shape[-1] ** -0.5
-            context_key, context_value, block_key, block_value = map(_wide, keys_and_values)
+            scaled = (query * query.shape[-1] ** -0.5).contiguous()
+            context_key, context_value, block_key, block_value = (each.contiguous() for each in keys_and_values)
             output = torch.zeros_like(scaled)  # unused blocks carry no weight: their output is never looked at
             block_scores = scaled @ block_key.mT
             for at, context, bias, (scores,) in _heads_of_runs(runs, block_scores, rooms=1):
@@ -113,24 +120,25 @@ class _AttendInRuns(torch.autograd.Function):
                 torch.mm(scores.context, context_value[context], out=output[at].flatten(0, 1))
                 block_scores[at] = scores.block
             output += block_scores @ block_value
-        return output.to(query.dtype)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         query, *keys_and_values = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
-        scaled, gradient = _wide(query) * scale, _wide(gradient)
-        context_key, context_value, block_key, block_value = map(_wide, keys_and_values)
-        d_query, d_context_key, d_context_value = map(torch.zeros_like, (scaled, context_key, context_value))
+        scaled, gradient = (query * scale).contiguous(), gradient.contiguous()
+        context_key, context_value, block_key, block_value = (each.contiguous() for each in keys_and_values)
+        d_query = torch.zeros_like(scaled)
+        d_context_key, d_context_value = (torch.zeros_like(each, dtype=torch.float32) for each in keys_and_values[:2])
         block_scores, d_block_scores = scaled @ block_key.mT, gradient @ block_value.mT
         for at, context, bias, (scores, d_scores) in _heads_of_runs(ctx.runs, block_scores, rooms=2):
             scores.fill(scaled[at], context_key[context], block_scores[at])
             scores.to_probabilities(bias)
             d_scores.fill(gradient[at], context_value[context], d_block_scores[at])
             d_scores.back_through_softmax(scores)
-            d_context_value[context].addmm_(scores.context.T, gradient[at].flatten(0, 1))
-            d_context_key[context].addmm_(d_scores.context.T, scaled[at].flatten(0, 1))
+            d_context_value[context] += scores.context.T @ gradient[at].flatten(0, 1)
+            d_context_key[context] += d_scores.context.T @ scaled[at].flatten(0, 1)
             torch.mm(d_scores.context, context_key[context], out=d_query[at].flatten(0, 1))
             block_scores[at], d_block_scores[at] = scores.block, d_scores.block
         d_query += d_block_scores @ block_key
@@ -139,44 +147,49 @@ class _AttendInRuns(torch.autograd.Function):
         return None, *(each.to(query.dtype) for each in gradients)
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float().contiguous()
-
-
 def _heads_of_runs(runs: list[Run], block_scores: torch.Tensor, rooms: int) -> Iterator[tuple]:
     """For each key/value head of each run: indices of its slots and of its context, the run's bias, and as many
     matrices of scores as `rooms`, whose memory the next one uses again."""
     heads, queries, size = block_scores.shape[1], block_scores.shape[3], block_scores.shape[4]
     most = max((len(run.bias) * (run.bias.shape[-1] + size) for run in runs), default=0) * queries
-    memory = torch.empty(rooms, most)
+    memory = torch.empty(rooms, most, dtype=block_scores.dtype)
+    wide_memory = memory.float()  # the same where the products are in float32
     for run in runs:
-        matrices = [_Scores(room, len(run.bias), queries, run.bias.shape[-1], size) for room in memory]
+        shape = len(run.bias), queries, run.bias.shape[-1], size
+        matrices = [_Scores(*of, *shape) for of in zip(memory, wide_memory)]
         for head in range(heads):
             yield (run.row, head, run.anchors), (run.row, head, run.context), run.bias, matrices
 
 
 class _Scores:
-    """Scores of the slots of a run over its context and their own block, side by side."""
+    """Scores of the slots of a run over its context and their own block, side by side, as products take and leave them
+    and, for what is between, in float32."""
 
-    def __init__(self, room: torch.Tensor, anchors: int, queries: int, context: int, size: int):
-        rows = anchors * queries
-        self.all = room[: rows * (context + size)].view(rows, context + size)
+    def __init__(
+        self, room: torch.Tensor, wide_room: torch.Tensor, anchors: int, queries: int, context: int, size: int
+    ):
+        rows, columns = anchors * queries, context + size
+        self.all, self.wide = (each[: rows * columns].view(rows, columns) for each in (room, wide_room))
         self.context = self.all[:, :context]  # [a * Q, C]
-        self.context_by_anchor = self.context.unflatten(0, (anchors, queries))  # [a, Q, C]
         self.block = self.all[:, context:].unflatten(0, (anchors, queries))  # [a, Q, K]
+        self.wide_by_anchor = self.wide[:, :context].unflatten(0, (anchors, queries))  # [a, Q, C]
 
     def fill(self, left: torch.Tensor, context: torch.Tensor, block: torch.Tensor) -> None:
         """With the products of `left` [a, Q, D] and `context` [C, D], and those of the block [a, Q, K]."""
         torch.mm(left.flatten(0, 1), context.T, out=self.context)
         self.block.copy_(block)
+        self.wide.copy_(self.all)
 
     def to_probabilities(self, bias: torch.Tensor) -> None:
-        self.context_by_anchor.add_(bias)
-        torch.softmax(self.all, -1, out=self.all)
+        self.wide_by_anchor.add_(bias)
+        torch.softmax(self.wide, -1, out=self.wide)
+        self.all.copy_(self.wide)
 
     def back_through_softmax(self, probabilities: _Scores) -> None:
         """From the gradient of the probabilities to that of the scores."""
-        torch.ops.aten._softmax_backward_data.out(self.all, probabilities.all, -1, self.all.dtype, grad_input=self.all)
+        d, p = self.wide, probabilities.wide
+        torch.ops.aten._softmax_backward_data.out(d, p, -1, d.dtype, grad_input=d)
+        self.all.copy_(d)
 
 
 class FlexAttention:

@@ -1,4 +1,4 @@
-"""The draft's element-wise operations; what adds up or rotates does so in float32, whatever the dtype around it.
+"""What stands between the draft's large products; what adds up or rotates does so in float32, whatever the dtype.
 
 Written out as one would read them, they pass over memory a dozen times and keep every intermediate result for backward.
 Here each backward has only the inputs, and computes the rest again.
@@ -46,16 +46,20 @@ class NormalizeRMS(torch.autograd.Function):
         return d_hidden.to(hidden.dtype), along.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
-class GatedSiLU(torch.autograd.Function):
-    """`silu(gate) * up`."""
+class GatedDown(torch.autograd.Function):
+    """`(silu(gate) * up) @ weight.T`, whose product of the two is as large as each of them and not kept."""
 
     @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+    def forward(ctx, gate, up, weight):
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate).mul_(up), weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+        gate, up, weight = ctx.saved_tensors
+        d_product, activated = gradient @ weight, F.silu(gate)
+        d_gate = torch.ops.aten.silu_backward(d_product * up, gate)
+        d_up = d_product.mul_(activated)
+        d_weight = gradient.flatten(0, -2).T @ activated.mul_(up).flatten(0, -2)
+        return d_gate, d_up, d_weight

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dflash_dist.draft.attention import Attend, full_attention
-from dflash_dist.draft.elementwise import GatedSiLU, NormalizeRMS, Rope, rotate
+from dflash_dist.draft.elementwise import GatedDown, NormalizeRMS, Rope, rotate
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(GatedSiLU.apply(self.gate_proj(hidden), self.up_proj(hidden)))
+        gate, up = self.gate_proj(hidden), self.up_proj(hidden)
+        return GatedDown.apply(gate, up, self.down_proj.weight.to(gate.dtype))
 
 
 class RMSNorm(nn.Module):

@@ -1,7 +1,8 @@
 """The loss: decay-weighted cross-entropy through the frozen LM head, fused and in chunks.
 
 Full logits [A*K, V] never exist. For each chunk of slots the probabilities, the loss and the gradient with respect to
-the slots' hidden states are computed at once, in one buffer, so backward only scales what forward kept.
+the slots' hidden states are computed at once, in one buffer, so backward only scales what forward kept. The weights of
+the slots come after, and may depend on what the draft got right.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ class WeightedSlots:
 
 
 def block_loss(
-    hidden: torch.Tensor, head: torch.Tensor, blocks: Blocks, slots: WeightedSlots, chunk: int | None = None
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    blocks: Blocks,
+    slots: WeightedSlots,
+    chunk: int | None = None,
+    dpace_alpha: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted loss sum of a micro-batch, and its statistics from the same pass.
 
@@ -52,18 +58,42 @@ def block_loss(
         head: [V, H], frozen; its dtype is that of the matrix products.
         blocks: labels and weights.
         chunk: slots whose logits exist at once; by default what suits the device.
+        dpace_alpha: weights slots by `dpace_weights` instead of those of `blocks`.
 
     Returns:
-        Σ w·nll (float32 scalar with gradient), and the vector that `Statistics` reads, without gradient.
+        Σ w·nll (float32 scalar with gradient), and the vector that `Statistics` reads, without gradient. Its losses
+        are weighted as `blocks` say, whatever the objective, so that runs can be compared.
     """
     targets = hidden.unflatten(1, blocks.input_ids.shape[1:])[:, :, 1:].flatten(0, 2)  # [B*A*(K-1), H]: no anchor slot
     labels = blocks.labels.flatten()[slots.index]
     weights = blocks.weights.flatten()[slots.index]
     weights[slots.count :] = 0  # padding repeats slot 0; it must neither train nor count
-    loss, nll, correct = _ChunkedCrossEntropy.apply(
-        targets[slots.index], head, labels, weights, chunk or suitable_chunk(head)
-    )
-    return loss, _statistics(blocks, slots.index, nll, correct, weights)
+    nll, correct = _ChunkedCrossEntropy.apply(targets[slots.index], head, labels, chunk or suitable_chunk(head))
+    real = (weights > 0).float()
+
+    def grid(values: torch.Tensor) -> torch.Tensor:  # [N] -> [B*A, K-1], 0 where no label counts
+        flat = torch.zeros(blocks.weights.numel(), device=values.device)
+        return flat.index_add(0, slots.index, values * real).view_as(blocks.weights).flatten(0, 1)
+
+    statistics = _statistics(grid(nll.detach() * weights), grid(correct), blocks.weights.flatten(0, 1))
+    if dpace_alpha is not None:
+        weights = dpace_weights(grid(torch.exp(-nll.detach())), grid(real), dpace_alpha).flatten()[slots.index] * real
+    return (weights * nll).sum(), statistics
+
+
+def dpace_weights(probabilities: torch.Tensor, counts: torch.Tensor, alpha: float) -> torch.Tensor:
+    """[N, K-1] weights that follow what a draft has learnt (D-PACE, arXiv 2605.18810, section 3).
+
+    A slot matters as far as those before it are right, and for all that are right behind it: with s = (1 - α) p + α,
+    the weight of slot k is Σ_{j≥k} s_1 ··· s_j, the derivative of that surrogate of the accepted length by log s_k.
+
+    Args:
+        probabilities: [N, K-1] of the labels.
+        counts: [N, K-1], 1 where a label counts, 0 from the first that does not.
+        alpha: keeps slots alive behind one that is never right.
+    """
+    leading = ((alpha + (1 - alpha) * probabilities) * counts).cumprod(dim=-1)
+    return leading.flip(-1).cumsum(dim=-1).flip(-1)
 
 
 def suitable_chunk(head: torch.Tensor) -> int:
@@ -74,10 +104,10 @@ def suitable_chunk(head: torch.Tensor) -> int:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, labels, weights, chunk):
-        """Returns Σ w·nll, nll [N] float32 and correct [N] float32 for hidden [N, H]."""
+    def forward(ctx, hidden, head, labels, chunk):
+        """Returns nll [N] float32 and correct [N] float32 for hidden [N, H]."""
         count, vocab = len(hidden), len(head)
-        nll, correct = torch.empty_like(weights), torch.empty_like(weights)
+        nll, correct = (torch.empty(count, device=hidden.device) for _ in range(2))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         chunks = math.ceil(count / chunk)
         size = math.ceil(count / max(chunks, 1))
@@ -95,15 +125,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 ):
                     _to_gradient(few, label[:, None], few_nll, few_correct, wide)
                 if gradient is not None:
-                    gradient[part] = (some @ head) * weights[part, None]
+                    gradient[part] = some @ head
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(nll, correct)
-        return (weights * nll).sum(), nll, correct
+        ctx.mark_non_differentiable(correct)
+        return nll, correct
 
     @staticmethod
-    def backward(ctx, loss_gradient, _nll, _correct):
+    def backward(ctx, d_nll, _correct):
         (gradient,) = ctx.saved_tensors
-        return gradient * loss_gradient.to(gradient.dtype), None, None, None, None
+        return gradient * d_nll[:, None].to(gradient.dtype), None, None, None
 
 
 def _to_gradient(
@@ -173,14 +203,10 @@ class Statistics:
         return [right / max(count, 1.0) for right, count in zip(self.slot_correct, self.slot_count)]
 
 
-def _statistics(
-    blocks: Blocks, index: torch.Tensor, nll: torch.Tensor, correct: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """[4 + 2(K-1)] float64 on the device; see `Statistics`."""
-    grid = torch.zeros(blocks.weights.numel(), device=nll.device)
-    grid = grid.index_add(0, index, correct * (weights > 0)).view_as(blocks.weights).flatten(0, 1)  # [B*A, K-1]
-    counted = (blocks.weights > 0).flatten(0, 1).float()
+def _statistics(loss: torch.Tensor, correct: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[4 + 2(K-1)] float64 on the device, see `Statistics`, from [N, K-1] each."""
+    counted = (weights > 0).float()
     full = counted[:, -1]  # labels count only in an unbroken run, so the last one tells
-    accepted = (1 + grid.cumprod(dim=-1).sum(dim=-1)) * full
-    head = torch.stack([(weights * nll).sum(), weights.sum(), accepted.sum(), full.sum()])
-    return torch.cat([head, grid.sum(dim=0), counted.sum(dim=0)]).double()
+    accepted = (1 + correct.cumprod(dim=-1).sum(dim=-1)) * full
+    head = torch.stack([loss.sum(), weights.sum(), accepted.sum(), full.sum()])
+    return torch.cat([head, correct.sum(dim=0), counted.sum(dim=0)]).double()

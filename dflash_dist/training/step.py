@@ -112,7 +112,9 @@ class TrainingStep:
 
     def loss(self, hidden: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss sum and statistics of a micro-batch."""
-        return block_loss(hidden, self.head, micro.blocks, micro.slots, self.config.loss.chunk)
+        loss = self.config.loss
+        alpha = loss.alpha if loss.objective == "dpace" else None
+        return block_loss(hidden, self.head, micro.blocks, micro.slots, loss.chunk, alpha)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dflash_dist.draft.blocks import Blocks
-from dflash_dist.draft.objective import GROUP, PADDING, Statistics, WeightedSlots, block_loss
+from dflash_dist.draft.objective import GROUP, PADDING, Statistics, WeightedSlots, block_loss, dpace_weights
 from tests.reference import eligible_anchors, naive_loss, naive_statistics, packed_row, random_rows, reference_blocks
 
 A, K, H, V = 6, 8, 16, 260
@@ -132,6 +132,54 @@ def test_autocast_around_the_loss_changes_nothing():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = fused_loss(random_hidden(blocks), head, blocks)
     assert torch.equal(inside, plain)
+
+
+# ------------------------------------------------------------------------------------------------------------- D-PACE
+
+
+def accepted_length(probabilities: list[float], alpha: float) -> float:
+    """The surrogate whose gradient D-PACE follows: Σ_j Π_{k≤j} ((1 - α) p_k + α)."""
+    return sum(math.prod((1 - alpha) * p + alpha for p in probabilities[: j + 1]) for j in range(len(probabilities)))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_dpace_weights_are_the_derivative_of_the_accepted_length(alpha):
+    probabilities = torch.rand(5, K - 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = [K - 1, 1, 3, 0, 5]  # that count, from the first on
+    counts = torch.tensor([[float(slot < count) for slot in range(K - 1)] for count in labels], dtype=torch.float64)
+    weights = dpace_weights(probabilities, counts, alpha)
+    for row, count in enumerate(labels):
+        p = probabilities[row, :count].tolist()
+        for slot in range(K - 1):
+            if slot >= count:
+                assert weights[row, slot] == 0
+                continue
+            # by log s, where s = (1 - α) p + α: a factor of s itself, so double it and halve the difference made
+            doubled = [*p[:slot], None, *p[slot + 1 :]]
+            s = [
+                (1 - alpha) * each + alpha if each is not None else 2 * ((1 - alpha) * p[slot] + alpha)
+                for each in doubled
+            ]
+            twice = sum(math.prod(s[: j + 1]) for j in range(count))
+            assert weights[row, slot].item() == pytest.approx(twice - accepted_length(p, alpha), abs=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [5, 16, 1000])  # blocks fall into two chunks, or do not
+def test_dpace_trains_with_its_weights_and_shows_the_decayed_loss(chunk):
+    blocks, head, hidden = random_blocks(), random_head() * 0.5, random_hidden(random_blocks())
+    slots = WeightedSlots.of(blocks)
+    loss, statistics = block_loss(hidden, head, blocks, slots, chunk, dpace_alpha=0.5)
+
+    logits = F.linear(hidden, head).unflatten(1, (A, K))[:, :, 1:]
+    nll = -logits.log_softmax(-1).gather(-1, blocks.labels[..., None])[..., 0]
+    counts = (blocks.weights > 0).float().flatten(0, 1)
+    weights = dpace_weights((-nll).exp().flatten(0, 1), counts, 0.5).detach()
+    assert weights.std() > 0.1
+    expected = (weights * nll.flatten(0, 1)).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = [torch.autograd.grad(each, hidden)[0] for each in (loss, expected)]
+    assert relative_error(*gradients) < 1e-5
+    torch.testing.assert_close(statistics, block_loss(hidden, head, blocks, slots, chunk)[1], rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------- what has no weight
