@@ -81,6 +81,7 @@ class Part:
 class Data:
     """What a run learns from."""
 
+    path: str | dict[str, float]  # as the config names it
     train: Part
     held_out: Part | None
     loaded: Loaded  # what `data.path` gives, before anything is held out, repeated or packed
@@ -99,6 +100,22 @@ class Data:
             yield f"cut at the end of a row: {self.cut:,} documents"
         for cause, count in self.dropped.items():
             yield f"left out: {count:,} x {cause}"
+        bad = [listed for summary in self.summaries for listed in summary.bad_listed]
+        for listed in bad[: BadRows.LISTED]:
+            yield f"bad row: {listed}"
+
+    def refuse_unsupervised(self) -> None:
+        """Refuses data that teaches next to nothing; a look at it (preview) tells why.
+
+        Raises:
+            ValueError: almost no token is supervised.
+        """
+        if self.train.supervised < LEAST_SUPERVISED * self.train.tokens:
+            raise ValueError(
+                f"only {self.train.supervised:,} of the {self.train.tokens:,} tokens of {_named(self.path)} are"
+                f" supervised, under {LEAST_SUPERVISED:.0%}: look at a conversation with"
+                " `python -m dflash_dist preview`"
+            )
 
 
 def load_data(config: DataConfig, encoder: ChatEncoder, seed: int, pack: bool) -> Data:
@@ -109,7 +126,7 @@ def load_data(config: DataConfig, encoder: ChatEncoder, seed: int, pack: bool) -
         pack: several documents a row.
 
     Raises:
-        ValueError: nothing to read or to learn from, too many bad rows, or almost nothing supervised.
+        ValueError: nothing to read or to learn from, or too many bad rows.
     """
     loaded = _load(config.path if isinstance(config.path, dict) else {config.path: 1.0}, config, encoder)
     chosen = np.flatnonzero(loaded.learnable).astype(np.int32)
@@ -132,18 +149,13 @@ def load_data(config: DataConfig, encoder: ChatEncoder, seed: int, pack: bool) -
         chosen = chosen[~is_held_out]
     chosen = _weighted(chosen, loaded, seed)
     train = _part("train", loaded, chosen, config.seq_len, encoder.pad_id, pack)
-    if train.supervised < LEAST_SUPERVISED * train.tokens:
-        raise ValueError(
-            f"only {train.supervised:,} of the {train.tokens:,} tokens of {_named(config.path)} are supervised, under"
-            f" {LEAST_SUPERVISED:.0%}: look at a conversation with `python -m dflash_dist preview`"
-        )
     dropped, cut = Counter[str](), 0
     for part in all_loaded:
         for summary in part.summaries:
             dropped += Counter(summary.bad) + summary.dropped
         dropped["no answer within a row"] += int((~part.learnable).sum())
         cut += int((part.documents.length[part.learnable] > config.seq_len).sum())
-    return Data(train, held_out, loaded, [s for part in all_loaded for s in part.summaries], +dropped, cut)
+    return Data(config.path, train, held_out, loaded, [s for part in all_loaded for s in part.summaries], +dropped, cut)
 
 
 def cache_folder(config: DataConfig) -> Path:

@@ -80,12 +80,12 @@ def regenerate(args: argparse.Namespace, world: World) -> None:
 
             def write(row: Row) -> None:
                 append(row)
-                bar.update()
+                bar.update("turn" not in row)
 
             if args.endpoint:
                 from dflash_dist.target.endpoint import answer_from_server  # slow to import, and only needed here
 
-                answer_from_server(todo, args, write)
+                answer_from_server(todo, parts.turns(todo), args, write)
             else:
                 _answer_here(todo, args, world.device, write)
     elif finished and world.is_main:
@@ -142,6 +142,10 @@ def answer_turns(asked: Conversation) -> Generator[list[Message], tuple[Message,
         if not waiting or (k + 1 < len(log) and log[k + 1]["role"] != "assistant"):
             continue
         new, finished = yield written
+        try:
+            read_row({"messages": [new]})
+        except BadRow as error:  # an empty answer, arguments that are no JSON: training could not read it
+            return {"error": f"unusable answer: {error}"}
         written.append(new)
         waiting = False
         if not finished:
@@ -151,12 +155,7 @@ def answer_turns(asked: Conversation) -> Generator[list[Message], tuple[Message,
             break
         old_calls = log[k + 1].get("tool_calls", []) if k + 1 < len(log) else []
         ids = {old.get("id", n): call["id"] for n, (old, call) in enumerate(zip(old_calls, new.get("tool_calls", [])))}
-    row: Row = {"messages": written, "finish_reason": reason} | ({"tools": asked.tools} if asked.tools else {})
-    try:
-        read_row(row)
-    except BadRow as error:  # an empty answer, arguments that are no JSON: training could not read it
-        return {"error": f"unusable answer: {error}"}
-    return row
+    return {"messages": written, "finish_reason": reason} | ({"tools": asked.tools} if asked.tools else {})
 
 
 def _fits(old: Message, new: Message, following: Message) -> bool:

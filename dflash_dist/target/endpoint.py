@@ -32,8 +32,17 @@ class _Refused(Exception):
     """A row that the server will never answer, such as one that is too long for it."""
 
 
-def answer_from_server(todo: dict[int, Conversation], args: argparse.Namespace, write: Callable[[Row], None]) -> None:
-    """Writes a row for each conversation as soon as it is answered, in any order; refused ones as {"error": ...}.
+def answer_from_server(
+    todo: dict[int, Conversation],
+    begun: dict[int, list[Message]],
+    args: argparse.Namespace,
+    write: Callable[[Row], None],
+) -> None:
+    """Writes a row for each conversation as soon as it is answered, in any order; refused ones as {"error": ...}. Turns
+    before the last are written as they come, so that only requests in flight can be lost.
+
+    Args:
+        begun: by row, the turns that an earlier start was answered already.
 
     Raises:
         ValueError: a wrong URL, key or model; or rows stayed unanswered, since the server failed or is gone.
@@ -46,7 +55,7 @@ def answer_from_server(todo: dict[int, Conversation], args: argparse.Namespace, 
         raise ValueError(
             f"--retries {args.retries} and --timeout {args.timeout:g} must not be below 0, nor --timeout 0"
         )
-    asyncio.run(_answer_all(todo, args, write))
+    asyncio.run(_answer_all(todo, begun, args, write))
 
 
 @dataclass
@@ -93,7 +102,12 @@ class _Progress:
         return self.failures >= self.patience
 
 
-async def _answer_all(todo: dict[int, Conversation], args: argparse.Namespace, write: Callable[[Row], None]) -> None:
+async def _answer_all(
+    todo: dict[int, Conversation],
+    begun: dict[int, list[Message]],
+    args: argparse.Namespace,
+    write: Callable[[Row], None],
+) -> None:
     queue = iter(todo.items())  # shared: every worker takes the next row
     progress = _Progress(write, patience=max(10, args.concurrency))
     client = openai.AsyncOpenAI(
@@ -106,7 +120,7 @@ async def _answer_all(todo: dict[int, Conversation], args: argparse.Namespace, w
     async def work() -> None:
         for row, asked in queue:
             try:
-                progress.settle({**await _answer_row(client, args, row, asked), "row": row})
+                progress.settle({**await _answer_row(client, args, row, asked, begun.get(row, []), write), "row": row})
             except _Refused as error:
                 progress.settle({"error": str(error), "row": row})
             except _Failed as error:
@@ -137,15 +151,27 @@ async def _answer_all(todo: dict[int, Conversation], args: argparse.Namespace, w
         )
 
 
-async def _answer_row(client: openai.AsyncOpenAI, args: argparse.Namespace, row: int, asked: Conversation) -> Row:
+async def _answer_row(
+    client: openai.AsyncOpenAI,
+    args: argparse.Namespace,
+    row: int,
+    asked: Conversation,
+    begun: list[Message],
+    write: Callable[[Row], None],
+) -> Row:
     turns = answer_turns(asked)
     messages = next(turns)
-    while True:
-        answer = await _ask(client, args, _request(args, row, messages, asked.tools))
-        try:
-            messages = turns.send(answer)
-        except StopIteration as end:
-            return end.value
+    try:
+        for message in begun:
+            messages = turns.send((message, True))
+        turn = len(begun)
+        while True:
+            message, finished = await _ask(client, args, _request(args, row, messages, asked.tools))
+            messages = turns.send((message, finished))
+            write({"row": row, "turn": turn, "message": message})
+            turn += 1
+    except StopIteration as end:
+        return end.value
 
 
 def _request(args: argparse.Namespace, row: int, messages: list[Message], tools: list[Any] | None) -> dict[str, Any]:

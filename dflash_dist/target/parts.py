@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ class Place(NamedTuple):
 
 
 class Parts:
-    """The part files of an output: one a rank, whole lines only.
+    """The part files of an output: one a rank, whole lines only. A line is a row; or {"row", "turn", "message"}, a turn
+    of a row that is not finished, counted from 0.
 
     The settings lie beside the output and stay there: they tell how it was written, and that it is finished.
     """
@@ -46,21 +48,33 @@ class Parts:
             _write_whole(described, [json.dumps(settings, indent=2).encode()])
 
     def index(self) -> dict[int, Place]:
-        """The finished rows, by number. A line that an interruption cut short counts as unwritten."""
-        places = {}
+        """The finished rows, by number."""
+        return {line["row"]: place for line, place in self._written() if "turn" not in line}
+
+    def turns(self, rows: Collection[int]) -> dict[int, list[Row]]:
+        """The messages that those of the unfinished `rows` that are begun were answered so far, in order."""
+        found: dict[int, dict[int, Row]] = {}
+        for line, _ in self._written():
+            if "turn" in line and line["row"] in rows:
+                found.setdefault(line["row"], {})[line["turn"]] = line["message"]
+        return {
+            row: [of[k] for k in itertools.takewhile(of.__contains__, itertools.count())] for row, of in found.items()
+        }
+
+    def _written(self) -> Iterator[tuple[Row, Place]]:
+        """All lines. One that an interruption cut short counts as unwritten."""
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             offset = 0
             with contextlib.suppress(FileNotFoundError), path.open("rb") as part:  # another rank may just have merged
                 for line in part:
                     with contextlib.suppress(ValueError):  # bytes: a cut may fall inside a character
                         row = json.loads(line)
-                        places[row["row"]] = Place(path, offset, len(line), row.get("error"))
+                        yield row, Place(path, offset, len(line), row.get("error"))
                     offset += len(line)
-        return places
 
     @contextlib.contextmanager
     def append(self, rank: int) -> Iterator[Callable[[Row], None]]:
-        """Gives what writes a row: at once for a process that dies, within about a second for a machine that does."""
+        """Gives what writes a line: at once for a process that dies, within about a second for a machine that does."""
         with (self.folder / f"rank-{rank:05d}.jsonl").open("a+b") as part:
             if part.tell():
                 part.seek(-1, os.SEEK_END)

@@ -55,6 +55,7 @@ def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) ->
     config = setup.make_builtins(config, world)
     info = setup.check_target(config)
     data = setup.make_data(config, info, world)
+    data.refuse_unsupervised()
     target, dtype = config.target, getattr(torch, config.target.dtype)
     token_bytes = len(target.layer_ids) * info.text.hidden_size * dtype.itemsize
     rows_per_shard = max(1, int(shard_mib * 2**20) // (token_bytes * config.data.seq_len))

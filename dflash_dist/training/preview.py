@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for line in show_row(data, row, info.tokenizer, colour):
         print(line)
+    data.refuse_unsupervised()  # as training would, but after the look that tells why
 
 
 def describe(config: Config, data: Data) -> Iterator[str]:

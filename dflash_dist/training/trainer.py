@@ -56,6 +56,7 @@ class Trainer:
         self.world = world
         info = setup.check_target(config)
         data = setup.make_data(config, info, world)
+        data.refuse_unsupervised()
         rows, held_out = data.train.rows, data.held_out.rows if data.held_out else None
         self.total_steps = setup.planned_steps(config, len(rows))
         draft = setup.make_draft(config, info).to(world.device)

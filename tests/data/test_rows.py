@@ -195,7 +195,17 @@ def test_every_row_is_accounted_for(tmp_path):
         "left out: 1 x wrong prompt_length",
         "left out: 1 x malformed JSON",
         "left out: 1 x no answer within a row",
+        f"bad row: {path}, row 8: wrong prompt_length: it counts the characters before the answer, below 1, found 1",
+        f"bad row: {path}, row 9: malformed JSON: Expecting property name enclosed in double quotes:"
+        " line 2 column 1 (char 2)",
     ]
+
+
+def test_of_many_bad_rows_the_first_ten_are_named(tmp_path):
+    paths = [write_rows(tmp_path / f"{name}.jsonl", [*chats(3), *["{"] * 7]) for name in "ab"]
+    told = [line for line in load(*paths, weights=[1, 1], max_bad_rows=14).describe() if line.startswith("bad row")]
+    rows = [line.removeprefix("bad row: ").split(": malformed")[0] for line in told]
+    assert rows == [f"{paths[0]}, row {k}" for k in range(4, 11)] + [f"{paths[1]}, row {k}" for k in range(4, 7)]
 
 
 @pytest.mark.parametrize(
@@ -215,9 +225,9 @@ def test_data_with_nothing_to_learn_from_is_refused(tmp_path, rows, account):
 
 def test_data_that_is_supervised_below_one_percent_is_refused(tmp_path):
     enough, too_little = (write_rows(tmp_path / f"{n}.jsonl", [rendered(n, 9)]) for n in (891, 892))
-    assert load(enough).train.supervised == 9
+    load(enough).refuse_unsupervised()
     with pytest.raises(ValueError, match=rf"only 9 of the 901 tokens of {too_little} are supervised, under 1%"):
-        load(too_little)
+        load(too_little).refuse_unsupervised()
 
 
 @pytest.mark.parametrize(

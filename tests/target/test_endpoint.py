@@ -382,12 +382,19 @@ def test_a_row_that_the_server_refuses_is_left_out_and_not_asked_again(arguments
 
 @pytest.mark.parametrize(
     "said",
-    [{"content": ""}, {"content": None}, {"tool_calls": [call(arguments="{")]}, {"content": "\0"}],
-    ids=["empty", "none", "arguments that are no JSON", "broken text"],
+    [
+        {"content": ""},
+        {"content": None},
+        {"tool_calls": [call(arguments="{")]},
+        {"content": "\0"},
+        {"content": "\ud800"},
+    ],
+    ids=["empty", "none", "arguments that are no JSON", "NUL", "half of a surrogate pair"],
 )
-def test_answers_that_training_could_not_read_are_left_out(answer, server, capsys, said):
+def test_answers_that_training_could_not_read_are_left_out_and_not_continued(answer, server, capsys, said):
     server.said = lambda body: dict(said) if body["messages"][-1]["content"] == "q2" else {}
-    assert answer(3) == [echoed(1), echoed(3)]
+    assert answer([chat("q1"), chat("q2", "old", "go on"), chat("q3")]) == [echoed(1), echoed(3)]
+    assert "go on" not in server.questions
     assert "left out 1 rows, the first: row 2: unusable answer: " in capsys.readouterr().out
 
 
@@ -460,9 +467,9 @@ def test_impossible_options_are_refused(arguments, alone, wrong):
 
 
 def test_a_killed_run_continues_and_asks_nothing_twice(arguments, server, monkeypatch):
-    """Of a real process, killed with two requests in flight."""
+    """Of a real process, killed with two requests in flight, one of them for the second turn of its conversation."""
     monkeypatch.delenv("RANK", raising=False)
-    args = arguments(12)
+    args = arguments([chat(f"q{k}", "old", f"q{k + 1}", "old") for k in range(1, 13, 2)])
     options = [f"--{name}={getattr(args, name)}" for name in ("target", "prompts", "out", "endpoint", "concurrency")]
     command = ["regenerate", *options, "--template-args={}"]
 
@@ -474,18 +481,20 @@ def test_a_killed_run_continues_and_asks_nothing_twice(arguments, server, monkey
         [sys.executable, "-m", "dflash_dist", *command], env=ENVIRONMENT, cwd=REPOSITORY, stderr=subprocess.PIPE
     )
     with server.changed:
-        # whoever asks for the eighth and ninth row has written what it was answered before
+        # whoever asks the eighth and ninth question has written what it was answered before
         started = server.changed.wait_for(lambda: len(server.asked) == 9, timeout=60)
     process.kill()
     _, told = process.communicate()
     assert started, told.decode()
-    assert sorted(row["row"] for row in part_rows(args)) == list(range(1, 8))
+    assert sorted(row["row"] for row in part_rows(args) if "turn" not in row) == [1, 2, 3]
 
     server.asked.clear()
     server.trouble = lambda *request: False
     main(command[1:])
     assert sorted(server.questions, key=lambda q: int(q[1:])) == [f"q{k}" for k in range(8, 13)]
-    assert read(args.out) == [echoed(row) for row in range(1, 13)]
+    assert [row["messages"] for row in read(args.out)] == [
+        chat(f"q{k}", f"new: q{k}", f"q{k + 1}", f"new: q{k + 1}")["messages"] for k in range(1, 13, 2)
+    ]
 
 
 def _regenerate(world: World, args: Namespace) -> None:

@@ -69,6 +69,10 @@ def test_a_row_that_does_not_exist_is_refused_with_the_range(preview):
         preview([("abc", "xy")] * 2, "--row", "3")
 
 
-def test_almost_nothing_supervised_is_refused(preview):
-    with pytest.raises(ValueError, match=r"under 1%: look at a conversation"):
-        preview([("q" * 250, "x")] * 3, "data.seq_len=1024", "target.path=builtin:tiny")
+def test_almost_nothing_supervised_is_refused_after_the_look_that_tells_why(preview, capsys):
+    with pytest.raises(
+        ValueError, match=r"only 6 of the \d+ tokens of .* supervised, under 1%: look at a conversation"
+    ):
+        preview([("q" * 250, "x")] * 3, "data.seq_len=1024")
+    shown = capsys.readouterr().out.splitlines()
+    assert len([line for line in shown if " + " in line]) == 2

@@ -1,0 +1,49 @@
+"""The micro-batches of all ranks together."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from dflash_dist.config import load_config
+from dflash_dist.data.packing import PackedBatch
+from dflash_dist.draft.blocks import Blocks
+from dflash_dist.ranks import World
+from dflash_dist.training.sampling import MicroBatch, Sampler
+from tests.steps import packed_rows
+
+CONFIG = str(Path(__file__).parents[2] / "configs/debug.yaml")
+STEPS = 4  # of 8 rows: three passes over 11 rows, which end inside a batch
+
+
+def micro_batches(ranks: int, micro: int) -> list[list[MicroBatch]]:
+    """Of every step, those of all ranks in order, and those held out last."""
+    knobs = ["loss.anchors=12", "train.global_batch_size=8", f"train.micro_batch_size={micro}"]
+    config = load_config(CONFIG, knobs)
+    rows, held_out = packed_rows(11), packed_rows(8)
+    samplers = [Sampler(config, World(rank, ranks, torch.device("cpu")), rows, held_out) for rank in range(ranks)]
+    steps = [[few for sampler in samplers for few in sampler.training(step)] for step in range(STEPS)]
+    return [*steps, [few for sampler in samplers for few in sampler.held_out()]]
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_rows_anchors_labels_and_weights_are_those_of_one_rank(ranks: int, micro: int) -> None:
+    for one, many in zip(micro_batches(1, 8), micro_batches(ranks, micro), strict=True):
+        assert [row for few in many for row in few.place[1]] == one[0].place[1]
+        for of, kind in (("batch", PackedBatch), ("blocks", Blocks)):
+            for name in (field.name for field in fields(kind)):
+                [expected], found = ([getattr(getattr(few, of), name) for few in some] for some in (one, many))
+                assert torch.equal(torch.cat(found), expected), name
+
+
+def test_anchors_are_drawn_anew_where_a_row_comes_again() -> None:
+    drawn: dict[int, list[torch.Tensor]] = {}
+    for few in (few for step in micro_batches(1, 1)[:STEPS] for few in step):
+        drawn.setdefault(few.place[1][0], []).append(few.blocks.anchors)
+    assert all(len(draws) >= 2 for draws in drawn.values())
+    again = [not torch.equal(draws[0], draws[1]) for row, draws in drawn.items() if row]  # row 0 has few
+    assert all(again) and len(again) == 10
