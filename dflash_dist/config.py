@@ -122,9 +122,25 @@ class ValidateConfig:
 
 
 @dataclass
+class EvalConfig:
+    every: int = knob(
+        0,
+        "steps between real decodings of a few prompts, also after the last step; the best checkpoint by their"
+        " acceptance length is kept; needs target.full_depth; 0: never",
+    )
+    prompts: str | None = knob(
+        None,
+        "conversations whose last answer is decoded, in any form that data.path may have; null: those held out, spread"
+        " over all",
+    )
+    count: int = knob(32, "prompts decoded, over all ranks")
+    max_new_tokens: int = knob(256, "longest answer [tokens]")
+
+
+@dataclass
 class CheckpointConfig:
     every: int = knob(500, "steps between checkpoints; one is also saved at the end and on SIGTERM or SIGINT")
-    keep: int = knob(2, "newest checkpoints kept")
+    keep: int = knob(2, "newest checkpoints kept, besides the best by eval")
 
 
 @dataclass
@@ -141,6 +157,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -360,6 +377,27 @@ def _refuse_impossible(config: Config) -> None:
         config.validate.every == 0 or data.val_path is not None or data.val_conversations > 0,
         "validate.every is set but nothing is held out: set data.val_path or data.val_conversations",
     )
+    require(config.eval.every >= 0, f"eval.every must not be negative, found {config.eval.every}")
+    require(config.eval.count >= 1, f"eval.count must be at least 1, found {config.eval.count}")
+    require(
+        config.eval.max_new_tokens >= 1, f"eval.max_new_tokens must be at least 1, found {config.eval.max_new_tokens}"
+    )
+    if config.eval.every:
+        require(
+            config.eval.prompts is not None or data.val_path is not None or data.val_conversations > 0,
+            "eval.every is set but there is nothing to decode: set eval.prompts, data.val_path or"
+            " data.val_conversations",
+        )
+        require(
+            target.features is None,
+            "eval.every is set but target.features takes the target's place: real decoding runs the target, so unset"
+            " one of them; `evaluate` can measure the exports of such a run",
+        )
+        require(
+            target.full_depth,
+            "eval.every is set but only the captured layers of the target are loaded: real decoding needs all, so set"
+            " target.full_depth to true",
+        )
     require(config.checkpoint.every >= 1, f"checkpoint.every must be at least 1, found {config.checkpoint.every}")
     require(config.checkpoint.keep >= 1, f"checkpoint.keep must be at least 1, found {config.checkpoint.keep}")
     require(config.log.every >= 1, f"log.every must be at least 1, found {config.log.every}")

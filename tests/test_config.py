@@ -113,7 +113,10 @@ def test_a_value_of_the_wrong_type_is_refused(load, override, message):
         ("draft.blocksize=8", "unknown key 'draft.blocksize'; did you mean 'draft.block_size'?"),
         ("trian.lr=1", "unknown key 'trian'; did you mean 'train'?"),
         ("ouput_dir=x", "unknown key 'ouput_dir'; did you mean 'output_dir'?"),
-        ("xyzzy=1", "unknown key 'xyzzy'; sections are checkpoint, data, draft, log, loss, output_dir, target, train"),
+        (
+            "xyzzy=1",
+            "unknown key 'xyzzy'; sections are checkpoint, data, draft, eval, log, loss, output_dir, target, train",
+        ),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_name(load, override, message):
@@ -175,6 +178,10 @@ def test_an_unknown_key_in_the_file_names_the_file(load, tmp_path):
         ("train.hang_timeout=-1", "train.hang_timeout must be"),
         ("validate.every=-1", "validate.every must not be negative, found -1"),
         ("validate.every=5", "nothing is held out: set data.val_path or data.val_conversations"),
+        ("eval.every=-1", "eval.every must not be negative, found -1"),
+        ("eval.count=0", "eval.count must be at least 1, found 0"),
+        ("eval.max_new_tokens=0", "eval.max_new_tokens must be at least 1, found 0"),
+        ("eval.every=5", "nothing to decode: set eval.prompts, data.val_path or data.val_conversations"),
         ("checkpoint.every=0", "checkpoint.every must be at least 1, found 0"),
         ("checkpoint.keep=0", "checkpoint.keep must be at least 1, found 0"),
         ("log.every=0", "log.every must be at least 1, found 0"),
@@ -194,6 +201,8 @@ def test_an_impossible_value_is_refused_with_the_reason(load, override, message)
         ["draft.block_size=12", "loss.gamma=6"],
         ["validate.every=5", "data.val_conversations=1"],
         ["validate.every=5", "data.val_path=held_out.jsonl"],
+        ["eval.every=5", "eval.prompts=asked.jsonl", "target.full_depth=true"],
+        ["eval.every=5", "data.val_conversations=1", "target.full_depth=true"],
         ["train.max_steps=0"],
         ["train.warmup=0", "train.final_lr=0"],
         ["train.micro_batch_size=3", "train.global_batch_size=9"],
@@ -278,3 +287,15 @@ def test_an_empty_file_is_told_what_to_set(load):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"absent\.yaml does not exist"):
         load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("target.features=stored", "target.features takes the target's place"),
+        ("target.full_depth=false", "set target.full_depth to true"),
+    ],
+)
+def test_real_decoding_without_a_whole_target_is_refused(load, override, message):
+    with pytest.raises(ValueError, match=message):
+        load("eval.every=5", "eval.prompts=asked.jsonl", "target.full_depth=true", override)

@@ -132,10 +132,10 @@ class CarefulDecoder(Decoder):
 
     nearest = float("inf")
 
-    def _greedy(self, logits: torch.Tensor) -> list[int]:  # type: ignore[override]
+    def _choose(self, logits: torch.Tensor, position: int) -> list[int]:
         best, second = logits.float().topk(2).values.unbind(-1)
         self.nearest = min(self.nearest, (best - second).min().item())
-        return super()._greedy(logits)
+        return super()._choose(logits, position)
 
 
 def decode(target: Path, draft: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:

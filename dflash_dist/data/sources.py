@@ -50,6 +50,11 @@ class Conversation:
     tools: list[Any] | None = None
     finished: bool = True  # False where the last answer was cut by the length limit: its end is not the target's
 
+    @property
+    def asked(self) -> list[Message]:
+        """What the last answer answers: all messages, without a last one of the assistant."""
+        return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
+
 
 @dataclass(frozen=True)
 class Rendered:

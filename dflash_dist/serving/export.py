@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dflash_dist.draft.model import DraftShape
 from dflash_dist.serving.contract import TRAINING, write_draft
-from dflash_dist.training.checkpoint import damage, read_state, step_folders
+from dflash_dist.training.checkpoint import BEST, best_step, damage, read_state, step_folders
 from dflash_dist.training.setup import CHAT_TEMPLATE, CONFIG
 
 
@@ -20,13 +20,17 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="dflash_dist export", description=__doc__)
     parser.add_argument("--run", required=True, type=Path, help="the run's output_dir")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--step", type=int, help="a kept checkpoint's step; the newest by default")
+    parser.add_argument("--step", type=_step, help="a kept checkpoint's step, or best; the newest by default")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     args = parser.parse_args(argv)
     export(args.run, args.out, args.step, args.dtype)
 
 
-def export(run: Path, out: Path, step: int | None = None, dtype: str = "bfloat16") -> None:
+def _step(text: str) -> int | str:
+    return text if text == BEST else int(text)
+
+
+def export(run: Path, out: Path, step: int | str | None = None, dtype: str = "bfloat16") -> None:
     """Writes `config.json` and `model.safetensors` to `out`, and `training.json`: what the draft expects of its target.
 
     Raises:
@@ -35,9 +39,11 @@ def export(run: Path, out: Path, step: int | None = None, dtype: str = "bfloat16
     folders = step_folders(run / "checkpoints")
     if not folders:
         raise ValueError(f"{run} holds no checkpoint: is it the output_dir of a training run?")
-    if step is not None and step not in folders:
+    if step == BEST and (step := best_step(run / "checkpoints")) is None:
+        raise ValueError(f"{run} has no best checkpoint: eval.every decodes while training, which chooses it")
+    step = max(folders) if step is None else int(step)
+    if step not in folders:
         raise ValueError(f"{run} keeps no checkpoint of step {step}, only of {', '.join(map(str, folders))}")
-    step = max(folders) if step is None else step
     folder = folders[step]
     if problem := damage(folder):
         raise ValueError(

@@ -102,10 +102,29 @@ def packs_exactly(text_config: Any) -> bool:
     True of attention, full or sliding, which the positions tell apart. Linear attention and state-space layers carry a
     state from token to token, and chunked attention counts its chunks from the row's beginning.
     """
+    return not (_layer_kinds(text_config) - {"full_attention", "sliding_attention", "attention"})
+
+
+def check_rollback(text_config: Any) -> None:
+    """Refuses a target whose cache cannot be cut back to the tokens that were accepted.
+
+    Raises:
+        ValueError: naming the kind of layer.
+    """
+    cut = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+    if other := sorted(_layer_kinds(text_config) - cut):
+        raise ValueError(
+            "speculative decoding drops rejected tokens from the target's cache, which layers of the kind"
+            f" {', '.join(other)} cannot: {text_config.model_type} is no target for it; choose one with attention only"
+        )
+
+
+def _layer_kinds(text_config: Any) -> set[str]:
+    """The kinds of a decoder's layers that its config names; attention goes without saying."""
     kinds = [getattr(text_config, name, None) or [] for name in ("layer_types", "layers_block_type", "block_types")]
-    state_space = any(getattr(text_config, name, None) for name in ("state_size", "ssm_state_size", "mamba_d_state"))
-    packable = {"full_attention", "sliding_attention", "attention"}
-    return not state_space and all(kind in packable for listed in kinds for kind in listed)
+    sizes = ("state_size", "ssm_state_size", "mamba_d_state")
+    state_space = {"state_space"} if any(getattr(text_config, name, None) for name in sizes) else set()
+    return state_space.union(*kinds)
 
 
 def check_mask_token(info: TargetInfo, mask_token_id: int) -> None:

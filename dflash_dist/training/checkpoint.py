@@ -4,14 +4,19 @@ Draft and optimiser are replicated, so rank 0 copies them to the host and a thre
 another name, synced to disk, then renamed. A folder with a step's name is therefore complete. It holds
     draft.safetensors   parameters, float32, with the published names
     optimizer.pt        AdamW's moments and step counts
-    state.json          step, draft shape, what a resumed run must share, and the checksums of the other files
-A disk that fills up, or a file that is damaged later, costs the checkpoint concerned and not the run.
+    state.json          step, draft shape, what a resumed run must share, the checksums of the other files, and the
+                        acceptance length that real decoding gave at this step, where it was measured
+The one with the largest acceptance length stays, whatever its age, and the link `best` leads to it. A disk that fills
+up, or a file that is damaged later, costs the checkpoint concerned and not the run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import math
+import os
 import re
 import shutil
 import threading
@@ -26,6 +31,7 @@ from dflash_dist.files import sync
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 FILES = ("draft.safetensors", "optimizer.pt")
+BEST = "best"
 
 
 def step_folders(folder: Path) -> dict[int, Path]:
@@ -60,8 +66,19 @@ def newest_whole(folder: Path) -> int | None:
     return None
 
 
+def best_step(folder: Path, up_to: float = math.inf) -> int | None:
+    """The step with the largest acceptance length in real decoding, of the checkpoints where that was measured; the
+    newest of equals."""
+    measured = {}
+    for step, path in step_folders(folder).items():
+        with contextlib.suppress(OSError, ValueError):  # damaged
+            if step <= up_to and (tau := read_state(path).get("tau")) is not None:
+                measured[step] = tau
+    return max(measured, key=lambda step: (measured[step], step), default=None)
+
+
 class Checkpoints:
-    """Saves to and loads from one run's checkpoint folder, keeping the newest `keep`."""
+    """Saves to and loads from one run's checkpoint folder, keeping the newest `keep` and the best."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
@@ -79,6 +96,12 @@ class Checkpoints:
         moments = _host_copy(optimizer.state_dict())
         self._writer = threading.Thread(target=self._write, args=(step, tensors, moments, {**state, "step": step}))
         self._writer.start()
+
+    def would_be_best(self, tau: float) -> bool:
+        """Whether no checkpoint has a larger acceptance length; waits for one that is being written."""
+        self._join()
+        best = best_step(self.folder)
+        return best is None or tau >= read_state(step_folders(self.folder)[best])["tau"]
 
     def wait(self) -> None:
         """Returns once nothing is being written.
@@ -123,6 +146,9 @@ class Checkpoints:
             folders = step_folders(self.folder)
             # Newer ones are damaged, or the run would have gone on from them: they must not count as kept.
             kept = [at for at in folders if at <= step][-self.keep :]
+            if (best := best_step(self.folder, up_to=step)) is not None:
+                _link(self.folder / BEST, folders[best].name)
+                kept.append(best)
             for other in folders.keys() - kept:
                 _remove(folders[other])
         except BaseException as error:  # a thread's exception would vanish: wait() raises it
@@ -176,3 +202,11 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
         folder.rename(gone)
         shutil.rmtree(gone)
+
+
+def _link(path: Path, to: str) -> None:
+    """Makes or changes a symbolic link, which is there at every moment."""
+    new = path.with_name(f".{path.name}.partial")
+    new.unlink(missing_ok=True)
+    new.symlink_to(to)
+    os.replace(new, path)

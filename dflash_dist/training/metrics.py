@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from dflash_dist.draft.objective import Statistics
-
 
 class MetricLog:
     """Writes metrics of a run folder from `step` on; what an earlier run wrote beyond it is cut away first."""
@@ -38,19 +36,18 @@ class MetricLog:
             self._board.add_scalar(tag, value, step)
         self._board.flush()
 
-    def show_slots(self, step: int, statistics: Statistics) -> None:
-        """A picture of the accuracy by slot."""
+    def show_slots(self, step: int, tag: str, what: str, shares: list[float]) -> None:
+        """A picture of a share by slot; `what` it is a share of."""
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
         figure, axes = plt.subplots(figsize=(5, 3))
-        slots = range(1, len(statistics.slot_accuracy) + 1)
-        axes.bar(slots, statistics.slot_accuracy)
-        axes.set(xlabel="slot", ylabel="accuracy", ylim=(0, 1), title=f"held-out accuracy by slot, step {step}")
+        axes.bar(range(1, len(shares) + 1), shares)
+        axes.set(xlabel="slot", ylabel=what, ylim=(0, 1), title=f"{what} by slot, step {step}")
         figure.tight_layout()
-        self._board.add_figure("val/slots", figure, step)
+        self._board.add_figure(tag, figure, step)
 
     def close(self) -> None:
         self.progress.close()

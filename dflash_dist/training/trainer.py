@@ -16,7 +16,8 @@ from dflash_dist.config import Config, describe, load_config
 from dflash_dist.ranks import World, join_world
 from dflash_dist.training import setup
 from dflash_dist.training.checkpoint import Checkpoints, newest_whole, read_state, refuse_changed, step_folders
-from dflash_dist.training.context import make_context
+from dflash_dist.training.context import TargetContext, make_context
+from dflash_dist.training.evaluation import Evaluation, SharedTarget, find_prompts
 from dflash_dist.training.logs import LOGS, keep_logs
 from dflash_dist.training.optim import restore_hyperparameters
 from dflash_dist.training.sampling import Sampler
@@ -59,10 +60,15 @@ class Trainer:
         data.refuse_unsupervised()
         rows, held_out = data.train.rows, data.held_out.rows if data.held_out else None
         self.total_steps = setup.planned_steps(config, len(rows))
+        prompts = find_prompts(config, info, data) if config.eval.every else []
         draft = setup.make_draft(config, info).to(world.device)
         context, embedding, head = make_context(config, info, data, world)
         sampler = Sampler(config, world, rows, held_out)
         self.training = TrainingStep(config, world, sampler, draft, context, embedding, head, self.total_steps)
+        if config.eval.every:
+            assert isinstance(context, TargetContext), "load_config refuses real decoding without the target"
+            target = SharedTarget(world, context.target.model, embedding, head, lambda: self.stop_requested)
+            self.evaluation = Evaluation(config.eval, world, target, info.stop_ids, prompts)
         # What a resumed run must share with the one it continues.
         self.identity = {
             **{f"draft.{name}": value for name, value in dataclasses.asdict(draft.shape).items()},
@@ -109,23 +115,34 @@ class Trainer:
                     watch.say(f"stopped after step {step}; start the same command again to continue")
                     break
                 to_validate = due(result.step, self.config.validate.every, self.total_steps)
+                to_evaluate = due(result.step, self.config.eval.every, self.total_steps)
                 to_save = due(result.step, self.config.checkpoint.every, self.total_steps)
-                if to_validate or to_save:
+                if to_validate or to_evaluate or to_save:
                     watch.read(result)
                     unread = None
                 if to_validate:
                     self.validate_and_show(result.step, watch)
-                if to_save:
-                    self.save(saved := result.step)
+                tau = self.evaluate_and_show(result.step, watch) if to_evaluate else None
+                if to_save or (tau is not None and self.world.is_main and self.checkpoints.would_be_best(tau)):
+                    self.save(saved := result.step, tau)
         self.world.barrier()
 
     def validate_and_show(self, step: int, watch: Watch) -> None:
         begun = time.perf_counter()
         watch.validated(step, self.training.validate(), time.perf_counter() - begun)
 
-    def save(self, step: int) -> None:
+    def evaluate_and_show(self, step: int, watch: Watch) -> float | None:
+        """The acceptance length in real decoding; None where a rank was asked to stop meanwhile."""
+        begun = time.perf_counter()
+        shown = self.evaluation.run(self.training.draft)
+        if shown is None:
+            return None
+        watch.evaluated(step, shown, time.perf_counter() - begun)
+        return shown.tau
+
+    def save(self, step: int, tau: float | None = None) -> None:
         if self.world.is_main:
-            state = {"identity": self.identity, "shape": dataclasses.asdict(self.training.draft.shape)}
+            state = {"identity": self.identity, "shape": dataclasses.asdict(self.training.draft.shape), "tau": tau}
             with self.world.expects_progress(False):  # it may wait for a slow disk to finish the one before
                 self.checkpoints.save(step, self.training.draft, self.training.optimizer, state)
 

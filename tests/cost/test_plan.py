@@ -67,6 +67,7 @@ def test_a_rank_holds_what_was_predicted(name: str, alone: World) -> None:
 def measured_peak(plan: bench.Plan, world: World) -> int:
     """The most bytes that torch's allocator had given out at once in a step, those for the models and inside kernels
     too; after a warm-up, in which the optimiser's state appears."""
+    gc.collect()  # what earlier tests left would count as freed here
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         ours = bench.Ours(plan, world)
         ours.training.sampler = Sampler(ours.training.config, world, rows_of_two(plan), None)

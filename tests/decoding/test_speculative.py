@@ -98,6 +98,28 @@ def test_a_random_draft_stops_at_the_stop_token(make_decoder, end):
     assert decoder.speculative(PROMPT, 30).tokens == expected
 
 
+def test_no_token_is_written_past_the_targets_last_position(make_decoder):
+    decoder = make_decoder(4)
+    answer = decoder.plain(PROMPT, 40).tokens
+    decoder.positions = len(PROMPT) + 7
+    assert decoder.plain(PROMPT, 40).tokens == decoder.speculative(PROMPT, 40).tokens == answer[:7]
+
+
+@pytest.mark.parametrize("decode", ["plain", "speculative"])
+@pytest.mark.parametrize(
+    ("prompt", "limit", "message"),
+    [
+        ([], 5, "1 to 2047 tokens, found 0"),
+        ([5] * 2048, 5, "found 2048"),
+        ([5], 0, "max_new_tokens must be at least 1, found 0"),
+    ],
+    ids=["empty", "long", "nothing to write"],
+)
+def test_what_cannot_be_answered_is_refused(make_decoder, decode, prompt, limit, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(make_decoder(), decode)(prompt, limit)
+
+
 def test_a_stop_token_that_the_prefill_gives_ends_the_answer_without_a_pass(make_decoder):
     first = make_decoder().plain(PROMPT, 1).tokens
     fast = make_decoder(stop_ids=tuple(first)).speculative(PROMPT, 30)
@@ -315,9 +337,9 @@ def _watch(monkeypatch, owner, name: str, pick) -> list:
     """Lets calls of a method through and collects what `pick` takes of their arguments."""
     method, seen = getattr(owner, name), []
 
-    def watched(*args):
+    def watched(*args, **options):
         seen.append(pick(*args))
-        return method(*args)
+        return method(*args, **options)
 
     monkeypatch.setattr(owner, name, watched)
     return seen

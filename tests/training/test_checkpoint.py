@@ -8,7 +8,14 @@ import torch
 from dflash_dist.config import TrainConfig
 from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.training import checkpoint
-from dflash_dist.training.checkpoint import Checkpoints, newest_whole, read_state, refuse_changed, step_folders
+from dflash_dist.training.checkpoint import (
+    Checkpoints,
+    best_step,
+    newest_whole,
+    read_state,
+    refuse_changed,
+    step_folders,
+)
 from dflash_dist.training.optim import apply_update, make_optimizer
 from tests.tiny import tiny_shape
 
@@ -64,6 +71,34 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_that_is_used(tmp_p
     checkpoints.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
     assert newest_whole(tmp_path) == 6
+
+
+def save(checkpoints: Checkpoints, *measured: tuple[int, float | None]) -> None:
+    for step, tau in measured:
+        checkpoints.save(step, *trained(), {"tau": tau})
+        checkpoints.wait()
+
+
+def test_the_best_is_kept_and_linked_however_old_it_is(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert best_step(tmp_path) is None and checkpoints.would_be_best(1.0)
+    save(checkpoints, (5, None))
+    assert not (tmp_path / "best").exists()
+    save(checkpoints, (10, 2.5), (15, 2.0), (20, None))
+    assert list(step_folders(tmp_path)) == [10, 20] and (tmp_path / "best").readlink() == Path("step-00000010")
+    assert [checkpoints.would_be_best(tau) for tau in (2.4, 2.5, 2.6)] == [False, True, True]
+    save(checkpoints, (25, 2.5))
+    assert list(step_folders(tmp_path)) == [25] and read_state(tmp_path / "best")["step"] == 25
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-00000025"]
+
+
+def test_a_run_that_goes_on_from_before_its_best_finds_a_best_of_its_own(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, (5, 2.0), (10, 3.0))
+    cut(tmp_path / "step-00000010/draft.safetensors")
+    assert newest_whole(tmp_path) == 5
+    save(checkpoints, (6, 1.5))
+    assert list(step_folders(tmp_path)) == [5, 6] and read_state(tmp_path / "best")["step"] == 5
 
 
 @pytest.mark.parametrize("breaks", ["save_file", "sync"])

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dflash_dist.draft.objective import Statistics
+from dflash_dist.training.evaluation import Acceptance
 from dflash_dist.training.step import StepResult
 from dflash_dist.training.watch import Watch, due
 
@@ -52,6 +54,21 @@ def test_only_the_steps_to_log_are_logged_and_their_sums_are_divided_once(watch)
 def test_a_step_that_is_not_logged_is_checked_all_the_same(watch) -> None:
     with pytest.raises(FloatingPointError, match="step 3: the gradient norm is inf"):
         watch.read(result(3, at=101.0, norm=float("inf")))
+
+
+def test_real_decoding_is_shown_with_a_picture_and_takes_no_time_of_a_step(watch, capsys) -> None:
+    watch.read(result(2, at=110.0))
+    watch.evaluated(2, Acceptance(8.0, 20.0, [6.0, 4.0, 2.0]), seconds=50.0)
+    watch.read(result(4, at=166.0))
+    shown = lines(watch)[1]
+    assert (shown["eval/tau"], shown["eval/seconds"]) == (2.5, 50.0)
+    assert [shown[f"eval/acceptance_slot_{k:02d}"] for k in (1, 2, 3)] == [0.75, 0.5, 0.25]
+    assert lines(watch)[2]["perf/step_s"] == 3.0
+    assert "step 2: real tau 2.50, decoded in 50 s" in capsys.readouterr().err
+    watch.log._board.flush()
+    events = EventAccumulator(str(Path(watch.config.output_dir) / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("eval/tau")[0].value == 2.5 and len(events.Images("eval/slots")) == 1
 
 
 def test_what_is_due() -> None:
