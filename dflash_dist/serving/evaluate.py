@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from dflash_dist.contract.folder import TRAINING, read_draft
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.sources import Message, read_conversations
 from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_difference
-from dflash_dist.serving.contract import TRAINING, read_draft
 from dflash_dist.target.load import TargetInfo, load_whole, read_info
 
 
@@ -51,7 +51,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
     info = read_info(args.target)
-    draft = read_draft(args.draft, dtype, device)
+    draft = read_draft(args.draft, dtype, device, info.text.num_hidden_layers)
     for name, ours, theirs in (
         ("hidden size", draft.shape.hidden_size, info.text.hidden_size),
         ("vocabulary", draft.shape.vocab_size, info.text.vocab_size),
