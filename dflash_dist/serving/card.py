@@ -92,13 +92,8 @@ the share of passes that accepted the first k proposals.
 {table(["suite", "prompts", "τ", "speed-up", "acceptance by slot"], rows)}"""
 
     def _serving(self) -> str:
-        proposals, block, arguments = (
-            self.shape.block_size - 1,
-            self.shape.block_size,
-            self.run["data"]["template_args"],
-        )
-        rendering = ""
-        if arguments:
+        block, rendering = self.shape.block_size, ""
+        if arguments := self.run["data"]["template_args"]:
             rendering = f"""
 
 Render chats as the training did, or acceptance suffers: with the template arguments `{json.dumps(arguments)}`, which
@@ -106,10 +101,10 @@ Render chats as the training did, or acceptance suffers: with the template argum
         commands = SPECULATORS if self.layout == "speculators" else PUBLISHED
         return f"""## Serve
 
-Paths are seen from the folder that holds `{self.name}`. Serve blocks of {block} tokens, as trained. vLLM counts the
-{proposals} proposals of a block, SGLang all its {block} tokens.{rendering}
+Paths are seen from the folder that holds `{self.name}`. Serve blocks of {block} tokens, as trained: vLLM counts
+the {block - 1} proposals of a block, SGLang all its {block} tokens.{rendering}
 
-{commands.format(target=self.target, draft=self.name, proposals=proposals, block=block)}"""
+{commands.format(target=self.target, draft=self.name, proposals=block - 1, block=block)}"""
 
 
 PUBLISHED = """vLLM:
