@@ -22,6 +22,7 @@ from dflash_dist.target.load import looks_like_hub_id
 
 WEIGHTS, CONFIG, TRAINING = "model.safetensors", "config.json", "training.json"
 INDEX = f"{WEIGHTS}.index.json"
+MASK_EMBEDDING = "mask_embedding.pt"  # of some published drafts; none of ours has one
 SHAPE = "dflash_shape"  # in the metadata of the weights: the shape they were trained in, as JSON
 
 Sizes = dict[str, list[int]]  # tensor name -> shape
@@ -211,7 +212,7 @@ def find_draft(name: str) -> Path:
     if Path(name).exists() or not looks_like_hub_id(name):
         return Path(name)  # what it lacks is said by whoever reads it
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", MASK_EMBEDDING]))
     except OSError as error:
         raise ValueError(f"draft {name} could not be read, neither as a folder nor from the hub: {error}") from error
 

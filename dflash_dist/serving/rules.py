@@ -14,6 +14,7 @@ from typing import Any
 
 from dflash_dist.contract.folder import (
     INDEX,
+    MASK_EMBEDDING,
     SHAPE,
     WEIGHTS,
     Sizes,
@@ -141,7 +142,7 @@ def other_weights(draft: Draft) -> list[str]:
 
 
 def mask_embedding(draft: Draft) -> list[str]:
-    return [file.name for file in draft.folder.glob("mask_embedding.pt")]
+    return [file.name for file in draft.folder.glob(MASK_EMBEDDING)]
 
 
 def leftovers(draft: Draft) -> list[str]:

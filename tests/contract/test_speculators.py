@@ -120,7 +120,7 @@ def test_a_hub_id_is_downloaded_without_what_a_draft_does_not_need(monkeypatch, 
 
     monkeypatch.setattr(module, "snapshot_download", snapshot_download)
     assert find_draft("org/draft") == tmp_path / "cached"
-    assert asked == [("org/draft", ["*.json", "*.safetensors"])]
+    assert asked == [("org/draft", ["*.json", "*.safetensors", "mask_embedding.pt"])]
     assert find_draft(str(tmp_path)) == tmp_path
     assert find_draft("nowhere") == Path("nowhere")
     assert len(asked) == 1
