@@ -39,7 +39,7 @@ slurm-test: setup  ## the jobs of docs/launch.md on a Slurm of two nodes, instal
 fault-test: setup  ## runs of 2 ranks, killed and stopped at chosen moments, end as the undisturbed one: about 15 minutes
 	FAULT_SEED=$(or $(SEED),0) $(BIN)/python -m pytest -s tests/faults.py
 
-vllm-test: setup  ## a draft trained here, served by vLLM in an environment of its own (3.4 GB): 4 minutes, 2 of them once
+vllm-test: setup  ## a draft trained here, served by vLLM in an environment of its own (3.4 GB): about 5 minutes, 2 of them once
 	-@$(MAKE) --silent --no-print-directory .venv-vllm/installed
 	$(BIN)/python -m pytest -rs -s tests/vllm_engine.py
 

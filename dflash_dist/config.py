@@ -78,8 +78,10 @@ class DraftConfig:
     num_attention_heads: int | None = knob(None, "query heads; null: as the target")
     num_key_value_heads: int | None = knob(None, "key/value heads; null: as the target")
     head_dim: int | None = knob(None, "size of a head; null: as the target")
-    init: Literal["random", "target"] = knob(
-        "random", "random weights, or a warm start from the target's own top layers"
+    init: str = knob(
+        "random",
+        "random weights; target: a warm start from the target's own top layers; or folder or hub id of a draft to go on"
+        " training, from which comes what is null above",
     )
 
 

@@ -16,6 +16,7 @@ FLOORS = {
     "data": 1,
     "draft": 1,
     "target": 2,
+    "contract": 3,
     "decoding": 3,
     "training": 4,
     "serving": 5,

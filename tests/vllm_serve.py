@@ -40,15 +40,20 @@ def counts(engine: LLM) -> tuple[int, list[int]]:
     return passes, list(metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values)
 
 
-def serve(job: dict[str, Any], draft: str) -> list[dict[str, Any]]:
-    """Tokens, passes and accepted counts by slot of each prompt."""
+def serve(job: dict[str, Any], draft: str, by_itself: bool) -> list[dict[str, Any]]:
+    """Tokens, passes and accepted counts by slot of each prompt.
+
+    Args:
+        by_itself: vLLM is given the draft's folder only, and finds the target and the number of proposals there.
+    """
+    speculative = {"method": "dflash", "model": draft, "num_speculative_tokens": job["block_size"] - 1}
     engine = LLM(
-        job["target"],
+        draft if by_itself else job["target"],
+        speculative_config=None if by_itself else speculative,
         dtype="float32",
         enforce_eager=True,
         enable_prefix_caching=False,  # every prompt prefills its own context
         max_model_len=job["max_model_len"],
-        speculative_config={"method": "dflash", "model": draft, "num_speculative_tokens": job["block_size"] - 1},
         disable_log_stats=False,
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=job["new_tokens"], ignore_eos=True)
@@ -74,7 +79,7 @@ def main() -> None:
     for name, draft in job["drafts"].items():
         DFlashQwen3Model._normalize_context_k = AS_SHIPPED if name in job["unrepaired"] else REPAIRED
         try:
-            results[name] = serve(job, draft)
+            results[name] = serve(job, draft, name in job["by_themselves"])
         except Exception as error:  # whatever vLLM raises, it is its answer to this draft
             results[name] = f"{type(error).__name__}: {error}"
         cleanup_dist_env_and_memory()

@@ -1,56 +1,35 @@
 """Whether serving engines will run a draft folder as it was trained: `python -m dflash_dist check DIR [--target T]`.
 
 Reads config.json and the headers of the weights. One line a rule: `ok`, `FAULT` where an engine would refuse the draft
-or serve another one, `note` where that depends on how the draft was trained. What engines do was read in z-lab/dflash
-(here "transformers"), vLLM 0.32 and SGLang 0.5.23; `make vllm-test` shows some of it.
+or serve another one, `note` where that depends on how the draft was trained.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dflash_dist.draft.model import DraftShape
-from dflash_dist.serving.contract import (
-    INDEX,
-    SHAPE,
-    WEIGHTS,
-    Sizes,
-    foreign,
-    from_config,
-    layer_faults,
-    mask_faults,
-    misshapen,
-    missing,
-    read_config,
-    target_faults,
-    tensor_shapes,
-    to_config,
-    variants,
-    weight_files,
-)
-from dflash_dist.target.load import TargetInfo, check_mask_token, read_info
+from dflash_dist.contract.folder import SHAPE, find_draft, from_config, read_config, weight_files
+from dflash_dist.serving.rules import COMPLETE, RULES, TARGET_RULES, Draft, Rule
+from dflash_dist.target.load import read_info
 
 SHOWN = 4  # of what breaks one rule
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names -> config.json's
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="dflash_dist check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("draft", type=Path, help="draft folder, exported here or published")
+    parser.add_argument("draft", help="draft folder or hub id, exported here or published")
     parser.add_argument("--target", help="model folder or hub id of the target that it will be served with")
     args = parser.parse_args(argv)
-    lines = check(args.draft, args.target)
+    lines = check(find_draft(args.draft), args.target)
     for line in lines:
         print(line)
     faults = sum(line.kind == "FAULT" for line in lines)
@@ -80,42 +59,20 @@ def check(folder: Path, target: str | None = None) -> list[Line]:
     Raises:
         ValueError: the folder is no draft at all, or the target cannot be read.
     """
-    config = read_config(folder)
     info = read_info(target) if target else None
+    config = read_config(folder, info.text.num_hidden_layers if info else None)
     tensors, trained = read_headers(folder)
     try:
         shape = from_config(config)
     except ValueError as error:  # and without a shape there is nothing to compare the rest with
-        return [COMPLETE.line([str(error)])]
+        return [judge(COMPLETE, [str(error)])]
     draft = Draft(folder, config, shape, tensors, trained, info)
     rules = RULES + TARGET_RULES if info else RULES
-    return [COMPLETE.line([]), *(rule.line(rule.problems(draft)) for rule in rules)]
+    return [judge(COMPLETE, []), *(judge(rule, rule.problems(draft)) for rule in rules)]
 
 
-@dataclass(frozen=True)
-class Draft:
-    """What a draft folder says of itself, its weights unread."""
-
-    folder: Path
-    config: dict[str, Any]
-    shape: DraftShape
-    tensors: dict[str, tuple[list[int], str]]  # name -> shape, dtype in safetensors' name
-    trained: dict[str, Any] | None  # the shape that the weights were written with, if they say so
-    target: TargetInfo | None
-
-    @property
-    def sizes(self) -> Sizes:
-        return {name: size for name, (size, _) in self.tensors.items()}
-
-    @property
-    def expected(self) -> Sizes:
-        return tensor_shapes(self.shape, attention_bias=bool(self.config.get("attention_bias")))
-
-    @property
-    def text(self) -> Any:
-        """The target's text config; only for rules about the target."""
-        assert self.target is not None
-        return self.target.text
+def judge(rule: Rule, found: list[str]) -> Line:
+    return Line(rule.kind if found else "ok", rule.name, found, rule.engines)
 
 
 def read_headers(folder: Path) -> tuple[dict[str, tuple[list[int], str]], dict[str, Any] | None]:
@@ -135,211 +92,3 @@ def read_headers(folder: Path) -> tuple[dict[str, tuple[list[int], str]], dict[s
         except SafetensorError as error:
             raise ValueError(f"{file} is no whole safetensors file ({error}): export or download it again") from error
     return tensors, json.loads(trained) if trained else None
-
-
-# ---- the rules: each returns what it finds wrong ----
-
-
-def architecture(draft: Draft) -> list[str]:
-    ours, config = to_config(draft.shape, dtype=""), draft.config
-    found = [] if "model_type" in config else ["model_type is missing"]
-    if config.get("architectures") != ours["architectures"]:
-        found.append(f"architectures {config.get('architectures')} should be {ours['architectures']}")
-    return found
-
-
-def model_type(draft: Draft) -> list[str]:
-    return [f"it is {kind}"] if (kind := draft.config.get("model_type", "qwen3")) != "qwen3" else []
-
-
-def block_size(draft: Draft) -> list[str]:
-    places = {"the top level": draft.config, "dflash_config": draft.config.get("dflash_config") or {}}
-    stated = {place: values["block_size"] for place, values in places.items() if "block_size" in values}
-    if len(set(stated.values())) > 1:
-        return [", ".join(f"{size} at {place}" for place, size in stated.items())]
-    return [f"{draft.shape.block_size} leaves no slot to draft"] if draft.shape.block_size < 2 else []
-
-
-def layer_types(draft: Draft) -> list[str]:
-    types, config = draft.config.get("layer_types"), draft.config
-    if types is None:
-        return []
-    found = [] if len(types) == draft.shape.num_layers else [f"{len(types)} for {draft.shape.num_layers} layers"]
-    found += [f"no such type: {kind}" for kind in sorted({*types} - {"full_attention", "sliding_attention"}, key=str)]
-    # Qwen3's config forgets the window unless use_sliding_window is set.
-    window = config.get("sliding_window") and (config.get("use_sliding_window") or model_type(draft))
-    return [*found, "sliding_attention without a window"] if "sliding_attention" in types and not window else found
-
-
-def rope(draft: Draft) -> list[str]:
-    found = []
-    theta, older = draft.shape.rope_theta, draft.config.get("rope_theta")
-    if older not in (None, theta):
-        found.append(f"rope_parameters say rope_theta {theta}, the top level {older}")
-    for place in (draft.config, draft.config.get("rope_parameters") or {}):
-        found += [
-            f"{key} {place[key]}"
-            for key in ("partial_rotary_factor", "mrope_section")
-            if place.get(key) not in (None, 1)
-        ]
-    return found
-
-
-def sizes(draft: Draft) -> list[str]:
-    shape = draft.shape
-    found = [f"hidden_act {act}" for act in [draft.config.get("hidden_act", "silu")] if act != "silu"]
-    if shape.num_attention_heads % shape.num_key_value_heads:
-        found.append(f"{shape.num_attention_heads} heads do not share {shape.num_key_value_heads} key-value heads")
-    return found
-
-
-def number_format(draft: Draft) -> list[str]:
-    return [f"{name} is {dtype}" for name, (_, dtype) in draft.tensors.items() if dtype not in DTYPES]
-
-
-def stated_dtype(draft: Draft) -> list[str]:
-    stated = draft.config.get("dtype", draft.config.get("torch_dtype"))
-    stored = sorted({DTYPES.get(dtype, dtype) for _, dtype in draft.tensors.values()})
-    return [f"the config says {stated}, the weights are {' and '.join(stored)}"] if stored != [stated] else []
-
-
-def other_weights(draft: Draft) -> list[str]:
-    if (draft.folder / INDEX).is_file():
-        return []  # engines then read what the index names
-    return [file.name for file in sorted(draft.folder.glob("*.safetensors")) if file.name != WEIGHTS]
-
-
-def mask_embedding(draft: Draft) -> list[str]:
-    return [file.name for file in draft.folder.glob("mask_embedding.pt")]
-
-
-def leftovers(draft: Draft) -> list[str]:
-    return [key for key, value in draft.config.items() if key.startswith(LEFTOVERS) and value]
-
-
-def as_trained(draft: Draft) -> list[str]:
-    now = dataclasses.asdict(draft.shape)
-    return [
-        f"{name} is {now[name]}, trained with {then}"
-        for name, then in (draft.trained or {}).items()
-        if name in now and now[name] != then
-    ]
-
-
-def recorded(draft: Draft) -> list[str]:
-    return [] if draft.trained else [f"there is no {SHAPE} in the metadata of the weights"]
-
-
-def target_rope(draft: Draft) -> list[str]:
-    parameters = getattr(draft.text, "rope_parameters", None) or {}
-    theirs = parameters.get("rope_theta", draft.shape.rope_theta)  # absent where layers have different ones
-    return [f"{draft.shape.rope_theta:g}, the target's is {theirs:g}"] if theirs != draft.shape.rope_theta else []
-
-
-def target_positions(draft: Draft) -> list[str]:
-    ours = draft.shape.max_position_embeddings
-    theirs = getattr(draft.text, "max_position_embeddings", ours)
-    return [f"max_position_embeddings {ours}, the target's are {theirs}"] if ours < theirs else []
-
-
-def reserved_mask(draft: Draft) -> list[str]:
-    assert draft.target is not None
-    try:
-        check_mask_token(draft.target, draft.shape.mask_token_id)
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
-# Of targets with other attention, rotary positions, softcaps, experts, towers or number formats.
-LEFTOVERS = (
-    *("linear_", "mamba_", "ssm_", "attention_chunk_size", "rope_local_base_freq"),
-    *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "quantization_config"),
-    *("num_experts", "num_local_experts", "moe_", "text_config", "vision_config", "tie_word_embeddings"),
-)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A line of the contract, and what engines do with a draft that breaks it."""
-
-    name: str
-    problems: Callable[[Draft], list[str]]
-    engines: str
-    kind: str = "FAULT"
-
-    def line(self, found: list[str]) -> Line:
-        return Line(self.kind if found else "ok", self.name, found, self.engines)
-
-
-# Applied by reading the config at all.
-COMPLETE = Rule("config", lambda draft: [], "vLLM and transformers fill gaps with defaults of Qwen3: another draft")
-RULES = [
-    Rule("class", architecture, "vLLM and SGLang find no model by this name, or another one"),
-    Rule(
-        "tensors",
-        lambda draft: missing(draft.sizes, draft.expected),
-        "vLLM and SGLang serve what the memory held in its place, transformers random numbers; none says so",
-    ),
-    Rule(
-        "other tensors",
-        lambda draft: foreign(draft.sizes, draft.expected),
-        "vLLM uses embed_tokens and lm_head instead of the target's and refuses the rest; SGLang ignores them all",
-    ),
-    Rule("tensor shapes", lambda draft: misshapen(draft.sizes, draft.expected), "no engine loads them"),
-    Rule("number format", number_format, "engines read them as numbers that they are not"),
-    Rule(
-        "other weights",
-        other_weights,
-        "without an index, vLLM and SGLang load every safetensors file of the folder, one over the other",
-    ),
-    Rule(
-        "target layers",
-        lambda draft: layer_faults(draft.shape),
-        "vLLM sorts them, so that fc reads layers from each other's columns; engines disagree on whether the last one's"
-        " output is normalised",
-    ),
-    Rule("mask token", lambda draft: mask_faults(draft.shape), "its embedding is read from outside the table"),
-    Rule(
-        "block size",
-        block_size,
-        "SGLang and transformers draft dflash_config's, older releases the other; vLLM what it is told",
-    ),
-    Rule(
-        "layer types",
-        layer_types,
-        "SGLang and transformers refuse it; vLLM stops, or takes what it does not know for full attention",
-    ),
-    Rule(
-        "rotary positions",
-        rope,
-        "engines read rope_parameters, older ones the top level; vLLM obeys partial and multimodal rotation, SGLang"
-        " and transformers do not",
-    ),
-    Rule("heads and activation", sizes, "vLLM and SGLang refuse them"),
-    Rule("as trained", as_trained, "no engine can tell: it drafts worse, or nothing right"),
-    Rule("training record", recorded, "only drafts written here have it, so that edits of the config show", "note"),
-    Rule("model type", model_type, "transformers and vLLM fill the config's gaps with that model's defaults", "note"),
-    Rule("dtype", stated_dtype, "transformers casts to the config's, vLLM to the target's", "note"),
-    Rule("mask embedding", mask_embedding, "vLLM uses it instead of the target's, other engines do not", "note"),
-    Rule(
-        "leftovers", leftovers, "keys of a target's config: no draft computes them, but an engine may heed them", "note"
-    ),
-    Rule(
-        "variant",
-        lambda draft: variants(draft.config, draft.shape),
-        "right only if it was trained so, and not every engine heeds it (`evaluate` refuses); sliding layers are"
-        " causal unless is_causal is false",
-        "note",
-    ),
-]
-TARGET_RULES = [
-    Rule(
-        "target's sizes",
-        lambda draft: target_faults(draft.shape, draft.text),
-        "engines stop at the first draft, or feed it features of other layers",
-    ),
-    Rule("target's mask token", reserved_mask, "a token that texts hold means two things to the draft", "note"),
-    Rule("target's rotary base", target_rope, "drafts trained here share it: right only if it was trained so", "note"),
-    Rule("target's positions", target_positions, "vLLM reads past the end of its table: serve no longer texts", "note"),
-]

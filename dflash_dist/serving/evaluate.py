@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
+from dflash_dist.contract.folder import TRAINING, find_draft, read_draft
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.sources import Message, read_conversations
 from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_difference
-from dflash_dist.serving.contract import TRAINING, read_draft
 from dflash_dist.target.load import TargetInfo, load_whole, read_info
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="dflash_dist evaluate", description=__doc__)
     parser.add_argument("--target", required=True, help="model folder or hub id")
-    parser.add_argument("--draft", required=True, type=Path, help="exported draft folder")
+    parser.add_argument("--draft", required=True, help="draft folder or hub id, exported here or published")
     parser.add_argument("--prompts", required=True, help="JSONL of conversations; each is cut before its last answer")
     parser.add_argument("--json", type=Path, help="file for the report")
     parser.add_argument("--limit", type=int, help="the first N prompts only; all by default")
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
         "--template-args", type=json.loads, help="JSON object for the chat template; default: as trained"
     )
     args = parser.parse_args(argv)
+    args.draft = find_draft(args.draft)
     report = evaluate(args)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
     info = read_info(args.target)
-    draft = read_draft(args.draft, dtype, device)
+    draft = read_draft(args.draft, dtype, device, info.text.num_hidden_layers)
     for name, ours, theirs in (
         ("hidden size", draft.shape.hidden_size, info.text.hidden_size),
         ("vocabulary", draft.shape.vocab_size, info.text.vocab_size),

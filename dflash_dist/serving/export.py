@@ -1,4 +1,8 @@
-"""A run's newest checkpoint as a draft folder: `python -m dflash_dist export --run RUN --out DIR`."""
+"""A run's newest checkpoint as a draft folder: `python -m dflash_dist export --run RUN --out DIR`.
+
+The folder holds config.json, model.safetensors, training.json (how its chats were rendered) and a model card; tokenizer
+and generation config are the target's and stay there.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +14,48 @@ from typing import Any
 import yaml
 from safetensors.torch import load_file
 
+from dflash_dist.contract.folder import TRAINING, write_draft
 from dflash_dist.draft.model import DraftShape
-from dflash_dist.serving.contract import TRAINING, write_draft
+from dflash_dist.serving.card import Card, shown
+from dflash_dist.target.load import looks_like_hub_id, read_info
 from dflash_dist.training.checkpoint import BEST, best_step, damage, read_state, step_folders
 from dflash_dist.training.setup import CHAT_TEMPLATE, CONFIG
 
+CARD = "README.md"
+
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dflash_dist export", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="dflash_dist export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", required=True, type=Path, help="the run's output_dir")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--step", type=_step, help="a kept checkpoint's step, or best; the newest by default")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    args = parser.parse_args(argv)
-    export(args.run, args.out, args.step, args.dtype)
+    parser.add_argument(
+        "--format",
+        choices=("dflash", "speculators"),
+        default="dflash",
+        help="dflash: as z-lab publishes drafts, for vLLM, SGLang and transformers; speculators: the layout of the"
+        " library of that name, for vLLM, which then finds the target by itself",
+    )
+    parser.add_argument("--report", type=Path, help="what `evaluate --json` wrote, for the card's table")
+    parser.add_argument("--base-model", help="the target's hub id, where training read it from a folder")
+    parser.add_argument("--license", help="for the card, such as apache-2.0")
+    export(parser.parse_args(argv))
 
 
 def _step(text: str) -> int | str:
     return text if text == BEST else int(text)
 
 
-def export(run: Path, out: Path, step: int | str | None = None, dtype: str = "bfloat16") -> None:
-    """Writes `config.json` and `model.safetensors` to `out`, and `training.json`: what the draft expects of its target.
+def export(args: argparse.Namespace) -> None:
+    """Writes the folder.
 
     Raises:
-        ValueError: the run has no such checkpoint, or its tensors are not exactly a draft's.
+        ValueError: the run has no such checkpoint, its tensors are not exactly a draft's, or the report is none.
     """
+    run, out, step = args.run, args.out, args.step
     folders = step_folders(run / "checkpoints")
     if not folders:
         raise ValueError(f"{run} holds no checkpoint: is it the output_dir of a training run?")
@@ -49,20 +69,39 @@ def export(run: Path, out: Path, step: int | str | None = None, dtype: str = "bf
         raise ValueError(
             f"{folder} cannot be exported: {problem}; choose another --step of {', '.join(map(str, folders))}"
         )
-    shape = DraftShape(**read_state(folder)["shape"])
-    write_draft(out, shape, load_file(folder / "draft.safetensors"), dtype)
-    record = how_trained(run) | {"step": step}
+    shape, tensors = DraftShape(**read_state(folder)["shape"]), load_file(folder / "draft.safetensors")
+    config = yaml.safe_load((run / CONFIG).read_text())
+    report = read_report(args.report) if args.report else None
+    base_model = args.base_model or config["target"]["path"]
+    speculators_of = (base_model, architectures(config)) if args.format == "speculators" else None
+
+    write_draft(out, shape, tensors, args.dtype, speculators_of)
+    record = how_trained(run, config) | {"step": step}
     (out / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
-    print(f"exported {folder} to {out} ({dtype}); serve it with blocks of {shape.block_size} tokens:")
+    card = Card(
+        name=out.resolve().name,
+        target=shown(base_model),
+        on_hub=shown(base_model) == base_model and looks_like_hub_id(base_model),
+        shape=shape,
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        dtype=args.dtype,
+        layout=args.format,
+        step=step,
+        run=config,
+        license=args.license,
+        report=report,
+    )
+    (out / CARD).write_text(card.text())
+    print(f"exported {folder} to {out} ({args.dtype}); serve it with blocks of {shape.block_size} tokens:")
     print(f"  vLLM    num_speculative_tokens={shape.block_size - 1}")
-    print(f"  SGLang  --speculative-num-draft-tokens {shape.block_size}")
+    if args.format == "dflash":
+        print(f"  SGLang  --speculative-num-draft-tokens {shape.block_size}")
     if record["template_args"]:
         print(f"  with the chat template arguments of its training: {json.dumps(record['template_args'])}")
 
 
-def how_trained(run: Path) -> dict[str, Any]:
+def how_trained(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The target of a run and how its chats were rendered: serving must do the same, or acceptance suffers."""
-    config = yaml.safe_load((run / CONFIG).read_text())
     target, data = config["target"], config["data"]
     template = run / CHAT_TEMPLATE
     return {
@@ -73,3 +112,29 @@ def how_trained(run: Path) -> dict[str, Any]:
         "drop_reasoning": data["drop_reasoning"],
         "seq_len": data["seq_len"],
     }
+
+
+def architectures(config: dict[str, Any]) -> list[str]:
+    """The class names of the run's target, which the speculators library wants to know.
+
+    Raises:
+        ValueError: the target is not where the run read it.
+    """
+    return read_info(config["target"]["path"], config["target"]["revision"]).config.architectures or []
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """What `evaluate --json` wrote.
+
+    Raises:
+        ValueError: the file does not hold that.
+    """
+    if not file.is_file():
+        raise ValueError(f"--report {file} does not exist")
+    try:
+        report = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"--report {file} is not JSON: {error}") from error
+    if not isinstance(report, dict) or not {"tau", "suites"} & report.keys():
+        raise ValueError(f"--report {file} holds neither tau nor suites: give what `evaluate --json` wrote")
+    return report

@@ -54,7 +54,7 @@ def read_info(path: str, revision: str = "main") -> TargetInfo:
     Raises:
         ValueError: there is no such model.
     """
-    if not (Path(path) / "config.json").is_file() and (Path(path).exists() or not _looks_like_hub_id(path)):
+    if not (Path(path) / "config.json").is_file() and (Path(path).exists() or not looks_like_hub_id(path)):
         raise ValueError(f"target model folder {path} does not exist or holds no config.json")
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
@@ -67,7 +67,7 @@ def read_info(path: str, revision: str = "main") -> TargetInfo:
     return TargetInfo(path, revision, config, tokenizer, sorted(set(_flat_ids(stops))))
 
 
-def _looks_like_hub_id(path: str) -> bool:
+def looks_like_hub_id(path: str) -> bool:
     return len(path.split("/")) == 2 and not path.startswith(("/", ".", "~"))
 
 

@@ -20,6 +20,7 @@ import yaml
 
 from dflash_dist import __version__
 from dflash_dist.config import Config, to_tree
+from dflash_dist.contract.folder import find_draft, read_draft, read_shape
 from dflash_dist.data.rows import Data, load_data, make_encoder
 from dflash_dist.draft.model import DFlashDraftModel, DraftShape
 from dflash_dist.ranks import World
@@ -128,45 +129,86 @@ def planned_steps(config: Config, num_rows: int) -> int:
 
 
 def draft_shape(config: Config, text: Any, path: str) -> DraftShape:
-    """The draft's shape: as stated, and otherwise as that of the target's `text` decoder at `path`.
+    """The draft's shape: as stated, and otherwise as that of the draft that it begins from, or of the target's `text`
+    decoder at `path`.
 
-    The draft always trains with plain rotary positions at the target's base frequency, so that none of the target's
+    The draft always trains with plain rotary positions, at the target's base frequency, so that none of the target's
     rotary scaling belongs into its config.
 
     Raises:
-        ValueError: the target is no Llama-like decoder, or the stated numbers do not fit it.
+        ValueError: the target is no Llama-like decoder, or the stated numbers do not fit it or the draft to begin from.
     """
     draft = config.draft
     missing = [name for name in ("rms_norm_eps", "intermediate_size", "num_key_value_heads") if not hasattr(text, name)]
     if missing:
         raise ValueError(f"{path} is no Llama-like decoder: its config has no {', '.join(missing)}")
-    heads = draft.num_attention_heads or text.num_attention_heads
+    inherited: dict[str, Any] = {
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        "intermediate_size": text.intermediate_size,
+        "rms_norm_eps": text.rms_norm_eps,
+        "rope_theta": _rope_theta(text),
+        "max_position_embeddings": text.max_position_embeddings,
+    }
+    folder = draft_to_begin_from(config)
+    begun_from = read_shape(folder, text.num_hidden_layers) if folder else None
+    if begun_from:
+        inherited = {name: getattr(begun_from, name) for name in inherited}
+    stated = {name: getattr(draft, name, None) for name in inherited}
     shape = DraftShape(
         hidden_size=text.hidden_size,
         num_layers=draft.num_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=draft.num_key_value_heads or text.num_key_value_heads,
-        head_dim=draft.head_dim or getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        intermediate_size=draft.intermediate_size or text.intermediate_size,
-        rms_norm_eps=text.rms_norm_eps,
-        rope_theta=_rope_theta(text),
         block_size=draft.block_size,
         mask_token_id=config.mask_token_id,
         target_layer_ids=list(config.target.layer_ids),
         num_target_layers=text.num_hidden_layers,
         vocab_size=text.vocab_size,
-        max_position_embeddings=text.max_position_embeddings,
+        **inherited | {name: value for name, value in stated.items() if value is not None},
     )
-    if heads % shape.num_key_value_heads:
+    if begun_from:
+        _refuse_another(shape, begun_from, draft.init)
+    if shape.num_attention_heads % shape.num_key_value_heads:
         raise ValueError(
-            f"draft.num_attention_heads {heads} must be a multiple of draft.num_key_value_heads"
+            f"draft.num_attention_heads {shape.num_attention_heads} must be a multiple of draft.num_key_value_heads"
             f" {shape.num_key_value_heads}"
         )
     if config.data.seq_len > shape.max_position_embeddings:
         raise ValueError(
-            f"data.seq_len {config.data.seq_len} is above the {shape.max_position_embeddings} positions of {path}"
+            f"data.seq_len {config.data.seq_len} is above the {shape.max_position_embeddings} positions of"
+            f" {draft.init if begun_from else path}"
         )
     return shape
+
+
+def draft_to_begin_from(config: Config) -> Path | None:
+    """The folder of the draft that `draft.init` names, if it names one.
+
+    Raises:
+        ValueError: there is no such draft.
+    """
+    init = config.draft.init
+    if init in ("random", "target"):
+        return None
+    folder = find_draft(init)
+    if not folder.is_dir():
+        raise ValueError(f"draft.init: {init!r} is neither random nor target, nor the folder or hub id of a draft")
+    return folder
+
+
+def _refuse_another(shape: DraftShape, begun_from: DraftShape, name: str) -> None:
+    """Refuses to begin from a draft that is not of the shape that this run trains."""
+    ours, theirs = dataclasses.asdict(shape), dataclasses.asdict(begun_from)
+    knobs = {"target_layer_ids": "target.layer_ids"} | {
+        key: f"the target's {key}" for key in ("hidden_size", "vocab_size", "num_target_layers")
+    }
+    others = [
+        f"{knobs.get(key, f'draft.{key}')} is {ours[key]}, its own {theirs[key]}"
+        for key in ours
+        if ours[key] != theirs[key]
+    ]
+    if others:
+        raise ValueError(f"draft.init: {name} is another draft than this config describes: {'; '.join(others)}")
 
 
 def _rope_theta(text: Any) -> float:
@@ -177,11 +219,15 @@ def _rope_theta(text: Any) -> float:
 
 def make_draft(config: Config, info: TargetInfo) -> DFlashDraftModel:
     """The draft in float32 on the host, the same on every rank."""
+    shape = draft_shape(config, info.text, info.path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        draft = DFlashDraftModel(draft_shape(config, info.text, info.path), config.train.gradient_checkpointing)
+        draft = DFlashDraftModel(shape, config.train.gradient_checkpointing)
     if config.draft.init == "target":
         warm_start(draft, info)
+    elif folder := draft_to_begin_from(config):
+        begun_from = read_draft(folder, torch.float32, torch.device("cpu"), shape.num_target_layers)
+        draft.load_state_dict(begun_from.state_dict())
     return draft
 
 

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dflash_dist.__main__ import main as program
+from dflash_dist.contract.folder import write_draft
+from dflash_dist.contract.speculators import to_speculators
 from dflash_dist.draft.model import DFlashDraftModel
-from dflash_dist.serving.check import RULES, TARGET_RULES, check
-from dflash_dist.serving.contract import write_draft
+from dflash_dist.serving.check import check
+from dflash_dist.serving.rules import RULES, TARGET_RULES
 from tests.tiny import tiny_shape
 
 WINDOW = {"sliding_window": 64, "use_sliding_window": True}
@@ -35,6 +37,12 @@ class Folder:
         """Sets keys of dflash_config."""
         config = json.loads((self.path / "config.json").read_text())
         self.config(dflash_config=config["dflash_config"] | changes)
+
+    def speculators(self, **changes):
+        """Rewrites config.json in the layout of the speculators library, with these keys."""
+        config = json.loads((self.path / "config.json").read_text())
+        config = to_speculators(config, "org/target", ["Qwen3ForCausalLM"]) | changes
+        (self.path / "config.json").write_text(json.dumps(config))
 
     def tensors(self, **changes):
         """Replaces tensors, underscores for dots; None removes one. The record of the training goes."""
@@ -90,6 +98,8 @@ BREAKS = {
     "config": [
         (lambda d: d.config(head_dim=None), "no key 'head_dim'"),
         (lambda d: d.config(num_target_layers=None), "no key 'num_target_layers'"),
+        (lambda d: d.config(rope_theta=None, rope_parameters=None), "no key 'rope_theta'"),
+        (lambda d: d.inner(target_layer_ids=None), "target_layer_ids in the draft's config.json is None"),
         (lambda d: d.config(hidden_size="64"), "hidden_size in the draft's config.json is '64'"),
     ],
     "class": [
@@ -128,7 +138,10 @@ BREAKS = {
         (lambda d: d.inner(target_layer_ids=[1, 2, 5]), "below the target's last layer"),
         (lambda d: d.inner(target_layer_ids=[-1, 2, 4]), "not strictly increasing"),
     ],
-    "mask token": [(lambda d: d.inner(mask_token_id=260), "260 is outside the vocabulary of 260")],
+    "mask token": [
+        (lambda d: d.inner(mask_token_id=260), "260 is outside the vocabulary of 260"),
+        (lambda d: d.inner(mask_token_id=-1), "-1 is outside the vocabulary of 260"),
+    ],
     "block size": [
         (lambda d: d.config(block_size=16), "16 at the top level, 8 at dflash_config"),
         (lambda d: (d.config(block_size=1), d.inner(block_size=1)), "1 leaves no slot"),
@@ -146,6 +159,10 @@ BREAKS = {
             lambda d: d.config(rope_parameters={"rope_theta": 1e4, "mrope_section": [4, 2, 2]}),
             r"mrope_section \[4, 2, 2\]",
         ),
+        (lambda d: d.config(is_neox_style=False), "is_neox_style is false"),
+    ],
+    "attention in both directions": [
+        (lambda d: d.speculators(sliding_window_non_causal=False), "non_causal is false.* vLLM hides the slots behind"),
     ],
     "heads and activation": [
         (lambda d: d.config(hidden_act="gelu"), "hidden_act gelu"),
@@ -159,6 +176,10 @@ BREAKS = {
         ),
         (lambda d: (d.config(block_size=16), d.inner(block_size=16)), "block_size is 16, trained with 8"),
         (lambda d: d.inner(mask_token_id=4), "mask_token_id is 4, trained with 3"),
+        (
+            lambda d: d.speculators(aux_hidden_state_layer_ids=[1, 2, 4]),  # as they are in the other layout
+            r"target_layer_ids is \[0, 1, 3\], trained with \[1, 2, 4\]",
+        ),
     ],
 }
 NOTES = {
@@ -172,9 +193,11 @@ NOTES = {
     "leftovers": [
         (lambda d: d.config(linear_num_key_heads=16, final_logit_softcapping=30.0), "linear_num_key_heads; final_"),
         (lambda d: d.config(tie_word_embeddings=True), "tie_word_embeddings"),
+        (lambda d: d.config(output_multiplier=2.0, logit_scale=0.5), "output_multiplier; logit_scale"),
         (lambda d: d.config(quantization_config={"quant_method": "fp8"}), "quantization_config"),
     ],
     "variant": [
+        (lambda d: d.speculators(sample_from_anchor=True), "sample_from_anchor True"),
         (lambda d: d.config(is_causal=True), "is_causal True"),
         (lambda d: d.inner(attention_value_scale=0.7), "attention_value_scale 0.7"),
         (lambda d: d.config(layer_types=["sliding_attention", "full_attention"], **WINDOW), "layer_types .*sliding"),
@@ -227,6 +250,7 @@ def test_every_float_format_passes(tmp_path, dtype):
 
 
 PUBLISHED = {
+    "the speculators library's layout": lambda d: d.speculators(),
     "older keys": lambda d: d.config(rope_parameters=None, rope_scaling=None, layer_types=None),
     "block size at the top only": lambda d: d.config(
         dflash_config={"mask_token_id": 3, "target_layer_ids": [1, 2, 4]}, torch_dtype="bfloat16", dtype=None

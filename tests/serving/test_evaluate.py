@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from dflash_dist.contract.folder import write_draft
 from dflash_dist.decoding.speculative import Decoded, Decoder
 from dflash_dist.draft.model import DFlashDraftModel
-from dflash_dist.serving.contract import write_draft
 from dflash_dist.serving.evaluate import before_last_answer, main, summarise
 from tests.tiny import lively_target, tiny_shape
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from dflash_dist.config import Config, DataConfig
+from dflash_dist.contract.folder import read_draft
 from dflash_dist.draft.model import DFlashDraftModel
-from dflash_dist.serving.contract import read_draft
 from dflash_dist.serving.export import main
 from dflash_dist.training import setup
 from dflash_dist.training.checkpoint import Checkpoints
@@ -18,9 +18,11 @@ from tests.tiny import tiny_shape
 SHAPE = tiny_shape(hidden_size=16, num_layers=1, head_dim=4, intermediate_size=24, block_size=6)
 
 
-def _save_run(run, steps: list[int], state: dict | None = None) -> dict[int, dict[str, torch.Tensor]]:
+def save_run(
+    run, steps: list[int], state: dict | None = None, config: Config | None = None
+) -> dict[int, dict[str, torch.Tensor]]:
     """A run folder with a checkpoint for each step, as the trainer writes them; returns the drafts by step."""
-    setup.describe_run(Config(output_dir=str(run), data=DataConfig(template_args={"enable_thinking": False})))
+    setup.describe_run(config or Config(output_dir=str(run), data=DataConfig(template_args={"enable_thinking": False})))
     checkpoints, drafts = Checkpoints(run / "checkpoints", keep=10), {}
     for step in steps:
         torch.manual_seed(step)
@@ -40,13 +42,13 @@ def _assert_equal(folder, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def test_the_newest_step_is_exported(tmp_path):
-    drafts = _save_run(tmp_path / "run", [9, 20, 100])  # by the alphabet of bare numbers, 9 would be the newest
+    drafts = save_run(tmp_path / "run", [9, 20, 100])  # by the alphabet of bare numbers, 9 would be the newest
     main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft"), "--dtype", "float32"])
     _assert_equal(tmp_path / "draft", drafts[100])
 
 
 def test_step_picks_a_kept_checkpoint(tmp_path):
-    drafts = _save_run(tmp_path / "run", [0, 20, 30])
+    drafts = save_run(tmp_path / "run", [0, 20, 30])
     for step in (0, 20):
         out = tmp_path / f"draft-{step}"
         main(["--run", str(tmp_path / "run"), "--out", str(out), "--step", str(step), "--dtype", "float32"])
@@ -54,7 +56,7 @@ def test_step_picks_a_kept_checkpoint(tmp_path):
 
 
 def test_the_export_is_bfloat16_unless_asked_otherwise(tmp_path):
-    drafts = _save_run(tmp_path / "run", [4])
+    drafts = save_run(tmp_path / "run", [4])
     main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
     assert {tensor.dtype for tensor in load_file(tmp_path / "draft/model.safetensors").values()} == {torch.bfloat16}
     _assert_equal(tmp_path / "draft", drafts[4])
@@ -62,7 +64,7 @@ def test_the_export_is_bfloat16_unless_asked_otherwise(tmp_path):
 
 
 def test_the_exported_folder_is_a_draft_of_the_runs_shape(tmp_path):
-    drafts = _save_run(tmp_path / "run", [4])
+    drafts = save_run(tmp_path / "run", [4])
     main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "deep/down/draft"), "--dtype", "float32"])
     draft = read_draft(tmp_path / "deep/down/draft", torch.float32, torch.device("cpu"))
     assert draft.shape == SHAPE
@@ -70,14 +72,14 @@ def test_the_exported_folder_is_a_draft_of_the_runs_shape(tmp_path):
 
 
 def test_a_second_export_replaces_the_first(tmp_path):
-    drafts = _save_run(tmp_path / "run", [20, 30])
+    drafts = save_run(tmp_path / "run", [20, 30])
     for step in (30, 20):
         main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft"), "--step", str(step)])
     _assert_equal(tmp_path / "draft", drafts[20])
 
 
 def test_the_settings_of_the_engines_are_printed(tmp_path, capsys):
-    _save_run(tmp_path / "run", [4])
+    save_run(tmp_path / "run", [4])
     main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
     printed = capsys.readouterr().out
     assert "step-00000004" in printed
@@ -86,7 +88,7 @@ def test_the_settings_of_the_engines_are_printed(tmp_path, capsys):
 
 
 def test_a_checkpoint_that_is_still_being_written_is_not_exported(tmp_path):
-    drafts = _save_run(tmp_path / "run", [4, 8])
+    drafts = save_run(tmp_path / "run", [4, 8])
     folder = tmp_path / "run/checkpoints"
     (folder / "step-00000008").rename(folder / ".step-00000008.partial")
     main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft"), "--dtype", "float32"])
@@ -102,21 +104,28 @@ def test_a_folder_without_a_checkpoint_is_refused_by_name(tmp_path):
 
 
 def test_an_unknown_step_is_refused_with_the_kept_ones(tmp_path):
-    _save_run(tmp_path / "run", [20, 30])
+    save_run(tmp_path / "run", [20, 30])
     with pytest.raises(ValueError, match="no checkpoint of step 25, only of 20, 30"):
         main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft"), "--step", "25"])
     assert not (tmp_path / "draft").exists()
 
 
 def test_tensors_that_do_not_fit_the_runs_shape_are_refused(tmp_path):
-    _save_run(tmp_path / "run", [4], {"shape": {**asdict(SHAPE), "num_layers": 2}})
+    save_run(tmp_path / "run", [4], {"shape": {**asdict(SHAPE), "num_layers": 2}})
     with pytest.raises(ValueError, match=r"layers\.1\.input_layernorm\.weight is missing"):
         main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
     assert not (tmp_path / "draft").exists()
 
 
+def test_tokenizer_and_generation_config_stay_with_the_target(tmp_path):
+    save_run(tmp_path / "run", [4])
+    main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
+    written = {path.name for path in (tmp_path / "draft").iterdir()}
+    assert written == {"config.json", "model.safetensors", "training.json", "README.md"}
+
+
 def test_the_export_says_how_the_chats_were_rendered(tmp_path):
-    _save_run(tmp_path / "run", [4, 8])
+    save_run(tmp_path / "run", [4, 8])
     main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft"), "--step", "4"])
     record = json.loads((tmp_path / "draft/training.json").read_text())
     assert record == {
@@ -134,7 +143,7 @@ def test_the_export_holds_a_chat_template_of_the_runs_own(tmp_path):
     template = tmp_path / "own.jinja"
     template.write_text("{{ messages }}")
     run = tmp_path / "run"
-    _save_run(run, [4])
+    save_run(run, [4])
     setup.describe_run(Config(output_dir=str(run), data=DataConfig(chat_template=str(template))))
     template.unlink()
     main(["--run", str(run), "--out", str(tmp_path / "draft")])

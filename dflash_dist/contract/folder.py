@@ -1,4 +1,4 @@
-"""What serving engines (z-lab/dflash, vLLM, SGLang) expect of a draft folder: one description, read and written here.
+"""What z-lab/dflash, vLLM and SGLang expect of a draft folder: one description, read and written here.
 
 vLLM accepts missing tensors in silence, so a folder is checked against the full list before it is written and when it
 is read. What the folder needs in addition, and what engines make of a broken one, is in serving/check.py.
@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
+from dflash_dist.contract.speculators import METHOD, from_speculators, to_speculators
 from dflash_dist.draft.model import DFlashDraftModel, DraftShape
+from dflash_dist.target.load import looks_like_hub_id
 
 WEIGHTS, CONFIG, TRAINING = "model.safetensors", "config.json", "training.json"
 INDEX = f"{WEIGHTS}.index.json"
+MASK_EMBEDDING = "mask_embedding.pt"  # of some published drafts; none of ours has one
 SHAPE = "dflash_shape"  # in the metadata of the weights: the shape they were trained in, as JSON
 
 Sizes = dict[str, list[int]]  # tensor name -> shape
@@ -176,25 +180,59 @@ def refuse_mismatch(tensors: dict[str, torch.Tensor], shape: DraftShape) -> None
         raise ValueError(f"not a draft that engines can serve: {'; '.join(sorted(faults))}")
 
 
-def write_draft(folder: Path, shape: DraftShape, tensors: dict[str, torch.Tensor], dtype: str) -> None:
-    """Writes config.json and the weights; checks them first."""
+def write_draft(
+    folder: Path,
+    shape: DraftShape,
+    tensors: dict[str, torch.Tensor],
+    dtype: str,
+    speculators_of: tuple[str, list[str]] | None = None,
+) -> None:
+    """Writes config.json and the weights; checks them first.
+
+    Args:
+        speculators_of: name and architectures of the target, to write the speculators library's layout.
+    """
     refuse_mismatch(tensors, shape)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", SHAPE: json.dumps(dataclasses.asdict(shape))}
     save_file(weights, folder / WEIGHTS, metadata=metadata)
-    (folder / CONFIG).write_text(json.dumps(to_config(shape, dtype), indent=2) + "\n")
+    config = to_config(shape, dtype)
+    if speculators_of:
+        config = to_speculators(config, *speculators_of)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a draft folder.
+def find_draft(name: str) -> Path:
+    """A draft's folder; what the hub has under this id is downloaded.
+
+    Raises:
+        ValueError: there is no such draft.
+    """
+    if Path(name).exists() or not looks_like_hub_id(name):
+        return Path(name)  # what it lacks is said by whoever reads it
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", MASK_EMBEDDING]))
+    except OSError as error:
+        raise ValueError(f"draft {name} could not be read, neither as a folder nor from the hub: {error}") from error
+
+
+def read_config(folder: Path, target_layers: int | None = None) -> dict[str, Any]:
+    """The `config.json` of a draft folder, in the published layout whichever it has.
+
+    Args:
+        target_layers: depth of the target, which drafts of the speculators library do not tell.
 
     Raises:
         ValueError: there is none, or it is no JSON object.
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"draft folder {folder} holds no {CONFIG}: export a run there first")
-    return _read_object(folder / CONFIG)
+    config = _read_object(folder / CONFIG)
+    if METHOD not in config:
+        return config
+    depth = {} if target_layers is None else {"num_target_layers": target_layers}
+    return depth | from_speculators(config)
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -221,16 +259,28 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def read_draft(folder: Path, dtype: torch.dtype, device: torch.device) -> DFlashDraftModel:
-    """Loads a draft folder for decoding.
+def read_shape(folder: Path, target_layers: int | None = None) -> DraftShape:
+    """The shape of a draft folder; `target_layers` as `read_config` takes it.
+
+    Raises:
+        ValueError: its config is none, or one of a draft that does not train here.
+    """
+    config = read_config(folder, target_layers)
+    shape = from_config(config)
+    if other := variants(config, shape):
+        raise ValueError(f"{folder} is a draft that engines may serve but this program cannot: {'; '.join(other)}")
+    return shape
+
+
+def read_draft(
+    folder: Path, dtype: torch.dtype, device: torch.device, target_layers: int | None = None
+) -> DFlashDraftModel:
+    """Loads a draft folder for decoding; `target_layers` as `read_config` takes it.
 
     Raises:
         ValueError: a file is missing, or what is there is not exactly a draft of the kind that trains here.
     """
-    config, files = read_config(folder), weight_files(folder)
-    shape = from_config(config)
-    if other := variants(config, shape):
-        raise ValueError(f"{folder} is a draft that engines may serve but this program cannot: {'; '.join(other)}")
+    shape, files = read_shape(folder, target_layers), weight_files(folder)
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     refuse_mismatch(tensors, shape)
     draft = DFlashDraftModel(shape)

@@ -20,8 +20,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
     repeat_kv,
 )
 
+from dflash_dist.contract.folder import from_config, read_draft, refuse_mismatch, write_draft
 from dflash_dist.draft.model import ContextCache, DFlashDraftModel
-from dflash_dist.serving.contract import from_config, read_draft, refuse_mismatch, write_draft
 from tests.tiny import tiny_shape
 
 CPU = torch.device("cpu")

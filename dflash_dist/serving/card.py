@@ -1,0 +1,175 @@
+"""The model card of an export: a README.md for people and, in its front matter, for the hub."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dflash_dist import __version__
+from dflash_dist.draft.model import DraftShape
+
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card is written from."""
+
+    name: str  # of the draft's folder
+    target: str  # hub id, or the name of a folder
+    on_hub: bool  # whether it is a hub id
+    shape: DraftShape
+    parameters: int
+    dtype: str
+    layout: str  # dflash or speculators
+    step: int
+    run: dict[str, Any]  # the run's config
+    license: str | None
+    report: dict[str, Any] | None  # of `evaluate --json`
+
+    def text(self) -> str:
+        parts = [self._front_matter(), self._training(), self._acceptance(), self._serving()]
+        return "\n\n".join(parts) + "\n"
+
+    def _front_matter(self) -> str:
+        known = {
+            "base_model": self.target if self.on_hub else None,
+            "license": self.license,
+            "library_name": "transformers" if self.layout == "dflash" else "speculators",
+            "pipeline_tag": "text-generation",
+            "tags": ["dflash", "speculative-decoding", *(["speculators"] if self.layout == "speculators" else [])],
+        }
+        stated = {key: value for key, value in known.items() if value}
+        return f"---\n{yaml.safe_dump(stated, sort_keys=False)}---"
+
+    def _training(self) -> str:
+        shape, train, data = self.shape, self.run["train"], self.run["data"]
+        ids = ", ".join(map(str, shape.target_layer_ids))
+        starts = {"random": "random weights", "target": "the target's own top layers"}
+        rows = {
+            "target": f"{self.target}, revision {self.run['target']['revision']}",
+            "captured layers": f"outputs of decoder layers {ids} of {shape.num_target_layers}, counted from 0",
+            "block": f"{shape.block_size} tokens: the anchor and {shape.block_size - 1} proposals",
+            "mask token": shape.mask_token_id,
+            "draft": f"{shape.num_layers} layers, {self.parameters:,} parameters, {self.dtype}",
+            "begun from": starts.get(self.run["draft"]["init"]) or shown(self.run["draft"]["init"]),
+            "data": sources(data["path"]),
+            "steps": f"{self.step:,} of {train['global_batch_size']} rows of {data['seq_len']} tokens",
+            "peak learning rate": f"{train['lr']:g}",
+            "chat template": "one of its own, in training.json" if data["chat_template"] else "the target's own",
+            "its arguments": f"`{json.dumps(data['template_args'])}`" if data["template_args"] else "none",
+        }
+        return f"""# DFlash draft for {self.target}
+
+A block-diffusion draft for speculative decoding ([arXiv 2602.06036](https://arxiv.org/abs/2602.06036)): it proposes
+blocks of tokens, which {self.target} verifies in one pass each, so that the output stays the target's own. Trained with
+dflash_dist {__version__}.
+
+{table(["", ""], [[key, str(value)] for key, value in rows.items()])}"""
+
+    def _acceptance(self) -> str:
+        if self.report is None:
+            return f"""## Acceptance
+
+Not measured yet:
+
+```bash
+python -m dflash_dist evaluate --target {self.target} --draft {self.name} --prompts prompts.jsonl --json report.json
+```"""
+        suites = self.report.get("suites") or {}
+        rows = [measured(name, suite) for name, suite in suites.items()]
+        if "tau" in self.report:
+            rows.append(measured("all" if suites else "prompts", self.report))
+        return f"""## Acceptance
+
+τ is the mean number of tokens that a verification pass emits, measured by real decoding; the acceptance of slot k is
+the share of passes that accepted the first k proposals.
+
+{table(["suite", "prompts", "τ", "speed-up", "acceptance by slot"], rows)}"""
+
+    def _serving(self) -> str:
+        block, rendering = self.shape.block_size, ""
+        if arguments := self.run["data"]["template_args"]:
+            rendering = f"""
+
+Render chats as the training did, or acceptance suffers: with the template arguments `{json.dumps(arguments)}`, which
+`--default-chat-template-kwargs` gives vLLM and `chat_template_kwargs` in a request gives either server."""
+        commands = SPECULATORS if self.layout == "speculators" else PUBLISHED
+        return f"""## Serve
+
+Paths are seen from the folder that holds `{self.name}`. Serve blocks of {block} tokens, as trained: vLLM counts
+the {block - 1} proposals of a block, SGLang all its {block} tokens.{rendering}
+
+{commands.format(target=self.target, draft=self.name, proposals=block - 1, block=block)}"""
+
+
+PUBLISHED = """vLLM:
+
+```bash
+vllm serve {target} \\
+    --speculative-config '{{"method": "dflash", "model": "{draft}", "num_speculative_tokens": {proposals}}}'
+```
+
+SGLang:
+
+```bash
+python -m sglang.launch_server --model-path {target} --speculative-algorithm DFLASH \\
+    --speculative-draft-model-path {draft} --speculative-num-draft-tokens {block}
+```
+
+transformers, with the class of [z-lab/dflash](https://github.com/z-lab/dflash), which drafts blocks of {block} tokens,
+as the config says:
+
+```python
+from dflash.model import DFlashDraftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+draft = DFlashDraftModel.from_pretrained("{draft}", dtype="auto", device_map="cuda:0").eval()
+target = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto", device_map="cuda:0").eval()
+tokenizer = AutoTokenizer.from_pretrained("{target}")
+# draft.spec_generate(target=target, input_ids=..., max_new_tokens=256, stop_token_ids=[tokenizer.eos_token_id])
+```"""
+SPECULATORS = """vLLM, which finds the target and the number of proposals in this folder's config:
+
+```bash
+vllm serve {draft}
+```
+
+or, with a target at another place:
+
+```bash
+vllm serve {target} \\
+    --speculative-config '{{"method": "dflash", "model": "{draft}", "num_speculative_tokens": {proposals}}}'
+```
+
+This is the layout of the [speculators](https://github.com/vllm-project/speculators) library. For SGLang and the class
+of z-lab/dflash, export with `--format dflash`."""
+
+
+def measured(name: str, result: dict[str, Any]) -> list[str]:
+    """A row of the table of acceptance; what the report does not say is left open."""
+
+    def number(key: str, form: str) -> str:
+        return form.format(result[key]) if isinstance(result.get(key), (int, float)) else UNKNOWN
+
+    slots = " ".join(f"{share:.2f}" for share in result.get("acceptance_by_slot") or [])
+    return [name, number("prompts", "{}"), number("tau", "{:.2f}"), number("speed_up", "{:.2f}x"), slots or UNKNOWN]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def sources(path: str | dict[str, float]) -> str:
+    if isinstance(path, str):
+        return shown(path)
+    return ", ".join(f"{shown(source)} (weight {weight:g})" for source, weight in path.items())
+
+
+def shown(path: str) -> str:
+    """A name that says nothing of the machine: hub ids as they are, of files and folders the last part."""
+    return Path(path).name if Path(path).exists() or path.startswith(("/", ".", "~")) else path
