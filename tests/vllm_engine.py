@@ -23,7 +23,7 @@ from dflash_dist.decoding.speculative import TIE, Decoder
 from dflash_dist.serving import export
 from dflash_dist.serving.check import check
 from dflash_dist.serving.contract import CONFIG, WEIGHTS, read_draft
-from dflash_dist.serving.evaluate import before_last_answer
+from dflash_dist.serving.suites import before_last_answer
 from dflash_dist.target.load import load_whole, read_info
 from dflash_dist.target.tiny import make_tiny_chats, tiny_tokenizer
 from dflash_dist.training import trainer
