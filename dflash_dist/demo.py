@@ -57,7 +57,8 @@ def main(argv: list[str]) -> None:
     regenerate(held_out, FOLDER / "heldout-prompts.jsonl", heldout)
 
     if (FOLDER / "report.json").is_file():  # an earlier demo finished: this one trains again
-        (FOLDER / "report.json").unlink()
+        for path in (FOLDER / "report.json", *FOLDER.glob("evaluation.*")):
+            path.unlink()
         shutil.rmtree(FOLDER / "checkpoints", ignore_errors=True)
     untrained = evaluate_untrained(heldout)
     torchrun("train", "--config", str(CONFIG))

@@ -92,30 +92,34 @@ def evaluate(
     *options: str,
     target: str,
     draft: str,
-    prompts: str,
-    gpu: int = 1,
-    cpu: int = CORES,
-    mem: int = MEMORY,
+    json: str,
+    j: str = "1x8",
+    gpu: int = -1,
+    cpu: int = -1,
+    mem: int = -1,
     image: str = IMAGE,
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
+    retries: int = 0,
 ) -> specs.AppDef:
-    """Decodes speculatively and plainly with an exported draft: one process, one GPU.
+    """Decodes speculatively and plainly with an exported draft, every process with whole copies of both models.
 
     Args:
-        options: further options of the command, such as --json report.json; after --
+        options: further options of the command, such as --suite humaneval mtbench gsm8k; after --
         target: model folder or hub id
-        draft: exported draft folder
-        prompts: JSONL of conversations
-        gpu: GPUs; 0 to decode on CPU
-        cpu: cores
-        mem: memory [GB]; 0 asks for none
+        draft: draft folder or hub id
+        json: report to write, on a disk that all nodes share
+        j: nodes x processes a node
+        gpu: GPUs a node; by default one a process, 0 to decode on CPU
+        cpu: cores a node; by default 4 a process
+        mem: memory a node [GB]; by default 32 a process, 0 asks for none, for Slurm clusters that refuse such requests
         image: container image, for schedulers that run containers
-        env: environment of the process (A=1,B=2)
+        env: environment of the processes (A=1,B=2)
         mounts: TorchX mounts, for schedulers that run containers (type=volume,src=claim,dst=/work/runs)
+        retries: times that torchrun starts failed processes again, and that the scheduler starts a failed job again
     """
-    arguments = ("evaluate", "--target", target, "--draft", draft, "--prompts", prompts, *options)
-    return _alone(*arguments, gpu=gpu, cpu=cpu, mem=mem, image=image, env=env, mounts=mounts)
+    arguments = ("evaluate", "--target", target, "--draft", draft, "--json", json, *options)
+    return _torchrun(*arguments, j=j, gpu=gpu, cpu=cpu, mem=mem, image=image, env=env, mounts=mounts, retries=retries)
 
 
 def debug(
@@ -136,7 +140,15 @@ def debug(
         image: container image, for schedulers that run containers
         env: environment of the process (A=1,B=2)
     """
-    return _alone("train", "--config", config, *overrides, gpu=0, cpu=cpu, mem=mem, image=image, env=env, mounts=None)
+    role = specs.Role(
+        name="dflash_dist",
+        image=image,
+        entrypoint="python",
+        args=["-m", "dflash_dist", "train", "--config", config, *overrides],
+        env=_without_gpus(0) | (env or {}),
+        resource=_resource(cpu, 0, mem),
+    )
+    return specs.AppDef(name="dflash", roles=[role])
 
 
 def _torchrun(
@@ -180,28 +192,6 @@ def _torchrun(
         else:
             role.env[name] = value
     return app
-
-
-def _alone(
-    *arguments: str,
-    gpu: int,
-    cpu: int,
-    mem: int,
-    image: str,
-    env: Optional[dict[str, str]],
-    mounts: Optional[list[str]],
-) -> specs.AppDef:
-    """One process without torchrun."""
-    role = specs.Role(
-        name="dflash_dist",
-        image=image,
-        entrypoint="python",
-        args=["-m", "dflash_dist", *arguments],
-        env=_without_gpus(gpu) | (env or {}),
-        resource=_resource(cpu, gpu, mem),
-        mounts=specs.parse_mounts(mounts) if mounts else [],
-    )
-    return specs.AppDef(name="dflash", roles=[role])
 
 
 def _resource(cpu: int, gpu: int, mem: int) -> specs.Resource:

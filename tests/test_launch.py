@@ -46,7 +46,7 @@ FIRST_NODE = {
     "kubernetes": "VC_DFLASHDIST_0_HOSTS",
 }
 REGENERATE = ["--target", "t", "--prompts", "p.jsonl", "--out", "o.jsonl"]
-EVALUATE = ["--target", "t", "--draft", "d", "--prompts", "p.jsonl"]
+EVALUATE = ["--target", "t", "--draft", "d", "--json", "r.json"]
 
 # name -> (component, its arguments, tasks, GPUs, cores and MB of one, environment, command)
 # In a command, {agents} stands for what torchrun is told about N nodes.
@@ -88,11 +88,12 @@ CASES: dict[str, tuple[str, list[str], int, tuple[int, int, int], dict[str, str]
     ),
     "evaluate": (
         "evaluate",
-        [*EVALUATE, "--", "--json", "r.json"],
+        [*EVALUATE, "--", "--suite", "humaneval", "gsm8k"],
         1,
-        (1, 4, 32_000),
+        (8, 32, 256_000),
         {},
-        "python -m dflash_dist evaluate --target t --draft d --prompts p.jsonl --json r.json",
+        "torchrun {agents} --nnodes 1 --nproc_per_node 8 --tee 3 --role '' "
+        "-m dflash_dist evaluate --target t --draft d --json r.json --suite humaneval gsm8k",
     ),
     "debug": (
         "debug",

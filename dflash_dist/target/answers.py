@@ -176,6 +176,12 @@ def _calls(message: Message) -> list[tuple[str, Any]]:
     return calls
 
 
+def as_message(encoder: ChatEncoder, prompt_ids: list[int], text: str, finished: bool) -> Message:
+    """The assistant's message from its raw text behind a prompt."""
+    opened = encoder.tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>")
+    return {"role": "assistant"} | split_reasoning(text, finished, opened)
+
+
 def split_reasoning(text: str, finished: bool, opened: bool = False) -> Message:
     """The fields of an assistant's message from its raw text, such that a chat template renders it as it was written.
 
@@ -249,9 +255,8 @@ def write_answers(
                 rows[i] = {"error": str(error)}
         waiting = {}
         for i, (text, finished) in zip(prompts, _generate(model, encoder, list(prompts.values()), args)):
-            opened = encoder.tokenizer.decode(prompts[i][-8:]).rstrip().endswith("<think>")
             try:
-                waiting[i] = turns[i].send(({"role": "assistant"} | split_reasoning(text, finished, opened), finished))
+                waiting[i] = turns[i].send((as_message(encoder, prompts[i], text, finished), finished))
             except StopIteration as end:
                 rows[i] = end.value
     return rows

@@ -205,12 +205,17 @@ def _head(info: TargetInfo, embedding: torch.Tensor) -> torch.Tensor:
 
 
 def name_weights(info: TargetInfo) -> str:
-    """Names the target's weights: id and commit on the hub; of a folder, wherever it lies, a digest of its weight
-    files' names, sizes and ends, since reading all of them would take minutes."""
+    """Names the target's weights: id and commit on the hub, or `digest_weights` of its folder."""
     if not Path(info.path).is_dir():
         return f"{info.path}@{getattr(info.config, '_commit_hash', None) or info.revision}"
+    return digest_weights(Path(info.path))
+
+
+def digest_weights(folder: Path) -> str:
+    """Names a folder's weights, wherever it lies: a digest of their files' names, sizes and ends, since reading all of
+    them would take minutes."""
     state = hashlib.sha256()
-    for file in sorted(p for p in Path(info.path).iterdir() if p.suffix in (".safetensors", ".bin")):
+    for file in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
         size = file.stat().st_size
         state.update(f"{file.name} {size}".encode())
         with file.open("rb") as content:

@@ -37,10 +37,10 @@ class Parts:
         self.out, self.folder = out, out.with_name(out.name + ".parts")
         described = out.with_name(out.name + ".settings.json")
         if out.is_file() and not described.is_file():
-            raise ValueError(f"{out} exists and was not written by this command: choose another --out, or delete it")
+            raise ValueError(f"{out} exists and was not written by this command: choose another output, or delete it")
         if described.is_file() and json.loads(described.read_text()) != settings:
             raise ValueError(
-                f"{described} belongs to a run with other prompts or settings: choose another --out,"
+                f"{described} belongs to a run with other prompts or settings: choose another output,"
                 f" or delete it with {out} and {self.folder}"
             )
         self.folder.mkdir(parents=True, exist_ok=True)

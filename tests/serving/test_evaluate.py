@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from dflash_dist.contract.folder import write_draft
-from dflash_dist.decoding.speculative import Decoded, Decoder
+from dflash_dist.decoding.speculative import Decoder
 from dflash_dist.draft.model import DFlashDraftModel
-from dflash_dist.serving.evaluate import before_last_answer, main, summarise
+from dflash_dist.ranks import World
+from dflash_dist.serving import evaluate as program
+from dflash_dist.serving.evaluate import main
+from tests.ranks import run_ranks
 from tests.tiny import lively_target, tiny_shape
 
 QUESTIONS = ["What is 3 plus 4?", "Hi", "Tell me all about the sea."]
@@ -42,15 +47,27 @@ def export(tmp_path):
 
 
 @pytest.fixture
-def evaluate(tmp_path, target, export, write_chats):
-    """Evaluates on `QUESTIONS` as on the command line; returns the report that it writes."""
+def arguments(tmp_path, target, export, write_chats):
+    """A command line that evaluates on `QUESTIONS`, and where its report goes: to another file each time."""
+    prompts = write_chats(*[[("user", question), ("assistant", "an answer")] for question in QUESTIONS])
+    files = ["--target", str(target), "--draft", str(export()), "--prompts", str(prompts)]
+    reports = (tmp_path / f"reports/{n}.json" for n in itertools.count())
+
+    def make(*options: str) -> tuple[list[str], Path]:
+        report = next(reports)
+        return [*files, "--json", str(report), "--max-new-tokens", "13", *options], report
+
+    return make
+
+
+@pytest.fixture
+def evaluate(arguments):
+    """Evaluates as on the command line; returns the report that it writes."""
 
     def run(*options: str) -> dict:
-        prompts = write_chats(*[[("user", question), ("assistant", "an answer")] for question in QUESTIONS])
-        out = tmp_path / "reports/report.json"
-        files = ["--target", str(target), "--draft", str(export()), "--prompts", str(prompts), "--json", str(out)]
-        main([*files, "--max-new-tokens", "13", *options])
-        return json.loads(out.read_text())
+        argv, report = arguments(*options)
+        main(argv)
+        return json.loads(report.read_text())
 
     return run
 
@@ -80,23 +97,6 @@ def two_right(monkeypatch):
 
 def test_a_random_draft_is_lossless(evaluate, tmp_path):
     report = evaluate()
-    assert report.keys() == {
-        "prompts",
-        "tokens",
-        "passes",
-        "tau",
-        "tau_mean_of_prompts",
-        "acceptance_by_slot",
-        "plain_tokens_per_s",
-        "speculative_tokens_per_s",
-        "speed_up",
-        "lossless",
-        "equal_outputs",
-        "differences",
-        "template_args",
-        "dtype",
-        "draft",
-    }
     assert report["prompts"] == report["equal_outputs"] == len(QUESTIONS)
     assert report["lossless"] is True
     assert report["differences"] == []
@@ -152,10 +152,13 @@ def test_bfloat16_is_decoded_too(evaluate):
 def test_the_report_is_printed(evaluate, capsys):
     evaluate()
     printed = capsys.readouterr().out
-    assert "3 prompts, 39 tokens, float32\n" in printed
-    assert "3.00 tokens a pass (3.00 mean of prompts)\n" in printed
-    assert "1.00  1.00  0.00\n" in printed
-    assert "3 of 3\n" in printed
+    assert "float32 on cpu\n" in printed
+    lines = {line[:22].rstrip(): line[22:].split() for line in printed.splitlines()}
+    assert lines[""] == ["chats"]  # the suite is called by its file
+    assert (lines["prompts"], lines["tokens"], lines["acceptance length"]) == (["3"], ["39"], ["3.00"])
+    assert [lines[f"slot {k} accepted"] for k in (1, 2, 3)] == [["1.000"], ["1.000"], ["0.000"]]
+    assert [lines[f"passes that accept {k}"] for k in range(4)] == [["0.0%"], ["0.0%"], ["100.0%"], ["0.0%"]]
+    assert lines["equal outputs"] == ["3", "of", "3"]
 
 
 @pytest.mark.parametrize(
@@ -201,9 +204,10 @@ def test_a_difference_is_reported_with_its_place_and_gap_and_is_a_loss(evaluate,
     model, ids = Qwen3ForCausalLM.from_pretrained(target), torch.tensor([prompt_ids(target, QUESTIONS[1])])
     tokens = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5)
     best, second = model(input_ids=tokens).logits[0, -1].topk(2).values.tolist()
-    assert difference == {"prompt": 1, "token": 5, "gap": pytest.approx(best - second, abs=1e-4), "tie": False}
+    place = {"suite": "chats", "prompt": 1, "turn": 0, "token": 5}
+    assert difference == place | {"gap": pytest.approx(best - second, abs=1e-4), "tie": False}
     assert difference["gap"] > 1e-3
-    assert "prompt 1, token 5: top two logits" in (printed := capsys.readouterr().out)
+    assert "chats, prompt 1, turn 0, token 5: top two logits" in (printed := capsys.readouterr().out)
     assert "apart, NOT a tie\n" in printed
 
 
@@ -214,7 +218,8 @@ def test_a_difference_at_a_tie_is_no_loss_but_is_counted(monkeypatch, evaluate, 
     report = evaluate()
     assert report["lossless"] is tie
     assert report["equal_outputs"] == 2
-    assert report["differences"] == [{"prompt": 1, "token": 5, "gap": gap, "tie": tie}]
+    (difference,) = report["differences"]
+    assert (difference["gap"], difference["tie"]) == (gap, tie)
     assert ("NOT a tie" in capsys.readouterr().out) is not tie
 
 
@@ -226,66 +231,132 @@ def test_an_output_that_ends_early_is_a_difference_at_its_end(monkeypatch, evalu
     assert report["differences"][0]["token"] == 10
 
 
-# ---- pooling ----
+# ---- suites of several turns ----
 
 
-def _decoded(tokens: int, seconds: float, emitted: list[int] | None = None) -> Decoded:
-    return Decoded([7] * tokens, seconds, emitted or [], [count - 1 for count in emitted or []])
+def test_a_later_question_follows_the_targets_own_answer(monkeypatch, evaluate, target, tmp_path):
+    turns = ["Hi", "Say it again."]
+    (tmp_path / "question.jsonl").write_text(json.dumps({"turns": turns}) + "\n")
+    asked, plain = [], Decoder.plain
+    monkeypatch.setattr(Decoder, "plain", lambda self, *args: (asked.append(args[0]), plain(self, *args))[1])
+    report = evaluate("--suite", f"mtbench={tmp_path / 'question.jsonl'}")
+    assert {suite: numbers["answers"] for suite, numbers in report["suites"].items()} == {"mtbench": 2, "chats": 3}
+    assert (report["suites"]["mtbench"]["prompts"], report["prompts"]) == (1, 4)
+
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    model, ids = Qwen3ForCausalLM.from_pretrained(target), torch.tensor([prompt_ids(target, "Hi")])
+    whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=13)
+    answer = tokenizer.decode(whole[0, ids.shape[1] :])
+    messages = [
+        {"role": "user", "content": turns[0]},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": turns[1]},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert asked[1] == tokenizer(text).input_ids
 
 
-def test_tau_is_pooled_over_passes_and_its_mean_over_prompts():
-    long = (_decoded(9, 2.0), _decoded(9, 0.5, [2, 2, 2, 1, 1]), None)  # 8 tokens in 5 passes
-    short = (_decoded(5, 1.0), _decoded(5, 0.25, [4]), None)  # 4 tokens in 1 pass
-    report = summarise([long, short], block_size=4)
-    assert report["tau"] == 12 / 6
-    assert report["tau_mean_of_prompts"] == (8 / 5 + 4) / 2
-    assert (report["prompts"], report["tokens"], report["passes"]) == (2, 14, 6)
-    assert report["plain_tokens_per_s"] == 14 / 3
-    assert report["speculative_tokens_per_s"] == 14 / 0.75
-    assert report["speed_up"] == pytest.approx(4)
+# ---- ranks and interruptions ----
 
 
-def test_acceptance_of_slot_k_is_the_share_of_passes_that_accepted_k_proposals():
-    report = summarise([(_decoded(11, 1.0), _decoded(11, 1.0, [1, 2, 3, 4]), None)], block_size=4)
-    assert report["acceptance_by_slot"] == [3 / 4, 2 / 4, 1 / 4]
-    # tau is the anchor's certain token and every slot's share
-    assert report["tau"] == 1 + sum(report["acceptance_by_slot"])
+def _evaluate(world: World, argv: list[str]) -> int:
+    """As one of many ranks; returns how many prompts this one decoded."""
+    decoded, decode = [], program.Evaluation.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program.Evaluation, "decode", lambda self, *args: (decoded.append(args), decode(self, *args))[1])
+        program.evaluate(program.parse(argv), world)
+    return len(decoded)
 
 
-def test_an_answer_that_ends_with_its_first_token_has_no_passes():
-    report = summarise([(_decoded(1, 1.0), _decoded(1, 1.0), None)], block_size=4)
-    assert (report["passes"], report["tau"], report["tau_mean_of_prompts"]) == (0, 0, 0)
-    assert report["acceptance_by_slot"] == [0, 0, 0]
-    # nor does it weigh on the mean of the other prompts
-    other = (_decoded(5, 1.0), _decoded(5, 1.0, [2, 2]), None)
-    report = summarise([(_decoded(1, 1.0), _decoded(1, 1.0), None), other], block_size=4)
-    assert (report["tau"], report["tau_mean_of_prompts"]) == (2, 2)
+def without_times(report: Path) -> dict:
+    def strip(numbers: dict) -> dict:
+        return {name: value for name, value in numbers.items() if not name.endswith(("_per_s", "speed_up"))}
+
+    numbers = strip(json.loads(report.read_text()))
+    return numbers | {"suites": {suite: strip(of_suite) for suite, of_suite in numbers["suites"].items()}}
 
 
-def test_one_loss_among_ties_is_a_loss():
-    same = (_decoded(3, 1.0), _decoded(3, 1.0, [2]), None)
-    tie, loss = {"prompt": 0, "token": 1, "gap": 0.0, "tie": True}, {"prompt": 1, "token": 1, "gap": 2.0, "tie": False}
-    report = summarise([same, (*same[:2], tie)], block_size=4)
-    assert (report["lossless"], report["equal_outputs"], report["differences"]) == (True, 1, [tie])
-    report = summarise([(*same[:2], tie), (*same[:2], loss)], block_size=4)
-    assert (report["lossless"], report["equal_outputs"], report["differences"]) == (False, 0, [tie, loss])
+def test_two_ranks_report_what_one_does(arguments):
+    argv, one = arguments("--diagnose")
+    main(argv)
+    argv, two = arguments("--diagnose")
+    assert run_ranks(_evaluate, 2, argv) == [2, 1]
+    assert without_times(two) == without_times(one)
 
 
-@pytest.mark.parametrize(
-    ("roles", "kept"),
-    [
-        (["user"], 1),
-        (["user", "assistant"], 1),
-        (["system", "user", "assistant"], 2),
-        (["user", "assistant", "user"], 3),
-        (["user", "assistant", "user", "assistant"], 3),
-        (["user", "assistant", "tool"], 3),
-    ],
-)
-def test_before_last_answer_leaves_out_only_a_final_answer(roles, kept):
-    messages = [{"role": role, "content": str(i)} for i, role in enumerate(roles)]
-    assert before_last_answer(messages) == messages[:kept]
-    assert len(messages) == len(roles)  # the caller's list stays whole
+def test_sampled_answers_depend_on_the_seed_and_not_on_the_ranks(arguments):
+    def answers(report: Path) -> list[list[int]]:
+        rows = report.with_suffix(".answers.jsonl").read_text().splitlines()
+        return [json.loads(row)["answers"][0]["plain"]["tokens"] for row in rows]
+
+    sampled = ["--temperature", "1", "--top-k", "50"]
+    reports = []
+    for ranks, seed in ((1, "0"), (2, "0"), (1, "1")):
+        argv, report = arguments(*sampled, "--seed", seed)
+        main(argv) if ranks == 1 else run_ranks(_evaluate, ranks, argv)
+        reports.append(report)
+    one, two, other = map(answers, reports)
+    assert one == two
+    assert all(ours != theirs for ours, theirs in zip(one, other))
+    assert json.loads(reports[0].read_text())["lossless"] is True
+
+
+def test_an_interrupted_evaluation_decodes_only_what_is_missing(monkeypatch, arguments, alone):
+    argv, whole = arguments()
+    main(argv)
+    argv, report = arguments()
+    decode, calls = program.Evaluation.decode, itertools.count()
+
+    def dies(self, *prompt):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return decode(self, *prompt)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(program.Evaluation, "decode", dies)
+        main(argv)
+    assert not report.is_file()
+    assert _evaluate(alone, argv) == 1
+    assert without_times(report) == without_times(whole)
+    assert _evaluate(alone, argv) == 0  # and then it only reports
+    with pytest.raises(ValueError, match="belongs to a run with other prompts or settings"):
+        _evaluate(alone, [*argv, "--limit", "2"])
+
+
+def test_several_ranks_need_a_place_to_meet(arguments):
+    argv, _ = arguments()
+    at = argv.index("--json")
+    with pytest.raises(ValueError, match="--json is needed where several ranks evaluate"):
+        program.evaluate(program.parse(argv[:at] + argv[at + 2 :]), World(0, 2, torch.device("cpu")))
+
+
+def test_without_json_the_report_is_only_printed(arguments, capsys):
+    argv, report = arguments("--limit", "1")
+    at = argv.index("--json")
+    main(argv[:at] + argv[at + 2 :])
+    assert "1 of 1" in capsys.readouterr().out
+    assert not report.parent.exists()
+
+
+# ---- what is refused ----
+
+
+def test_a_diagnosis_of_sampled_answers_is_refused(evaluate):
+    with pytest.raises(ValueError, match="--diagnose compares likeliest tokens: leave --temperature out"):
+        evaluate("--diagnose", "--temperature", "1")
+
+
+def test_no_prompts_at_all_are_refused(target, export):
+    with pytest.raises(ValueError, match="there is nothing to decode: name a --suite or --prompts"):
+        main(["--target", str(target), "--draft", str(export())])
+
+
+def test_a_draft_that_is_neither_here_nor_on_the_hub_is_refused(monkeypatch, arguments):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    argv, _ = arguments("--draft", "nobody/nothing")
+    with pytest.raises(ValueError, match="draft nobody/nothing is no folder here, and the hub does not give it"):
+        main(argv)
 
 
 def test_a_limit_below_one_is_refused(evaluate):

@@ -1,0 +1,166 @@
+"""What the answers of an evaluation show: numbers, as a table and in TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dflash_dist.decoding.speculative import Decoded
+
+RESAMPLES = 2000  # of the prompts, for the confidence interval
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, decoded plainly and speculatively."""
+
+    suite: str
+    prompt: int  # in the suite, from 0
+    turn: int  # of the conversation, from 0
+    plain: Decoded
+    fast: Decoded
+    difference: dict[str, Any] | None  # where the two outputs part: "token", "gap" and whether it is a "tie"
+
+    @staticmethod
+    def read(row: dict[str, Any]) -> Answer:
+        """From its JSON."""
+        return Answer(**row | {name: Decoded(**row[name]) for name in ("plain", "fast")})
+
+
+def summarise(answers: Sequence[Answer], block_size: int) -> dict[str, Any]:
+    """The numbers of all answers together, and under `suites` those of each suite.
+
+    `tau` is tokens emitted divided by verification passes, prefill excluded, cut at the stop token; its `tau_interval`
+    says where it would lie for other prompts of the kind (95 %). The acceptance of slot k is the share of passes whose
+    first k proposals were all accepted. Rates are of one process.
+    """
+    suites = dict.fromkeys(answer.suite for answer in answers)
+    of_suites = {suite: _numbers([a for a in answers if a.suite == suite], block_size) for suite in suites}
+    return {**_numbers(answers, block_size), "suites": of_suites}
+
+
+def _numbers(answers: Sequence[Answer], block_size: int) -> dict[str, Any]:
+    # The turns of a conversation belong together: they count as one prompt.
+    prompts: dict[tuple[str, int], list[int]] = {}
+    for answer in answers:
+        emitted_in = prompts.setdefault((answer.suite, answer.prompt), [])
+        emitted_in += answer.fast.emitted
+    emitted = np.array([sum(counts) for counts in prompts.values()])
+    passes = np.array([len(counts) for counts in prompts.values()])
+    accepted = np.array([count for answer in answers for count in answer.fast.accepted], int)
+    plain_rate = sum(len(a.plain.tokens) for a in answers) / sum(a.plain.seconds for a in answers)
+    fast_rate = sum(len(a.fast.tokens) for a in answers) / sum(a.fast.seconds for a in answers)
+    differences = [
+        {"suite": a.suite, "prompt": a.prompt, "turn": a.turn, **a.difference} for a in answers if a.difference
+    ]
+    losses = sum(not difference["tie"] for difference in differences)
+    return {
+        "prompts": len(prompts),
+        "answers": len(answers),
+        "tokens": sum(len(a.plain.tokens) for a in answers),
+        "passes": int(passes.sum()),
+        "tau": float(emitted.sum() / max(passes.sum(), 1)),
+        "tau_interval": tau_interval(emitted, passes),
+        "tau_mean_of_prompts": float((emitted / passes.clip(1))[passes > 0].mean()) if passes.any() else 0.0,
+        "acceptance_by_slot": [float((accepted >= k).sum() / max(len(accepted), 1)) for k in range(1, block_size)],
+        "passes_by_accepted": np.bincount(accepted, minlength=block_size).tolist(),
+        "plain_tokens_per_s": plain_rate,
+        "speculative_tokens_per_s": fast_rate,
+        "speed_up": fast_rate / plain_rate,
+        "lossless": losses == 0,
+        "lossless_share": 1 - losses / len(answers),
+        "equal_outputs": len(answers) - len(differences),
+        "differences": differences,
+    }
+
+
+def tau_interval(emitted: np.ndarray, passes: np.ndarray) -> list[float] | None:
+    """Where 95 % of the pooled tau lie when prompts are drawn anew, with replacement, from these; the same each time.
+
+    Args:
+        emitted, passes: [N], of each prompt. A single one says nothing about others: None.
+    """
+    if len(passes) < 2:
+        return None
+    drawn = np.random.default_rng(0).multinomial(len(passes), np.full(len(passes), 1 / len(passes)), RESAMPLES)
+    taus = (drawn @ emitted) / (drawn @ passes).clip(1)
+    return np.quantile(taus, [0.025, 0.975]).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------- for people
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """The lines of a table: a column a suite, and one for all where there are several."""
+    columns = dict(report["suites"])
+    if len(columns) > 1:
+        columns["all"] = report
+    slots = range(1, len(report["acceptance_by_slot"]) + 1)
+    rows = {
+        "": list(columns),
+        "prompts": [f"{c['prompts']:,}" for c in columns.values()],
+        "tokens": [f"{c['tokens']:,}" for c in columns.values()],
+        "acceptance length": [f"{c['tau']:.2f}" for c in columns.values()],
+        "  95 % interval": [_range(c["tau_interval"]) for c in columns.values()],
+        "  mean of prompts": [f"{c['tau_mean_of_prompts']:.2f}" for c in columns.values()],
+        "tokens/s plain": [f"{c['plain_tokens_per_s']:.1f}" for c in columns.values()],
+        "tokens/s speculative": [f"{c['speculative_tokens_per_s']:.1f}" for c in columns.values()],
+        "speed-up": [f"{c['speed_up']:.2f}x" for c in columns.values()],
+        "equal outputs": [f"{c['equal_outputs']} of {c['answers']}" for c in columns.values()],
+        "lossless": [f"{c['lossless_share']:.1%}" for c in columns.values()],
+        **{f"slot {k} accepted": [f"{c['acceptance_by_slot'][k - 1]:.3f}" for c in columns.values()] for k in slots},
+        **{
+            f"passes that accept {k}": [_share(c["passes_by_accepted"], k) for c in columns.values()]
+            for k in (0, *slots)
+        },
+    }
+    width = max(11, *(len(cell) for cells in rows.values() for cell in cells))
+    return [f"{name:<22}" + "".join(f"{cell:>{width + 2}}" for cell in cells) for name, cells in rows.items()]
+
+
+def _range(interval: list[float] | None) -> str:
+    return f"{interval[0]:.2f}-{interval[1]:.2f}" if interval else "-"
+
+
+def _share(counts: list[int], k: int) -> str:
+    return f"{counts[k] / max(sum(counts), 1):.1%}"
+
+
+def print_report(report: dict[str, Any]) -> None:
+    print(f"{report['draft']} for {report['target']}, {report['dtype']} on {report['device']}")
+    for line in table(report):
+        print(line)
+    for difference in report["differences"]:
+        kind = "a tie" if difference["tie"] else "NOT a tie"
+        place = "{suite}, prompt {prompt}, turn {turn}, token {token}".format(**difference)
+        print(f"  {place}: top two logits {difference['gap']:.1e} apart, {kind}")
+
+
+def to_tensorboard(report: dict[str, Any], folder: Path, step: int) -> None:
+    """A picture of the acceptance by slot; by suite, the histogram of accepted lengths and tau, at the step that the
+    draft was exported from, so that several drafts of a run make a curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from torch.utils.tensorboard import SummaryWriter
+
+    figure, axes = plt.subplots(figsize=(6, 3.4))
+    slots = np.arange(1, len(report["acceptance_by_slot"]) + 1)
+    width = 0.8 / len(report["suites"])
+    for place, (suite, numbers) in enumerate(report["suites"].items()):
+        axes.bar(slots - 0.4 + (place + 0.5) * width, numbers["acceptance_by_slot"], width, label=suite)
+    axes.set(xlabel="slot", ylabel="share of passes", ylim=(0, 1), title="acceptance by slot")
+    axes.legend()
+    figure.tight_layout()
+    with SummaryWriter(str(folder)) as board:
+        board.add_figure("evaluate/slots", figure, step)
+        for suite, numbers in report["suites"].items():
+            counts = numbers["passes_by_accepted"]
+            board.add_scalar(f"evaluate/tau/{suite}", numbers["tau"], step)
+            if sum(counts):
+                board.add_histogram(f"evaluate/accepted/{suite}", np.repeat(np.arange(len(counts)), counts), step)
