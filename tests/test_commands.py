@@ -14,6 +14,7 @@ import pytest
 
 from dflash_dist.training.checkpoint import Checkpoints
 from dflash_dist.training.step import TrainingStep
+from dflash_dist.training.trainer import Trainer
 from tests.conftest import REPOSITORY
 from tests.faulty import Fault, choose, line_of, struck
 
@@ -129,9 +130,9 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_or_a_damaged_file_costs_the_checkpoint_and_not_the_run(undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     [saved] = stop_at(folder, "step 4/24")
-    half_a_draft = (saved / "draft.safetensors").stat().st_size // 2048  # [KiB]
-    limited = ["bash", "-c", f'ulimit -f {half_a_draft}; exec "$@"', "bash", *PROGRAM]
-    output = finish(limited, *debug(folder), status=1)
+    no_file_above_4_kib = ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash"]  # neither checkpoints, nor metrics, nor logs
+    output = finish([*no_file_above_4_kib, *PROGRAM], *debug(folder), status=1)
+    assert "STEP 12 NOT YET LOGGED" in output
     assert "CHECKPOINT OF STEP 12 NOT WRITTEN" in output
     assert f"the last one is of step {int(saved.name.removeprefix('step-'))}" in output
     assert "step 24/24" in output, "training went on"
@@ -180,6 +181,13 @@ def test_ranks_that_are_struck_come_back_with_the_exact_losses(undisturbed_pair:
     last = "checkpoints/step-00000024"
     for file in (undisturbed_pair / last).iterdir():
         assert (folder / last / file.name).read_bytes() == file.read_bytes()
+
+
+def test_slurms_signal_in_set_up_ends_all_ranks_as_a_run_that_is_to_go_on(tmp_path: Path) -> None:
+    choose(tmp_path, [Fault("SIGUSR1", "all ranks", "start", line_of(Trainer.__init__, "setup.check_target("), 1)])
+    output = finish([*RANKS, "-m", "tests.faulty", str(tmp_path)], *debug(tmp_path / "run"))
+    assert "stopped before the first step; start the same command again to continue" in output
+    assert (tmp_path / "run/PREEMPTED").exists() and not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_a_users_mistake_is_one_clear_line(tmp_path: Path) -> None:

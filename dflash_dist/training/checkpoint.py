@@ -135,7 +135,8 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
             save_file(tensors, partial / "draft.safetensors")
-            torch.save(moments, partial / "optimizer.pt")
+            with (partial / "optimizer.pt").open("wb") as file:
+                torch.save(moments, file)
             state = state | {"checksums": {name: _checksum(partial / name) for name in FILES}}
             (partial / "state.json").write_text(json.dumps(state, indent=2))
             for path in (*partial.iterdir(), partial):
@@ -152,11 +153,11 @@ class Checkpoints:
             for other in folders.keys() - kept:
                 _remove(folders[other])
         except BaseException as error:  # a thread's exception would vanish: wait() raises it
-            self._failure = error
+            self._failure = error.__context__ or error  # a full disk; torch.save hides it behind a position in a file
             shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
             whole = max(step_folders(self.folder), default=None)
             last = "there is none yet" if whole is None else f"the last one is of step {whole}"
-            print(f"CHECKPOINT OF STEP {step} NOT WRITTEN to {self.folder}: {error}; {last}", flush=True)
+            print(f"CHECKPOINT OF STEP {step} NOT WRITTEN to {self.folder}: {self._failure}; {last}", flush=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -56,8 +56,19 @@ def keep_logs(folder: Path) -> Iterator[None]:
 
 
 def _put(log: BinaryIO, text: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk costs lines, not the run
+    with _a_full_disk_survived():
         log.write(text.encode(errors="replace"))
+
+
+@contextlib.contextmanager
+def _a_full_disk_survived() -> Iterator[None]:
+    """It costs lines, not the run."""
+    try:
+        yield
+    except BrokenPipeError:  # nobody reads any more
+        raise
+    except OSError:
+        pass
 
 
 @contextlib.contextmanager
@@ -87,13 +98,18 @@ class _Lines:
 
     def write(self, text: str) -> int:
         if self.echo:
-            self.stream.write(text)
+            with _a_full_disk_survived():
+                self.stream.write(text)
         with self.lock:
             *whole, self.line = (self.line + text).split("\n")
             self.line = self.line[self.line.rfind("\r") + 1 :]
             for line in whole:
                 _put(self.log, line.rstrip("\r").rpartition("\r")[2].replace("\033[K", "") + "\n")
         return len(text)
+
+    def flush(self) -> None:
+        with _a_full_disk_survived():
+            self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

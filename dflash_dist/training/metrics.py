@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,26 +17,46 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class MetricLog:
-    """Writes metrics of a run folder from `step` on; what an earlier run wrote beyond it is cut away first."""
+    """Writes metrics of a run folder from `step` on; what an earlier run wrote beyond it is cut away first.
+
+    While the disk is full, JSON lines wait in memory; TensorBoard goes without.
+    """
 
     def __init__(self, folder: Path, step: int, total_steps: int, config_text: str):
-        self.path = folder / "metrics.jsonl"
+        self.path, self.board_folder = folder / "metrics.jsonl", folder / "tensorboard"
         if step == 0:  # left by a run that ended before its first checkpoint
             self.path.unlink(missing_ok=True)
-            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+            shutil.rmtree(self.board_folder, ignore_errors=True)
         _cut_back(self.path, step)
-        self._lines = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._lines, self._waiting = self.path.open("ab", buffering=0), b""
+        self._board: SummaryWriter | None = SummaryWriter(str(self.board_folder), purge_step=step + 1)
         self._board.add_text("config", f"```yaml\n{config_text}\n```", step)
         self.progress = Progress(step, total_steps)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """`values`: TensorBoard tag -> number."""
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
-        for tag, value in values.items():
-            self._board.add_scalar(tag, value, step)
-        self._board.flush()
+        self._waiting += json.dumps({"step": step, **values}).encode() + b"\n"
+        with self._a_full_disk_survived(step):
+            self._write_lines()
+            self._board = self._board or SummaryWriter(str(self.board_folder))
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, step)
+            self._board.flush()
+
+    def _write_lines(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._lines.write(self._waiting) :]
+
+    @contextlib.contextmanager
+    def _a_full_disk_survived(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.progress.say(f"STEP {step} NOT YET LOGGED to {self.path.parent}: {error}")
+            with contextlib.suppress(OSError):
+                if self._board:
+                    self._board.close()
+            self._board = None  # its thread has ended for good: there will be a new one
 
     def show_slots(self, step: int, tag: str, what: str, shares: list[float]) -> None:
         """A picture of a share by slot; `what` it is a share of."""
@@ -47,12 +69,18 @@ class MetricLog:
         axes.bar(range(1, len(shares) + 1), shares)
         axes.set(xlabel="slot", ylabel=what, ylim=(0, 1), title=f"{what} by slot, step {step}")
         figure.tight_layout()
-        self._board.add_figure(tag, figure, step)
+        with self._a_full_disk_survived(step):
+            if self._board:
+                self._board.add_figure(tag, figure, step)
+                self._board.flush()
 
     def close(self) -> None:
         self.progress.close()
-        self._lines.close()
-        self._board.close()
+        with contextlib.suppress(OSError), self._lines:
+            self._write_lines()
+        with contextlib.suppress(OSError):
+            if self._board:
+                self._board.close()
 
 
 def _cut_back(path: Path, step: int) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import signal
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +62,25 @@ def claim_folder(folder: Path, world: World) -> Iterator[None]:
         lock.flush()
         (folder / PREEMPTED).unlink(missing_ok=True)
         yield
+
+
+@contextlib.contextmanager
+def stoppable(folder: Path, world: World) -> Iterator[None]:
+    """Set-up may take hours and has nothing to save: in here SIGUSR1, which Slurm sends to every process ahead of its
+    time limit, ends them at once, and as a run ends that is to go on. Not so SIGTERM: torchrun also sends it where
+    another rank has failed."""
+
+    def stop(_number: int, _frame: object) -> None:
+        if world.is_main:
+            (folder / PREEMPTED).touch()
+            os.write(2, b"stopped before the first step; start the same command again to continue\n")
+        os._exit(0)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def make_builtins(config: Config, world: World) -> Config:

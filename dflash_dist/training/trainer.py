@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
         keep_logs(folder),
         join_world(config.train.hang_timeout, folder / LOGS) as world,
         setup.claim_folder(folder, world),
+        setup.stoppable(folder, world),
     ):
         Trainer(config, world).run()
 
@@ -171,14 +172,14 @@ class Trainer:
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
         """While running, SIGTERM, SIGINT and SIGUSR1 (what Slurm may send ahead of its time limit) ask for a checkpoint
-        and a clean end after the current step; a second one acts as it would elsewhere. Slurm signals every process and
+        and a clean end after the current step; a second one ends the process at once. Slurm signals every process and
         torchrun passes the same signal on, so what comes at almost the same time is not a second one."""
         asked = math.inf
 
         def ask(number: int, _frame: object) -> None:
             nonlocal asked
             if self.stop_requested and time.monotonic() - asked > ONE_REQUEST:
-                signal.signal(number, before[number])
+                signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
             self.stop_requested, asked = True, min(asked, time.monotonic())
 

@@ -8,10 +8,12 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
+from dflash_dist.config import Config
 from dflash_dist.data.packing import PackedBatch
 from dflash_dist.ranks import World
 from dflash_dist.target.load import check_capture, check_mask_token, load_target, read_info
 from dflash_dist.target.tiny import tiny_tokenizer
+from dflash_dist.training.trainer import Trainer
 from tests.ranks import run_ranks
 
 SMALL = {
@@ -100,6 +102,24 @@ def test_hybrid_sharding_gives_the_same_features(folders) -> None:
         assert held == 0.5, "2 replicas of 2 shards"
         for ours, theirs in zip(hybrid, expected):
             assert torch.equal(ours, theirs)
+
+
+def first_loss(world: World, config: Config) -> tuple[float, torch.Tensor]:
+    """The loss of a training's first step, and what this rank holds of the target's first matrix."""
+    trainer = Trainer(config, world)
+    weight = trainer.training.context.target._get_transformer_layers()[0].self_attn.q_proj.weight
+    result = trainer.training.run(0)
+    loss_sum, weight_sum = world.sum_tensor(result.statistics)[:2].tolist()
+    return loss_sum / weight_sum, weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def test_replicas_in_the_config_shard_within_a_node_copy_across_and_change_no_loss(debug_config, alone) -> None:
+    """Two nodes of two ranks."""
+    loss, whole = first_loss(alone, debug_config())
+    hybrid = run_ranks(first_loss, 4, debug_config("target.replicas=2", "train.micro_batch_size=1"))
+    assert [ours for ours, _ in hybrid] == pytest.approx([loss] * 4, rel=1e-6)
+    for (_, held), expected in zip(hybrid, [*whole.chunk(2), *whole.chunk(2)], strict=True):
+        assert torch.equal(held, expected)
 
 
 def test_a_tied_head_is_the_embedding_itself(folders, alone) -> None:

@@ -99,3 +99,7 @@ def test_a_full_disk_does_not_end_what_prints(tmp_path: Path, monkeypatch: pytes
     with keep_logs(tmp_path):
         print("goes on")
     assert terminal.getvalue() == "goes on\n"
+    with io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with keep_logs(tmp_path):
+            print("goes on here too")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dflash_dist.training.metrics import MetricLog
@@ -60,3 +62,18 @@ def test_the_config_is_shown_as_text(tmp_path: Path) -> None:
     events.Reload()
     (event,) = events.Tensors("config/text_summary")
     assert b"seed: 0" in event.tensor_proto.string_val[0]
+
+
+def test_a_full_disk_costs_pictures_and_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricLog(tmp_path, 0, 20, "seed: 0")
+    file = log._lines.fileno()
+    log.write(1, {"train/loss": 1.5})
+    with open("/dev/full", "wb") as full, open(os.dup(file), "wb") as room:
+        os.dup2(full.fileno(), file)
+        log.write(2, {"train/loss": 2.5})
+        assert "STEP 2 NOT YET LOGGED" in (told := capsys.readouterr().err) and "No space left on device" in told
+        os.dup2(room.fileno(), file)
+    log.write(3, {"train/loss": 3.5})
+    log.close()
+    assert [(row["step"], row["train/loss"]) for row in lines(tmp_path)] == [(1, 1.5), (2, 2.5), (3, 3.5)]
+    assert board(tmp_path) == [(1, 1.5), (3, 3.5)]
