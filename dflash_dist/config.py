@@ -79,9 +79,9 @@ class DraftConfig:
     num_key_value_heads: int | None = knob(None, "key/value heads; null: as the target")
     head_dim: int | None = knob(None, "size of a head; null: as the target")
     init: str = knob(
-        "random",
-        "random weights; target: a warm start from the target's own top layers; or folder or hub id of a draft to go on"
-        " training, from which comes what is null above",
+        "target",
+        "a warm start from the target's own top layers, which must be dense; random: random weights; or folder or hub"
+        " id of a draft to go on training, from which comes what is null above",
     )
 
 
@@ -89,10 +89,12 @@ class DraftConfig:
 class LossConfig:
     anchors: int = knob(512, "blocks sampled from a packed row, at most")
     objective: Literal["decay", "dpace"] = knob(
-        "decay", "weights of a block's slots: a fixed decay, or by what the draft already gets right (arXiv 2605.18810)"
+        "dpace", "weights of a block's slots: a fixed decay, or by what the draft already gets right (arXiv 2605.18810)"
     )
     alpha: float = knob(0.5, "dpace: what a slot counts behind one that is never right, from 0 to 1")
-    gamma: float | None = knob(None, "decay of the weights exp(-(k-1)/gamma); null: 7, 5, 4 for blocks of 16, 10, 8")
+    gamma: float | None = knob(
+        None, "decay of the weights exp(-(k-1)/gamma), of logged losses always; null: 7, 5, 4 for blocks of 16, 10, 8"
+    )
     chunk: int | None = knob(None, "slots whose logits exist at once; null: what suits the device")
 
 
@@ -110,6 +112,10 @@ class TrainConfig:
     weight_decay: float = knob(0.0, "AdamW's decoupled weight decay")
     clip_norm: float = knob(1.0, "largest global norm of the gradient")
     precision: Dtype = knob("bfloat16", "dtype of the draft's compute; parameters and optimiser are always float32")
+    shard_optimizer: bool = knob(
+        False,
+        "each rank keeps its share of AdamW's moments only (ZeRO-1): less memory, the new weights sent every step",
+    )
     gradient_checkpointing: bool = knob(False, "recompute the draft's layers in backward: less memory, more time")
     hang_timeout: float = knob(
         600.0,

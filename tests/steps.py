@@ -28,7 +28,7 @@ def step_config(precision: str = "float32", micro_batches: int = 2, **train: Any
         target=TargetConfig(layer_ids=LAYER_IDS, dtype=precision),  # type: ignore[arg-type]
         data=DataConfig(seq_len=SEQ_LEN),
         draft=DraftConfig(mask_token_id=3, block_size=8, num_layers=2),
-        loss=LossConfig(anchors=ANCHORS),
+        loss=LossConfig(anchors=ANCHORS, objective="decay"),
         train=TrainConfig(
             global_batch_size=micro_batches * MICRO_BATCH,
             micro_batch_size=MICRO_BATCH,

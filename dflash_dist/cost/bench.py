@@ -27,11 +27,11 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from dflash_dist.config import PUBLISHED_GAMMA, Config, DataConfig, load_config
 from dflash_dist.cost.reference import ReferenceStep
-from dflash_dist.cost.shapes import PUBLISHED, TargetShape, Work, spread_layers, step_flops
+from dflash_dist.cost.shapes import PUBLISHED, TargetShape, Work, spread_layers, step_flops, target_config
 from dflash_dist.data.chat import Document
 from dflash_dist.data.documents import Documents
 from dflash_dist.data.packing import PackedRows
@@ -39,7 +39,6 @@ from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.capture import HFDFlashTargetModel, decoder_layers
 from dflash_dist.target.load import truncate
-from dflash_dist.target.tiny import BUILTIN_TARGET, tiny_config, tiny_tokenizer
 from dflash_dist.training.context import TargetContext
 from dflash_dist.training.metrics import peak_memory_mib
 from dflash_dist.training.sampling import Sampler
@@ -52,7 +51,7 @@ MASK_TOKEN = 0
 
 
 @dataclass(frozen=True)
-class Plan:
+class Trial:
     """What to time."""
 
     config: Config
@@ -62,12 +61,14 @@ class Plan:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    plan = make_plan(args)
-    with join_world(plan.config.train.hang_timeout) as world:
+    trial = make_trial(args)
+    with join_world(trial.config.train.hang_timeout) as world:
         if args.reference and (world.size > 1 or world.device.type == "cuda"):
             raise ValueError("--reference compares single processes on a CPU: leave torchrun and the GPU away")
         report = (
-            compare(plan, args.steps, args.rounds) if args.reference else measure(plan, args.steps * args.rounds, world)
+            compare(trial, args.steps, args.rounds)
+            if args.reference
+            else measure(trial, args.steps * args.rounds, world)
         )
     if world.is_main:
         print(table(report))
@@ -114,14 +115,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------- what to time
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def make_trial(args: argparse.Namespace) -> Trial:
     """The config and the target that the arguments describe.
 
     Raises:
         ValueError: they describe nothing that exists.
     """
     config = load_config(args.config) if args.config else Config(output_dir="-", data=DataConfig(seq_len=512))
-    target = _target_config(args, config).get_text_config()
+    target = target_config(args.like, config.target).get_text_config()
     if args.target_layers:
         _set_depth(target, args.target_layers)
     for flag, name in {
@@ -160,23 +161,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     target.max_position_embeddings = max(target.max_position_embeddings, config.data.seq_len)
     if config.loss.gamma is None and draft.block_size not in PUBLISHED_GAMMA:
         config.loss.gamma = draft.block_size / 2  # as costly as any other
-    return Plan(config, target, args.threads or torch.get_num_threads())
-
-
-def _target_config(args: argparse.Namespace, config: Config) -> PretrainedConfig:
-    name = args.like or config.target.path
-    if name in PUBLISHED:
-        return PUBLISHED[name].config()
-    if name == BUILTIN_TARGET:
-        return tiny_config(tiny_tokenizer())
-    if name:
-        try:  # a run's target may be on the hub
-            return AutoConfig.from_pretrained(
-                name, revision=config.target.revision, local_files_only=args.like is not None
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{name} has no config.json to read, nor is it one of {', '.join(PUBLISHED)}") from error
-    return TargetShape(256, 8, 8, 4, 32, 768, 8192, False).config()
+    return Trial(config, target, args.threads or torch.get_num_threads())
 
 
 def _set_depth(target: PretrainedConfig, layers: int) -> None:
@@ -192,12 +177,12 @@ def _set_depth(target: PretrainedConfig, layers: int) -> None:
 class Ours:
     """Our training step on random weights and random rows."""
 
-    def __init__(self, plan: Plan, world: World):
-        torch.set_num_threads(plan.threads)
-        self.world, self.target, self.done = world, TargetShape.of(plan.target), 0
-        config = _for_ranks(plan.config, world.size)
+    def __init__(self, trial: Trial, world: World):
+        torch.set_num_threads(trial.threads)
+        self.world, self.target, self.done = world, TargetShape.of(trial.target), 0
+        config = _for_ranks(trial.config, world.size)
         ids = config.target.layer_ids
-        shallow = copy.deepcopy(plan.target)
+        shallow = copy.deepcopy(trial.target)
         truncate(shallow, max(ids) + 1)
         model = _random_model(AutoModel, shallow, getattr(torch, config.target.dtype), world.device)
         embedding = model.get_input_embeddings().weight.detach()
@@ -210,7 +195,7 @@ class Ours:
             config,
             world,
             Sampler(config, world, _random_rows(config, self.target.vocab), None),
-            _random_draft(plan).to(world.device),
+            _random_draft(trial).to(world.device),
             TargetContext(HFDFlashTargetModel(model, ids)),
             embedding,
             embedding if self.target.tied else torch.randn_like(embedding).mul_(0.02),
@@ -241,13 +226,13 @@ class Ours:
 class Plain:
     """The reference on the same rows and blocks, in float32."""
 
-    def __init__(self, plan: Plan, world: World):
-        torch.set_num_threads(plan.threads)
+    def __init__(self, trial: Trial, world: World):
+        torch.set_num_threads(trial.threads)
         self.world = world
-        config = _for_ranks(plan.config, world.size)
-        model = _random_model(AutoModelForCausalLM, plan.target, torch.float32, world.device)
-        sampler = Sampler(config, world, _random_rows(config, plan.target.vocab_size), None)
-        self.reference, self.done = ReferenceStep(model, _random_draft(plan), sampler, config.train.lr), 0
+        config = _for_ranks(trial.config, world.size)
+        model = _random_model(AutoModelForCausalLM, trial.target, torch.float32, world.device)
+        sampler = Sampler(config, world, _random_rows(config, trial.target.vocab_size), None)
+        self.reference, self.done = ReferenceStep(model, _random_draft(trial), sampler, config.train.lr), 0
 
     def step(self) -> None:
         self.reference.run(self.done)
@@ -267,9 +252,9 @@ def _random_model(auto_class: Any, config: PretrainedConfig, dtype: torch.dtype,
     return model.eval().requires_grad_(False)
 
 
-def _random_draft(plan: Plan) -> DFlashDraftModel:
+def _random_draft(trial: Trial) -> DFlashDraftModel:
     torch.manual_seed(1)
-    return DFlashDraftModel(draft_shape(plan.config, plan.target, "the target"))
+    return DFlashDraftModel(draft_shape(trial.config, trial.target, "the target"))
 
 
 def _random_rows(config: Config, vocab: int) -> PackedRows:
@@ -366,19 +351,19 @@ def full_report(ours: Ours, meter: Meter, times: list[Time]) -> dict[str, Any]:
     }
 
 
-def measure(plan: Plan, steps: int, world: World) -> dict[str, Any]:
+def measure(trial: Trial, steps: int, world: World) -> dict[str, Any]:
     """Our step alone, on every rank of this run."""
-    ours = Ours(plan, world)
+    ours = Ours(trial, world)
     meter = Meter(ours)
     return full_report(ours, meter, meter.times(steps))
 
 
-def compare(plan: Plan, steps: int, rounds: int) -> dict[str, Any]:
+def compare(trial: Trial, steps: int, rounds: int) -> dict[str, Any]:
     """Our step and the reference in turns, each in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(1, spawn, _start, (Ours, plan)) as ours,
-        ProcessPoolExecutor(1, spawn, _start, (Plain, plan)) as plain,
+        ProcessPoolExecutor(1, spawn, _start, (Ours, trial)) as ours,
+        ProcessPoolExecutor(1, spawn, _start, (Plain, trial)) as plain,
     ):
         times: dict[Any, list[Time]] = {ours: [], plain: []}
         for started in [process.submit(_times, 0) for process in times]:  # both at once
@@ -394,9 +379,9 @@ def compare(plan: Plan, steps: int, rounds: int) -> dict[str, Any]:
 _meter: Meter  # of a process that `compare` started
 
 
-def _start(way: type[Ours] | type[Plain], plan: Plan) -> None:
+def _start(way: type[Ours] | type[Plain], trial: Trial) -> None:
     global _meter
-    _meter = Meter(way(plan, World(0, 1, torch.device("cpu"))))
+    _meter = Meter(way(trial, World(0, 1, torch.device("cpu"))))
 
 
 def _times(steps: int) -> list[Time]:

@@ -38,6 +38,7 @@ class RankStep:
     compute_bytes: int  # of an element where the draft computes
     chunk: int | None  # slots whose logits exist at once, if stated
     checkpointing: bool  # whether the draft's layers are computed again in backward
+    optimizer_shards: int  # ranks that share the optimiser's state
     on_gpu: bool
 
     @staticmethod
@@ -67,6 +68,7 @@ class RankStep:
             compute_bytes=BYTES[train.precision],
             chunk=config.loss.chunk,
             checkpointing=train.gradient_checkpointing,
+            optimizer_shards=ranks if train.shard_optimizer else 1,
             on_gpu=on_gpu,
         )
 
@@ -95,7 +97,7 @@ def held(step: RankStep) -> dict[str, dict[str, int]]:
         "embedding and head": ends(step),
         "draft": FLOAT32 * parameters,
         "gradients": FLOAT32 * parameters,  # under DDP these are its buckets
-        "optimiser": 2 * FLOAT32 * parameters,  # both moments of AdamW
+        "optimiser": 2 * FLOAT32 * parameters // step.optimizer_shards,  # both moments of AdamW
     }
     capture = {
         "gathered layer": gathered(step),

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from dflash_dist.config import Config, describe, load_config
-from dflash_dist.cost.bench import _target_config
 from dflash_dist.cost.memory import FLOAT32, RankStep, activations, draft_parameters, held, peak, target_activations
-from dflash_dist.cost.shapes import PUBLISHED, Work, step_flops
-from dflash_dist.cost.traffic import Traffic, gradient_sums, target_gathers
+from dflash_dist.cost.shapes import PUBLISHED, Work, step_flops, target_config
+from dflash_dist.cost.traffic import Traffic, gradient_sums, target_gathers, weight_shares
 from dflash_dist.ranks import World
 from dflash_dist.training.context import show_bytes
 from dflash_dist.training.setup import check_world, planned_steps
@@ -134,7 +133,7 @@ def make_report(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     Raises:
         ValueError: the config does not fit the target or the number of GPUs.
     """
-    text = _target_config(args, config).get_text_config()
+    text = target_config(args.like, config.target).get_text_config()
     last = text.num_hidden_layers - 1
     if max(config.target.layer_ids) >= last:
         raise ValueError(
@@ -175,7 +174,7 @@ def make_report(args: argparse.Namespace, config: Config) -> dict[str, Any]:
             name: dataclasses.asdict(stage) | {"seconds": stage.seconds, "bound": stage.bound}
             for name, stage in stages(step, machine).items()
         },
-        "handed_to_collectives": target_gathers(step).handed + gradient_sums(step).handed,
+        "handed_to_collectives": sum(of(step).handed for of in (target_gathers, gradient_sums, weight_shares)),
         "scales": [
             at_scale(args, dataclasses.replace(config, target=target), text, gpus, machine)
             for gpus, target in layouts(args, config)
@@ -263,11 +262,12 @@ def stages(step: RankStep, machine: Machine) -> dict[str, Stage]:
         "loss": every * (4 * logits + 4 * FLOAT32 * step.labels * step.draft.vocab_size),
         "backward": every * 3 * kept,
         # The norm reads the gradient; AdamW reads it again, and reads and writes parameter and moments; then zeros.
-        "update": 9 * FLOAT32 * parameters,
+        "update": 9 * FLOAT32 * parameters // step.optimizer_shards,
     }
     network = {
         "capture": (machine.seconds(target_gathers(step)), 1.0),
         "backward": (machine.seconds(gradient_sums(step)), 1 / every),  # of the last micro-batch alone
+        "update": (machine.seconds(weight_shares(step)), 0.0),
     }
     return {
         name: Stage(flops.get(name, 0.0) / machine.flops, size / machine.memory_bandwidth, *network.get(name, ()))

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
+from dflash_dist.config import TargetConfig
 from dflash_dist.draft.model import DraftShape
+from dflash_dist.target.tiny import BUILTIN_TARGET, tiny_config, tiny_tokenizer
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,28 @@ PUBLISHED = {
     "meta-llama/Llama-3.3-70B-Instruct": TargetShape(8192, 80, 64, 8, 128, 28_672, 128_256, False),
     "openai/gpt-oss-20b": TargetShape(2880, 24, 64, 8, 64, 2880, 201_088, False, 32, 4),
 }
+
+
+def target_config(like: str | None, target: TargetConfig) -> PretrainedConfig:
+    """The Hugging Face config of the model `like`, or else of a run's target, or else of a small one.
+
+    Args:
+        like: a name of `PUBLISHED`, or the folder or file of a config.json.
+
+    Raises:
+        ValueError: there is no such config to read.
+    """
+    name = like or target.path
+    if name in PUBLISHED:
+        return PUBLISHED[name].config()
+    if name == BUILTIN_TARGET:
+        return tiny_config(tiny_tokenizer())
+    if name:
+        try:  # a run's target may be on the hub
+            return AutoConfig.from_pretrained(name, revision=target.revision, local_files_only=like is not None)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} has no config.json to read, nor is it one of {', '.join(PUBLISHED)}") from error
+    return TargetShape(256, 8, 8, 4, 32, 768, 8192, False).config()
 
 
 def attention_parameters(hidden: int, heads: int, kv_heads: int, head_dim: int) -> int:

@@ -31,6 +31,15 @@ def target_gathers(step: RankStep) -> Traffic:
     return Traffic(step.shards, handed, handed * others, step.micro_batches * (step.depth + 1) * others)
 
 
+def weight_shares(step: RankStep) -> Traffic:
+    """With a sharded optimiser every rank sends the weights that it has updated to all others, one tensor after the
+    other."""
+    if step.optimizer_shards == 1:
+        return Traffic()
+    handed = FLOAT32 * draft_parameters(step.draft)
+    return Traffic(step.ranks, handed, handed, 11 * step.draft.num_layers + 3)
+
+
 def gradient_sums(step: RankStep) -> Traffic:
     """DDP sums the draft's gradients once a step, in float32: around a ring they pass twice, but for the rank's own
     share; NCCL goes up and down a tree where that is sooner."""

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from dflash_dist.config import TrainConfig
 
 
-def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    beta1, beta2 = train.betas
+Optimizer = torch.optim.AdamW | ZeroRedundancyOptimizer
+
+
+def make_optimizer(model: nn.Module, train: TrainConfig, ranks: int = 1) -> Optimizer:
+    options: dict[str, Any] = {"lr": train.lr, "betas": tuple(train.betas), "weight_decay": train.weight_decay}
     # fused: one pass over the state, and the only form that can skip an update on the device (`found_inf`)
-    return torch.optim.AdamW(
-        model.parameters(), lr=train.lr, betas=(beta1, beta2), weight_decay=train.weight_decay, fused=True
-    )
+    if train.shard_optimizer and ranks > 1:
+        return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **options)
+    return torch.optim.AdamW(model.parameters(), fused=True, **options)
 
 
-def restore_hyperparameters(optimizer: torch.optim.AdamW, train: TrainConfig) -> None:
+def gather_state(optimizer: Optimizer) -> None:
+    """Brings a sharded state to rank 0, whose `state_dict` then has all of it. For all ranks to call together."""
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict(to=0)
+
+
+def restore_hyperparameters(optimizer: Optimizer, train: TrainConfig) -> None:
     """The config's values, where a loaded state brought those of the run that saved it."""
     for group in optimizer.param_groups:
         group.update(betas=tuple(train.betas), weight_decay=train.weight_decay)
@@ -34,7 +45,7 @@ def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:
     return train.lr * (train.final_lr + (1 - train.final_lr) * cosine)
 
 
-def apply_update(optimizer: torch.optim.AdamW, lr: float, clip_norm: float) -> torch.Tensor:
+def apply_update(optimizer: Optimizer, lr: float, clip_norm: float) -> torch.Tensor:
     """Clips the global gradient norm and takes one step; clears the gradients.
 
     A non-finite norm makes the update a no-op, decided on the device: parameters, moments and step count stay as they
@@ -46,7 +57,8 @@ def apply_update(optimizer: torch.optim.AdamW, lr: float, clip_norm: float) -> t
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
     # torch's fused AdamW reads this attribute, which GradScaler sets otherwise: 1 means leave everything as it is.
-    setattr(optimizer, "found_inf", (~norm.isfinite()).float())  # noqa: B010
+    adamw = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    setattr(adamw, "found_inf", (~norm.isfinite()).float())  # noqa: B010
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -19,7 +19,7 @@ from dflash_dist.training.checkpoint import Checkpoints, newest_whole, read_stat
 from dflash_dist.training.context import TargetContext, make_context
 from dflash_dist.training.evaluation import Evaluation, SharedTarget, find_prompts
 from dflash_dist.training.logs import LOGS, keep_logs
-from dflash_dist.training.optim import restore_hyperparameters
+from dflash_dist.training.optim import gather_state, restore_hyperparameters
 from dflash_dist.training.sampling import Sampler
 from dflash_dist.training.step import TrainingStep
 from dflash_dist.training.watch import Watch, due
@@ -142,6 +142,7 @@ class Trainer:
         return shown.tau
 
     def save(self, step: int, tau: float | None = None) -> None:
+        gather_state(self.training.optimizer)
         if self.world.is_main:
             state = {"identity": self.identity, "shape": dataclasses.asdict(self.training.draft.shape), "tau": tau}
             with self.world.expects_progress(False):  # it may wait for a slow disk to finish the one before

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dflash_dist.cost.bench import STAGES, Ours, Plan, main, make_plan, measure, parse
+from dflash_dist.cost.bench import STAGES, Ours, Trial, main, make_trial, measure, parse
 from dflash_dist.cost.reference import dense_mask
 from dflash_dist.cost.shapes import PUBLISHED, TargetShape
 from dflash_dist.ranks import World
@@ -36,8 +36,8 @@ OF_BOTH = {"seconds_per_step", "cpu_seconds_per_step", "resting_mib", "peak_mib"
 OF_OURS = {"useful_flops_per_step", "matmul_flops_per_s", "share_of_peak", "collective_mib_per_step", "stages"}
 
 
-def plan_of(*args: str) -> Plan:
-    return make_plan(parse(list(args)))
+def trial_of(*args: str) -> Trial:
+    return make_trial(parse(list(args)))
 
 
 def share_of_peak(report: dict[str, Any]) -> float:
@@ -77,20 +77,20 @@ def test_the_reference_is_timed_beside_ours(tmp_path, capsys) -> None:
 
 
 def test_two_ranks_count_what_they_send() -> None:
-    plan = plan_of(*TINY)
-    target = TargetShape.of(plan.target)
+    trial = trial_of(*TINY)
+    target = TargetShape.of(trial.target)
     norms = 2 * target.hidden + 2 * target.head_dim
     shard = 4 * (target.layer_parameters + norms) // 2  # of a layer; what is gathered for it is what a rank has of it
     layers = 4  # up to the deepest captured one
-    gradients = 4 * sum(p.numel() for p in Ours(plan, World(0, 1, torch.device("cpu"))).training.draft.parameters())
-    for report in run_ranks(measured, 2, plan):
+    gradients = 4 * sum(p.numel() for p in Ours(trial, World(0, 1, torch.device("cpu"))).training.draft.parameters())
+    for report in run_ranks(measured, 2, trial):
         sent = report["collective_mib_per_step"] * 2**20
         assert 0 <= sent - (gradients + layers * shard) < 256  # and a few numbers
         assert report["share_of_peak"] == pytest.approx(share_of_peak(report))
 
 
-def measured(world: World, plan: Plan) -> dict[str, Any]:
-    return measure(plan, 1, world)
+def measured(world: World, trial: Trial) -> dict[str, Any]:
+    return measure(trial, 1, world)
 
 
 # ---------------------------------------------------------------------------------------------- useful operations
@@ -104,7 +104,7 @@ def test_useful_operations_are_those_that_a_step_does(alone, monkeypatch) -> Non
         return query * seen.repeat_interleave(2, dim=1)
 
     monkeypatch.setattr(step_module, "training_attention", lambda *args: without_products)
-    ours = Ours(plan_of(*TINY), alone)
+    ours = Ours(trial_of(*TINY), alone)
     training = ours.training
     flops = ours.flops()
     [micro] = training.sample(ours.done)
@@ -137,37 +137,37 @@ def test_useful_operations_are_those_that_a_step_does(alone, monkeypatch) -> Non
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_name_gives_its_shape(name: str) -> None:
-    plan = plan_of("--like", name)
-    assert TargetShape.of(plan.target) == PUBLISHED[name]
-    ids = plan.config.target.layer_ids
-    assert len(ids) == plan.config.draft.num_layers == 5 and ids[0] == 1
+    trial = trial_of("--like", name)
+    assert TargetShape.of(trial.target) == PUBLISHED[name]
+    ids = trial.config.target.layer_ids
+    assert len(ids) == trial.config.draft.num_layers == 5 and ids[0] == 1
     assert ids[-1] == PUBLISHED[name].layers - 3
 
 
 def test_a_config_json_gives_its_shape_and_numbers_change_it(tiny_target) -> None:
     expected = TargetShape(64, 6, 4, 2, 16, 128, 260, True)
     for path in (tiny_target, tiny_target / "config.json"):
-        plan = plan_of("--like", str(path), "--draft-layers", "2")
-        assert TargetShape.of(plan.target) == expected
-    changed = plan_of("--like", str(tiny_target), "--target-layers", "9", "--intermediate", "96", "--vocab", "300")
+        trial = trial_of("--like", str(path), "--draft-layers", "2")
+        assert TargetShape.of(trial.target) == expected
+    changed = trial_of("--like", str(tiny_target), "--target-layers", "9", "--intermediate", "96", "--vocab", "300")
     assert TargetShape.of(changed.target) == TargetShape(64, 9, 4, 2, 16, 96, 300, True)
     assert changed.config.target.layer_ids == [1, 2, 4, 5, 6]
     assert len(changed.target.layer_types) == 9
 
 
 def test_a_run_is_timed_at_its_own_shapes() -> None:
-    plan = plan_of("--config", str(REPOSITORY / "configs/debug.yaml"), "--rows", "3")
-    assert TargetShape.of(plan.target) == TargetShape(64, 6, 4, 2, 16, 128, 260, True)
-    config = plan.config
+    trial = trial_of("--config", str(REPOSITORY / "configs/debug.yaml"), "--rows", "3")
+    assert TargetShape.of(trial.target) == TargetShape(64, 6, 4, 2, 16, 128, 260, True)
+    config = trial.config
     assert config.target.layer_ids == [1, 2, 4] and config.target.dtype == config.train.precision == "float32"
     assert (config.data.seq_len, config.loss.anchors, config.draft.block_size) == (256, 64, 8)
     assert config.train.micro_batch_size == 3
 
 
 def test_without_arguments_there_is_something_to_time() -> None:
-    plan = plan_of()
-    assert len(plan.config.target.layer_ids) == plan.config.draft.num_layers
-    assert max(plan.config.target.layer_ids) < plan.target.num_hidden_layers
+    trial = trial_of()
+    assert len(trial.config.target.layer_ids) == trial.config.draft.num_layers
+    assert max(trial.config.target.layer_ids) < trial.target.num_hidden_layers
 
 
 @pytest.mark.parametrize(

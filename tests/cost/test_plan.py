@@ -30,9 +30,9 @@ from tests.ranks import run_ranks
 QWEN3_8B = ["--config", str(REPOSITORY / "configs/qwen3-8b.yaml")]
 
 
-def plan_of(args: str) -> bench.Plan:
+def trial_of(args: str) -> bench.Trial:
     """What `bench` would run, with one micro-batch a step."""
-    plan = bench.make_plan(bench.parse([*args.split(), "--threads=1"]))
+    plan = bench.make_trial(bench.parse([*args.split(), "--threads=1"]))
     train = dataclasses.replace(plan.config.train, global_batch_size=plan.config.train.micro_batch_size)
     return dataclasses.replace(plan, config=dataclasses.replace(plan.config, train=train))
 
@@ -57,14 +57,14 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_rank_holds_what_was_predicted(name: str, alone: World) -> None:
-    plan = plan_of(SHAPES[name])
+    plan = trial_of(SHAPES[name])
     predicted = peak(RankStep.of(plan.config, plan.target, 1, on_gpu=False))
     measured = measured_peak(plan, alone)
     print(f"{name}: predicted {predicted / 2**20:.2f} MiB, measured {measured / 2**20:.2f}: {predicted / measured:.3f}")
     assert predicted == pytest.approx(measured, rel=0.15)
 
 
-def measured_peak(plan: bench.Plan, world: World) -> int:
+def measured_peak(plan: bench.Trial, world: World) -> int:
     """The most bytes that torch's allocator had given out at once in a step, those for the models and inside kernels
     too; after a warm-up, in which the optimiser's state appears."""
     gc.collect()  # what earlier tests left would count as freed here
@@ -83,7 +83,7 @@ def measured_peak(plan: bench.Plan, world: World) -> int:
     return int(sizes.cumsum()[times >= begin].max())
 
 
-def rows_of_two(plan: bench.Plan) -> PackedRows:
+def rows_of_two(plan: bench.Trial) -> PackedRows:
     """As training has them: the target needs a mask only where a row holds several documents."""
     length = plan.config.data.seq_len
     tokens = np.random.default_rng(0).integers(1, plan.target.vocab_size, (64, length // 2), np.int32)
@@ -92,7 +92,7 @@ def rows_of_two(plan: bench.Plan) -> PackedRows:
 
 
 def test_checkpointed_layers_hold_less_and_shards_too() -> None:
-    plan = plan_of(SHAPES["most in the activations"])
+    plan = trial_of(SHAPES["most in the activations"])
     step = RankStep.of(plan.config, plan.target, 8)
     assert peak(dataclasses.replace(step, checkpointing=True)) < peak(step)
     halved = dataclasses.replace(step, shards=4)
@@ -116,7 +116,7 @@ def test_operations_are_those_that_torch_counts(alone: World, monkeypatch: pytes
     asked: list[Any] = []
     monkeypatch.setattr(bench, "step_flops", lambda *args: asked.append(args) or step_flops(*args))
     ours = bench.Ours(
-        plan_of(
+        trial_of(
             "--dtype float32 --target-layers 6 --hidden 128 --heads 4 --kv-heads 2 --intermediate 384"
             " --vocab 2048 --seq 512 --anchors 192 --block 8 --draft-layers 2 --layer-ids 1,2,4"
         ),
@@ -156,7 +156,7 @@ def product_flops(_sum: Any, left: Any, right: Any, **_: Any) -> int:
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_two_ranks_hand_over_what_was_predicted(micro_batches: int, tiny_target: Path) -> None:
-    plan = plan_of(f"--like {tiny_target} --dtype bfloat16 --draft-layers 2 --seq 96 --anchors 8 --layer-ids 1,2,4")
+    plan = trial_of(f"--like {tiny_target} --dtype bfloat16 --draft-layers 2 --seq 96 --anchors 8 --layer-ids 1,2,4")
     train = dataclasses.replace(plan.config.train, global_batch_size=2 * micro_batches)
     step = RankStep.of(dataclasses.replace(plan.config, train=train), plan.target, 2)
     predicted = target_gathers(step).handed + gradient_sums(step).handed
@@ -167,7 +167,7 @@ def test_two_ranks_hand_over_what_was_predicted(micro_batches: int, tiny_target:
         assert predicted < measured
 
 
-def handed_over(world: World, plan: bench.Plan, folder: str, micro_batches: int) -> tuple[float, int]:
+def handed_over(world: World, plan: bench.Trial, folder: str, micro_batches: int) -> tuple[float, int]:
     """What a rank hands to collectives in a step of training on the target as `load_target` shards it [bytes]."""
     ours = bench.Ours(plan, world)
     config = ours.training.config

@@ -355,7 +355,9 @@ def test_a_draft_that_is_neither_here_nor_on_the_hub_is_refused(monkeypatch, arg
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     argv, _ = arguments("--draft", "nobody/nothing")
-    with pytest.raises(ValueError, match="draft nobody/nothing could not be read, neither as a folder nor from the hub"):
+    with pytest.raises(
+        ValueError, match="draft nobody/nothing could not be read, neither as a folder nor from the hub"
+    ):
         main(argv)
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from dflash_dist.config import TrainConfig
-from dflash_dist.training.optim import apply_update, learning_rate, make_optimizer
+from dflash_dist.ranks import World
+from dflash_dist.training.optim import apply_update, gather_state, learning_rate, make_optimizer
+from tests.ranks import run_ranks
 
 
 def test_the_rate_rises_linearly_and_falls_as_a_cosine() -> None:
@@ -48,3 +50,55 @@ def test_a_gradient_that_is_not_finite_changes_nothing(poison: float) -> None:
     model.weight.grad = torch.ones(2, 3)
     apply_update(optimizer, 0.1, 1.0)
     assert not torch.equal(model.weight, before[0]), "the next finite gradient applies"
+
+
+# ----------------------------------------------------------------------------------------------- a sharded optimiser
+
+
+def two_layers() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+
+
+def update(model: torch.nn.Module, optimizer, step: int) -> None:
+    """With gradients that only the step determines, as DDP leaves them; the second ones are not finite."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator) * (math.nan if step == 1 else 1.0)
+    apply_update(optimizer, 0.1, 1.0)
+
+
+def weights(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def train_sharded(world: World, state: dict | None) -> tuple[list[torch.Tensor], int, dict | None]:
+    """Four updates, or one from `state`; the weights, the moments kept on this rank and, on rank 0, the whole state."""
+    model = two_layers()
+    optimizer = make_optimizer(model, TrainConfig(shard_optimizer=True), world.size)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    for step in range(4) if state is None else [4]:
+        update(model, optimizer, step)
+    kept = sum(of["exp_avg"].numel() for of in optimizer.optim.state.values())  # type: ignore[union-attr]
+    gather_state(optimizer)
+    return weights(model), kept, optimizer.state_dict() if world.is_main else None
+
+
+def test_a_sharded_optimiser_updates_as_a_whole_one_and_their_states_are_one_anothers() -> None:
+    model = two_layers()
+    whole = make_optimizer(model, TrainConfig())
+    for step in range(4):
+        update(model, whole, step)
+    ranks = run_ranks(train_sharded, 2, None)
+    for sharded, _, _ in ranks:
+        assert all(torch.equal(a, b) for a, b in zip(sharded, weights(model), strict=True))
+    shares = [kept for _, kept, _ in ranks]
+    assert min(shares) > 0 and sum(shares) == sum(weight.numel() for weight in weights(model))
+
+    state, fresh = whole.state_dict(), two_layers()
+    resumed = make_optimizer(fresh, TrainConfig())
+    resumed.load_state_dict(ranks[0][2])
+    update(fresh, resumed, 4)
+    for sharded, _, _ in run_ranks(train_sharded, 2, state):
+        assert all(torch.equal(a, b) for a, b in zip(sharded, weights(fresh), strict=True))

@@ -154,10 +154,11 @@ def test_a_signal_that_comes_twice_is_one_request_and_a_later_one_ends_the_proce
         assert ended_by == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "not an exception"
 
 
-def test_a_run_of_two_ranks_resumes_on_one(debug_config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_run_of_two_ranks_resumes_on_one(debug_config, tmp_path: Path, sharded: bool) -> None:
     short = ("train.max_steps=8", "log.every=1", "validate.every=0", "checkpoint.every=100")
     whole = debug_config(*short, f"output_dir={tmp_path / 'whole'}")
-    parts = debug_config(*short, f"output_dir={tmp_path / 'parts'}")
+    parts = debug_config(*short, f"output_dir={tmp_path / 'parts'}", f"train.shard_optimizer={sharded}")
     run(ALONE, whole)
     run_ranks(run, 2, parts, 4)
     run(ALONE, parts)
