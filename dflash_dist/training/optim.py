@@ -11,7 +11,6 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from dflash_dist.config import TrainConfig
 
-
 Optimizer = torch.optim.AdamW | ZeroRedundancyOptimizer
 
 
