@@ -420,7 +420,7 @@ def collective_mib(step: Callable[[], Any]) -> float:
     """What one rank hands to collectives in a step [MiB], as torch's flight recorder has it."""
     if not dist.is_initialized():
         return 0.0
-    last = max(entry["record_id"] for entry in recorded_collectives())
+    last = max((entry["record_id"] for entry in recorded_collectives()), default=-1)
     step()
     new = [entry for entry in recorded_collectives() if entry["record_id"] > last]
     sizes = {"Float": 4, "Double": 8, "BFloat16": 2, "Half": 2, "Long": 8, "Int": 4, "Byte": 1}
@@ -435,7 +435,8 @@ def collective_mib(step: Callable[[], Any]) -> float:
 
 
 def recorded_collectives() -> list[dict[str, Any]]:
-    return json.loads(torch._C._distributed_c10d._dump_fr_trace_json())["entries"]  # type: ignore[attr-defined]
+    """Of this rank so far; none where a rank is alone."""
+    return json.loads(torch._C._distributed_c10d._dump_fr_trace_json()).get("entries", [])  # type: ignore[attr-defined]
 
 
 # -------------------------------------------------------------------------------------------------------------- showing
