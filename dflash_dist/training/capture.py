@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, help="folder of the features, on a disk that all ranks share")
     parser.add_argument("--shard-mib", type=float, default=1024, help="size of a shard [MiB]; a rank holds two of them")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="knobs set on the command line")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     config, out = load_config(args.config, args.overrides), Path(args.out)
     folder = Path(config.output_dir)
     with keep_logs(folder), join_world(config.train.hang_timeout, folder / LOGS) as world:

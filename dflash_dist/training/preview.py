@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
         "--row", type=int, help="row of the data to print, from 1 over all sources; the first by default"
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="knobs set on the command line")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     world = World(0, 1, torch.device("cpu"))
     config = setup.make_builtins(load_config(args.config, args.overrides), world)
     info = setup.check_target(config)

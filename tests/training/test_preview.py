@@ -19,7 +19,7 @@ def preview(tmp_path, capsys):
         made = [{"prompt": question, "response": answer} for question, answer in rows]
         path.write_text("".join(json.dumps(row) + "\n" for row in made))
         knobs = [f"output_dir={tmp_path / 'run'}", f"data.path={path}", "data.val_conversations=0", "validate.every=0"]
-        main(["--config", CONFIG, *options, *knobs])
+        main([knobs[0], "--config", CONFIG, *options, *knobs[1:]])  # before and behind options, as people type
         return capsys.readouterr().out.splitlines()
 
     return run
