@@ -10,12 +10,9 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import gc
 import json
 import math
 import multiprocessing
-import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from dflash_dist.config import PUBLISHED_GAMMA, Config, DataConfig, load_config
+from dflash_dist.cost.meter import Meter, Time, collective_mib, matmul_flops_per_s
 from dflash_dist.cost.reference import ReferenceStep
 from dflash_dist.cost.shapes import PUBLISHED, TargetShape, Work, spread_layers, step_flops, target_config
 from dflash_dist.data.chat import Document
@@ -40,13 +36,11 @@ from dflash_dist.ranks import World, join_world
 from dflash_dist.target.capture import HFDFlashTargetModel, decoder_layers
 from dflash_dist.target.load import truncate
 from dflash_dist.training.context import TargetContext
-from dflash_dist.training.metrics import peak_memory_mib
 from dflash_dist.training.sampling import Sampler
 from dflash_dist.training.setup import draft_shape
 from dflash_dist.training.step import TrainingStep
 
 STAGES = ("sample", "capture", "propose", "loss", "backward", "update")
-WARM_UP = 2  # steps before any is timed: allocators, optimiser state, compilation
 MASK_TOKEN = 0
 
 
@@ -268,46 +262,6 @@ def _random_rows(config: Config, vocab: int) -> PackedRows:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-class Meter:
-    """Times the steps of one way, and watches the memory that they take above that of the process at rest."""
-
-    def __init__(self, way: Ours | Plain):
-        self.way, self.device = way, way.world.device
-        gc.collect()
-        self.resting_mib = resting_mib(self.device)
-        for _ in range(WARM_UP):
-            way.step()
-
-    def times(self, steps: int) -> list[Time]:
-        return [self.time(self.way.step) for _ in range(steps)]
-
-    def time(self, work: Callable[[], Any]) -> Time:
-        begin = self._now()
-        work()
-        end = self._now()
-        return Time(end.seconds - begin.seconds, end.cpu_seconds - begin.cpu_seconds)
-
-    def _now(self) -> Time:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return Time(time.perf_counter(), time.process_time())
-
-    def report(self, times: list[Time]) -> dict[str, Any]:
-        return {
-            "seconds_per_step": statistics.median(t.seconds for t in times),
-            "cpu_seconds_per_step": statistics.median(t.cpu_seconds for t in times),
-            "resting_mib": self.resting_mib,
-            # The system counts resident pages in two ways, which a small step can turn around.
-            "peak_mib": max(peak_memory_mib(self.device), self.resting_mib),
-        }
-
-
-@dataclass(frozen=True)
-class Time:
-    seconds: float  # on the clock
-    cpu_seconds: float  # of all threads of the process
-
-
 def stage_times(ours: Ours, meter: Meter, steps: int) -> dict[str, Time]:
     """What each stage of a step takes. On a GPU the host waits after every stage here, so that together they take
     longer than a step."""
@@ -354,7 +308,7 @@ def full_report(ours: Ours, meter: Meter, times: list[Time]) -> dict[str, Any]:
 def measure(trial: Trial, steps: int, world: World) -> dict[str, Any]:
     """Our step alone, on every rank of this run."""
     ours = Ours(trial, world)
-    meter = Meter(ours)
+    meter = Meter(ours.step, world.device)
     return full_report(ours, meter, meter.times(steps))
 
 
@@ -376,12 +330,14 @@ def compare(trial: Trial, steps: int, rounds: int) -> dict[str, Any]:
     return report | {f"reference_{name}": value for name, value in reference.items()}
 
 
-_meter: Meter  # of a process that `compare` started
+_way: Ours | Plain  # of a process that `compare` started
+_meter: Meter
 
 
 def _start(way: type[Ours] | type[Plain], trial: Trial) -> None:
-    global _meter
-    _meter = Meter(way(trial, World(0, 1, torch.device("cpu"))))
+    global _way, _meter
+    _way = way(trial, World(0, 1, torch.device("cpu")))
+    _meter = Meter(_way.step, _way.world.device)
 
 
 def _times(steps: int) -> list[Time]:
@@ -389,54 +345,7 @@ def _times(steps: int) -> list[Time]:
 
 
 def _report(times: list[Time]) -> dict[str, Any]:
-    way = _meter.way
-    return full_report(way, _meter, times) if isinstance(way, Ours) else _meter.report(times)
-
-
-def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
-    """The best of several matrix products, on as many threads as torch uses now."""
-    size, times = (8192, 20) if device.type == "cuda" else (1024, 20)
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.float32).to(dtype)
-    best = math.inf
-    for _ in range(times):
-        begin = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
-
-
-def resting_mib(device: torch.device) -> float:
-    """Memory in use now [MiB]; from here on `peak_memory_mib` tells the most."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far, see proc(5)
-    return psutil.Process().memory_info().rss / 2**20
-
-
-def collective_mib(step: Callable[[], Any]) -> float:
-    """What one rank hands to collectives in a step [MiB], as torch's flight recorder has it."""
-    if not dist.is_initialized():
-        return 0.0
-    last = max((entry["record_id"] for entry in recorded_collectives()), default=-1)
-    step()
-    new = [entry for entry in recorded_collectives() if entry["record_id"] > last]
-    sizes = {"Float": 4, "Double": 8, "BFloat16": 2, "Half": 2, "Long": 8, "Int": 4, "Byte": 1}
-    return (
-        sum(
-            sizes[dtype] * math.prod(shape)
-            for entry in new
-            for shape, dtype in zip(entry["input_sizes"], entry["input_dtypes"])
-        )
-        / 2**20
-    )
-
-
-def recorded_collectives() -> list[dict[str, Any]]:
-    """Of this rank so far; none where a rank is alone."""
-    return json.loads(torch._C._distributed_c10d._dump_fr_trace_json()).get("entries", [])  # type: ignore[attr-defined]
+    return full_report(_way, _meter, times) if isinstance(_way, Ours) else _meter.report(times)
 
 
 # -------------------------------------------------------------------------------------------------------------- showing

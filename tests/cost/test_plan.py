@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dflash_dist.cost import bench
 from dflash_dist.cost.memory import RankStep, draft_parameters, held, peak
+from dflash_dist.cost.meter import WARM_UP, collective_mib
 from dflash_dist.cost.plan import largest_that, main
 from dflash_dist.cost.shapes import step_flops
 from dflash_dist.cost.traffic import gradient_sums, target_gathers
@@ -71,7 +72,7 @@ def measured_peak(plan: bench.Trial, world: World) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         ours = bench.Ours(plan, world)
         ours.training.sampler = Sampler(ours.training.config, world, rows_of_two(plan), None)
-        for _ in range(bench.WARM_UP):
+        for _ in range(WARM_UP):
             ours.step()
         gc.collect()
         with record_function("measured"):
@@ -177,7 +178,7 @@ def handed_over(world: World, plan: bench.Trial, folder: str, micro_batches: int
     ours.training.context = TargetContext(target.model)
     ours.training.sampler = Sampler(config, world, rows_of_two(plan), None)
     ours.step()  # the first one also gathers what stays
-    return bench.collective_mib(ours.step) * 2**20, sum(p.numel() for p in ours.training.draft.parameters())
+    return collective_mib(ours.step) * 2**20, sum(p.numel() for p in ours.training.draft.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------- the command
