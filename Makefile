@@ -18,13 +18,13 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --constraint .constraints.txt --editable ".[demo,dev]"
 	touch $@
 
-demo: setup  ## a real target, real training over 2 ranks, export, evaluation: about 20 minutes on 2 cores
+demo: setup  ## a real target, real training over 2 ranks, export, evaluation: 10 to 20 minutes on 2 cores
 	$(RUN) demo
 
 debug: setup  ## a whole run with a tiny random target: under a minute
 	$(RUN) train --config configs/debug.yaml
 
-test: setup  ## two files at a time, for two cores: about 5 minutes
+test: setup  ## two files at a time, for two cores: about 4 minutes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-thorough: setup  ## random conversations by the ten thousand: about 3 minutes
