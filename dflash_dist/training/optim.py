@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from dflash_dist.config import TrainConfig
 
-Optimizer = torch.optim.AdamW | ZeroRedundancyOptimizer
+if TYPE_CHECKING:  # its package compiles TorchScript on import, which only a run that shards should wait for
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    Optimizer = torch.optim.AdamW | ZeroRedundancyOptimizer
 
 
 def make_optimizer(model: nn.Module, train: TrainConfig, ranks: int = 1) -> Optimizer:
     options: dict[str, Any] = {"lr": train.lr, "betas": tuple(train.betas), "weight_decay": train.weight_decay}
     # fused: one pass over the state, and the only form that can skip an update on the device (`found_inf`)
     if train.shard_optimizer and ranks > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
         return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **options)
     return torch.optim.AdamW(model.parameters(), fused=True, **options)
 
 
 def gather_state(optimizer: Optimizer) -> None:
     """Brings a sharded state to rank 0, whose `state_dict` then has all of it. For all ranks to call together."""
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
+    if not isinstance(optimizer, torch.optim.AdamW):
         optimizer.consolidate_state_dict(to=0)
 
 
@@ -56,7 +60,7 @@ def apply_update(optimizer: Optimizer, lr: float, clip_norm: float) -> torch.Ten
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
     # torch's fused AdamW reads this attribute, which GradScaler sets otherwise: 1 means leave everything as it is.
-    adamw = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    adamw = optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optim
     setattr(adamw, "found_inf", (~norm.isfinite()).float())  # noqa: B010
     for group in optimizer.param_groups:
         group["lr"] = lr
