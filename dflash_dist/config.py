@@ -117,6 +117,9 @@ class TrainConfig:
         "each rank keeps its share of AdamW's moments only (ZeRO-1): less memory, the new weights sent every step",
     )
     gradient_checkpointing: bool = knob(False, "recompute the draft's layers in backward: less memory, more time")
+    compile: bool = knob(
+        False, "torch.compile the draft's layers: minutes before the first step; `bench --compile` tells what it gains"
+    )
     hang_timeout: float = knob(
         600.0,
         "how long [s] a rank may give no sign of life, or all ranks of a training get nowhere, before the others end"

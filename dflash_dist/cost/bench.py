@@ -33,6 +33,7 @@ from dflash_dist.data.documents import Documents
 from dflash_dist.data.packing import PackedRows
 from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.ranks import World, join_world
+from dflash_dist.target.attention import suit_device
 from dflash_dist.target.capture import HFDFlashTargetModel, decoder_layers
 from dflash_dist.target.load import truncate
 from dflash_dist.training.context import TargetContext
@@ -98,6 +99,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     how.add_argument("--threads", type=int, help="threads a process (default: torch's)")
     how.add_argument("--steps", type=int, default=5, help="steps a round (default: 5)")
     how.add_argument("--rounds", type=int, default=4, help="rounds (default: 4)")
+    how.add_argument("--compile", action="store_true", help="run the draft's layers compiled, see train.compile")
     how.add_argument("--reference", action="store_true", help="also time a plain float32 implementation")
     how.add_argument("--json", type=Path, help="file for the report")
     args = parser.parse_args(argv)
@@ -147,7 +149,9 @@ def make_trial(args: argparse.Namespace) -> Trial:
         data=dataclasses.replace(config.data, seq_len=args.seq or config.data.seq_len),
         draft=draft,
         loss=dataclasses.replace(config.loss, anchors=args.anchors or config.loss.anchors),
-        train=dataclasses.replace(config.train, precision=dtype, micro_batch_size=rows),
+        train=dataclasses.replace(
+            config.train, precision=dtype, micro_batch_size=rows, compile=args.compile or config.train.compile
+        ),
     )
     outside = [i for i in ids if not 0 <= i < target.num_hidden_layers]
     if outside:
@@ -179,6 +183,7 @@ class Ours:
         shallow = copy.deepcopy(trial.target)
         truncate(shallow, max(ids) + 1)
         model = _random_model(AutoModel, shallow, getattr(torch, config.target.dtype), world.device)
+        suit_device(model)
         embedding = model.get_input_embeddings().weight.detach()
         if world.size > 1:
             embedding = embedding.clone()  # plain, outside FSDP, as `load_target` gives it

@@ -10,7 +10,7 @@ and returns [B, heads, A*K, D]. Neither ever holds a dense [A*K, S + A*K] mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from dflash_dist.draft.visibility import sees_context, sees_slot
 
 # A run's context is extended to a multiple of this, masked [tokens]: the kernels of a CPU's bfloat16 products are
 # compiled for each size, which takes longer than many such products.
-CONTEXT_STEP = 32
+CONTEXT_STEP = 64
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -55,6 +55,7 @@ class ChunkedAttention:
             for start in range(0, used, anchors_at_once)
         ]
 
+    @torch.compiler.disable  # a compiler would write out every run
     def __call__(self, query, context_key, context_value, block_key, block_value) -> torch.Tensor:
         rows, heads, slots, head_dim = query.shape
         size = self.block_size
@@ -94,6 +95,13 @@ class Run:
         visible = sees_context(anchor, document, index, document_ids[row, context])
         return Run(row, anchors, context, torch.where(visible, 0.0, -math.inf)[:, None])
 
+    def heads_of(self, slots: Sequence[torch.Tensor], context: Sequence[torch.Tensor]) -> Iterator[tuple]:
+        """For each key/value head the parts [a, Q, ...] of `slots` and [C, D] of `context` that are this run's."""
+        yield from zip(
+            *(each[self.row, :, self.anchors].unbind() for each in slots),
+            *(each[self.row, :, self.context].unbind() for each in context),
+        )
+
 
 class _AttendInRuns(torch.autograd.Function):
     """Products in the dtype of the query, softmax and sums over runs in float32. Backward computes the probabilities
@@ -111,14 +119,15 @@ class _AttendInRuns(torch.autograd.Function):
         ctx.runs = runs
         with torch.autocast("cpu", enabled=False):
             scaled = (query * query.shape[-1] ** -0.5).contiguous()
-            context_key, context_value, block_key, block_value = (each.contiguous() for each in keys_and_values)
+            *of_context, block_key, block_value = (each.contiguous() for each in keys_and_values)
             output = torch.zeros_like(scaled)  # unused blocks carry no weight: their output is never looked at
             block_scores = scaled @ block_key.mT
-            for at, context, bias, (scores,) in _heads_of_runs(runs, block_scores, rooms=1):
-                scores.fill(scaled[at], context_key[context], block_scores[at])
-                scores.to_probabilities(bias)
-                torch.mm(scores.context, context_value[context], out=output[at].flatten(0, 1))
-                block_scores[at] = scores.block
+            for run, (scores,) in _with_rooms(runs, block_scores, rooms=1):
+                for q, of_block, out, key, value in run.heads_of((scaled, block_scores, output), of_context):
+                    scores.fill(q, key, of_block)
+                    scores.to_probabilities(run.bias)
+                    torch.mm(scores.context, value, out=out.flatten(0, 1))
+                    of_block.copy_(scores.block)
             output += block_scores @ block_value
         return output
 
@@ -128,37 +137,39 @@ class _AttendInRuns(torch.autograd.Function):
         query, *keys_and_values = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
         scaled, gradient = (query * scale).contiguous(), gradient.contiguous()
-        context_key, context_value, block_key, block_value = (each.contiguous() for each in keys_and_values)
+        *of_context, block_key, block_value = (each.contiguous() for each in keys_and_values)
         d_query = torch.zeros_like(scaled)
-        d_context_key, d_context_value = (torch.zeros_like(each, dtype=torch.float32) for each in keys_and_values[:2])
+        d_of_context = [torch.zeros_like(each, dtype=torch.float32) for each in of_context]
         block_scores, d_block_scores = scaled @ block_key.mT, gradient @ block_value.mT
-        for at, context, bias, (scores, d_scores) in _heads_of_runs(ctx.runs, block_scores, rooms=2):
-            scores.fill(scaled[at], context_key[context], block_scores[at])
-            scores.to_probabilities(bias)
-            d_scores.fill(gradient[at], context_value[context], d_block_scores[at])
-            d_scores.back_through_softmax(scores)
-            d_context_value[context] += scores.context.T @ gradient[at].flatten(0, 1)
-            d_context_key[context] += d_scores.context.T @ scaled[at].flatten(0, 1)
-            torch.mm(d_scores.context, context_key[context], out=d_query[at].flatten(0, 1))
-            block_scores[at], d_block_scores[at] = scores.block, d_scores.block
+        of_slots = scaled, gradient, d_query, block_scores, d_block_scores
+        for run, (scores, d_scores) in _with_rooms(ctx.runs, block_scores, rooms=2):
+            for q, d_out, d_q, of_block, d_of_block, key, value, d_key, d_value in run.heads_of(
+                of_slots, [*of_context, *d_of_context]
+            ):
+                scores.fill(q, key, of_block)
+                scores.to_probabilities(run.bias)
+                d_scores.fill(d_out, value, d_of_block)
+                d_scores.back_through_softmax(scores)
+                d_value += scores.context.T @ d_out.flatten(0, 1)
+                d_key += d_scores.context.T @ q.flatten(0, 1)
+                torch.mm(d_scores.context, key, out=d_q.flatten(0, 1))
+                of_block.copy_(scores.block)
+                d_of_block.copy_(d_scores.block)
         d_query += d_block_scores @ block_key
         d_block_key, d_block_value = d_block_scores.mT @ scaled, block_scores.mT @ gradient
-        gradients = d_query * scale, d_context_key, d_context_value, d_block_key, d_block_value
+        gradients = d_query * scale, *d_of_context, d_block_key, d_block_value
         return None, *(each.to(query.dtype) for each in gradients)
 
 
-def _heads_of_runs(runs: list[Run], block_scores: torch.Tensor, rooms: int) -> Iterator[tuple]:
-    """For each key/value head of each run: indices of its slots and of its context, the run's bias, and as many
-    matrices of scores as `rooms`, whose memory the next one uses again."""
-    heads, queries, size = block_scores.shape[1], block_scores.shape[3], block_scores.shape[4]
+def _with_rooms(runs: list[Run], block_scores: torch.Tensor, rooms: int) -> Iterator[tuple[Run, list[_Scores]]]:
+    """Each run with as many matrices of scores of a head as `rooms`, whose memory the next ones use again."""
+    queries, size = block_scores.shape[3:]
     most = max((len(run.bias) * (run.bias.shape[-1] + size) for run in runs), default=0) * queries
     memory = torch.empty(rooms, most, dtype=block_scores.dtype)
     wide_memory = memory.float()  # the same where the products are in float32
     for run in runs:
         shape = len(run.bias), queries, run.bias.shape[-1], size
-        matrices = [_Scores(*of, *shape) for of in zip(memory, wide_memory)]
-        for head in range(heads):
-            yield (run.row, head, run.anchors), (run.row, head, run.context), run.bias, matrices
+        yield run, [_Scores(*room, *shape) for room in zip(memory, wide_memory)]
 
 
 class _Scores:

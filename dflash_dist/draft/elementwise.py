@@ -10,18 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-Rope = tuple[torch.Tensor, torch.Tensor]  # see `rotate`
+Rope = tuple[torch.Tensor, torch.Tensor]  # see `Rotate`
 
 
-def rotate(heads: torch.Tensor, rope: Rope) -> torch.Tensor:
+class Rotate(torch.autograd.Function):
     """Rotary position embedding of [B, heads, T, D], half-split as in Llama and Qwen.
 
-    Args:
-        rope: [B, 1, T, D] float32 each: (cos, cos) and (-sin, sin) of the angles of the D/2 pairs.
+    `cos` and `signed_sin` are [B, 1, T, D] float32: (cos, cos) and (-sin, sin) of the angles of the D/2 pairs.
     """
-    cos, signed_sin = rope
-    wide = heads.float()
-    return torch.addcmul(wide * cos, wide.roll(wide.shape[-1] // 2, dims=-1), signed_sin).to(heads.dtype)
+
+    @staticmethod
+    def forward(ctx, heads, cos, signed_sin):
+        ctx.save_for_backward(cos, signed_sin)
+        wide = heads.float()
+        return (wide * cos).addcmul_(wide.roll(wide.shape[-1] // 2, dims=-1), signed_sin).to(heads.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        cos, signed_sin = ctx.saved_tensors
+        return Rotate.apply(gradient, cos, -signed_sin), None, None  # turns it back
 
 
 class NormalizeRMS(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dflash_dist.draft.attention import Attend, full_attention
-from dflash_dist.draft.elementwise import GatedDown, NormalizeRMS, Rope, rotate
+from dflash_dist.draft.elementwise import GatedDown, NormalizeRMS, Rope, Rotate
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,12 @@ class DFlashDraftModel(nn.Module):
                 hidden = layer.over_context(hidden, slot_rope, context, context_rope, attend)
         return self.norm(hidden)
 
+    def compile_layers(self) -> None:
+        """From here on a training forward runs its layers compiled: one graph for all of them, which fuses what lies
+        between the large products. Decoding, whose shapes change, stays as it is."""
+        for layer in self.layers:
+            layer.over_context = torch.compile(layer.over_context, dynamic=False)  # type: ignore[method-assign]
+
     def extend(self, cache: ContextCache, features: torch.Tensor) -> None:
         """Appends the context keys and values of the next tokens' features [1, N, L*H] to the cache."""
         positions = torch.arange(cache.length, cache.length + features.shape[1], device=features.device)[None]
@@ -105,7 +111,7 @@ class DFlashDraftModel(nn.Module):
         return self.norm(hidden)
 
     def _rope(self, positions: torch.Tensor) -> Rope:
-        """Cosine and signed sine for `rotate`. Computed anew each time: a buffer would be rounded by `.to(bf16)`, which
+        """Cosine and signed sine for `Rotate`. Computed anew each time: a buffer would be rounded by `.to(bf16)`, which
         turns positions past a few hundred into noise."""
         half = torch.arange(0, self.shape.head_dim, 2, device=positions.device, dtype=torch.float32)
         frequencies = self.shape.rope_theta ** (-half / self.shape.head_dim)
@@ -166,14 +172,14 @@ class DraftAttention(nn.Module):
         self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
 
     def forward(self, slots: torch.Tensor, rope: Rope, context: KeyValue, attend: Attend) -> torch.Tensor:
-        query = rotate(self.q_norm(self._heads(self.q_proj(slots))), rope)
+        query = Rotate.apply(self.q_norm(self._heads(self.q_proj(slots))), *rope)
         key, value = self.key_value(slots, rope)
         output = attend(query, *context, key, value)
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
     def key_value(self, hidden: torch.Tensor, rope: Rope) -> KeyValue:
         """Keys and values [B, kv_heads, T, D] of context or slots [B, T, H]."""
-        key = rotate(self.k_norm(self._heads(self.k_proj(hidden))), rope)
+        key = Rotate.apply(self.k_norm(self._heads(self.k_proj(hidden))), *rope)
         return key, self._heads(self.v_proj(hidden))
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import cached_file
 
 from dflash_dist.ranks import World
+from dflash_dist.target.attention import suit_device
 from dflash_dist.target.capture import HFDFlashTargetModel
 
 
@@ -245,6 +246,8 @@ def _from_pretrained(auto_class: Any, info: TargetInfo, **options: Any) -> Any:
         transformers.logging.enable_progress_bar()
     if report["missing_keys"]:
         raise ValueError(f"the checkpoint of {info.path} lacks {', '.join(sorted(report['missing_keys']))}")
+    if "attn_implementation" not in options:
+        suit_device(model)
     return model
 
 

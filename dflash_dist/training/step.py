@@ -60,6 +60,8 @@ class TrainingStep:
         self.compute_dtype = getattr(torch, config.train.precision)
         self.embedding = embedding.to(self.compute_dtype)
         self.head = self.embedding if head is embedding else head.to(self.compute_dtype)
+        if config.train.compile:
+            draft.compile_layers()
         self.optimizer = make_optimizer(draft, config.train, world.size)
         # One rank has nobody to average with: nothing is wrapped.
         self.ddp = DistributedDataParallel(draft, gradient_as_bucket_view=True) if world.size > 1 else draft

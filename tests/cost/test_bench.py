@@ -161,7 +161,8 @@ def test_a_run_is_timed_at_its_own_shapes() -> None:
     config = trial.config
     assert config.target.layer_ids == [1, 2, 4] and config.target.dtype == config.train.precision == "float32"
     assert (config.data.seq_len, config.loss.anchors, config.draft.block_size) == (256, 64, 8)
-    assert config.train.micro_batch_size == 3
+    assert config.train.micro_batch_size == 3 and not config.train.compile
+    assert trial_of("--compile").config.train.compile
 
 
 def test_without_arguments_there_is_something_to_time() -> None:

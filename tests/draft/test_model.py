@@ -10,7 +10,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Rot
 
 from dflash_dist.draft.attention import Attend, ChunkedAttention, FlexAttention, full_attention
 from dflash_dist.draft.blocks import Blocks
-from dflash_dist.draft.model import ContextCache, DFlashDraftModel, DraftLayer, RMSNorm, rotate
+from dflash_dist.draft.elementwise import Rotate
+from dflash_dist.draft.model import ContextCache, DFlashDraftModel, DraftLayer, RMSNorm
 from dflash_dist.draft.objective import WeightedSlots, block_loss
 from tests.reference import DenseAttention, Rows, lively_draft, packed_row, reference_blocks, used_slots
 from tests.tiny import tiny_shape
@@ -183,7 +184,7 @@ def test_products_of_rotated_heads_depend_on_the_distance_only():
 
     def product(query_at: int, key_at: int) -> float:
         ropes = [draft._rope(torch.tensor([[at]])) for at in (query_at, key_at)]
-        return float((rotate(query, ropes[0]) * rotate(key, ropes[1])).sum())
+        return float((Rotate.apply(query, *ropes[0]) * Rotate.apply(key, *ropes[1])).sum())
 
     for distance in (0, 1, 7, 300):
         assert product(distance, 0) == pytest.approx(product(1000 + distance, 1000), abs=1e-3)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen2C
 from dflash_dist.config import Config
 from dflash_dist.data.packing import PackedBatch
 from dflash_dist.ranks import World
+from dflash_dist.target.attention import suit_device
 from dflash_dist.target.load import check_capture, check_mask_token, load_target, read_info
 from dflash_dist.target.tiny import tiny_tokenizer
 from dflash_dist.training.trainer import Trainer
@@ -73,6 +74,7 @@ def features(world: World, folder: Path, dtype: torch.dtype, replicas: int = 1) 
 def full_model_features(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same from the full model of transformers, unsharded, all layers and the head."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    suit_device(model)
     batch = packed_batch()
     with torch.no_grad():
         states = model(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers.masking_utils as masking
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -260,3 +261,32 @@ def test_nothing_is_compiled_again_after_the_first_step(alone, tiny_target, monk
     for step in range(4):
         forward(step)
         assert (masks.frame_count, layers.frame_count) == (1, 1)  # one for all layers
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_train_alike_and_share_their_graphs(alone, tiny_target, monkeypatch, checkpointing) -> None:
+    compiler = CompileCounterWithBackend("aot_eager")  # inductor's code would take a compiler and half a minute
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    target = lively_target(tiny_target)
+    ends = target.model.embed_tokens.weight, target.lm_head.weight
+
+    def train(layers: int, **settings: Any) -> tuple[dict[str, torch.Tensor], int]:
+        """The weights after 3 steps, and how many graphs were compiled."""
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        draft = DFlashDraftModel(tiny_shape(num_layers=layers), gradient_checkpointing=checkpointing)
+        training = make_step(step_config(**settings), alone, packed_rows(8), draft, target.model, *ends)
+        before, counts = compiler.frame_count, set()
+        for step in range(3):
+            training.run(step)
+            counts.add(compiler.frame_count - before)
+        [graphs] = counts  # nothing is compiled again after the first step
+        return draft.state_dict(), graphs
+
+    plain, none = train(layers=3)
+    compiled, graphs = train(layers=3, compile=True)
+    assert none == 0 < graphs
+    assert train(layers=2, compile=True)[1] == graphs  # the first layer, whose slots have no gradient, and the others
+    assert plain.keys() == compiled.keys()
+    for name, weight in compiled.items():
+        torch.testing.assert_close(weight, plain[name], atol=1e-6, rtol=1e-5, msg=name)
