@@ -19,9 +19,28 @@ from dflash_dist.serving.suites import SUITES
 
 CODE, WORD_PROBLEMS, QUESTIONS = 1400, 1600, 1000
 BATCH = 64
-NAMES = (
-    ["Ali", "Anna", "Ben", "Carlos", "Chen", "Dana", "Elena", "Fatima", "George", "Hana", "Ivan", "Jack", "Kim", "Lena", "Marco", "Nina", "Omar", "Priya", "Rosa", "Tom"]
-)
+NAMES = [
+    "Ali",
+    "Anna",
+    "Ben",
+    "Carlos",
+    "Chen",
+    "Dana",
+    "Elena",
+    "Fatima",
+    "George",
+    "Hana",
+    "Ivan",
+    "Jack",
+    "Kim",
+    "Lena",
+    "Marco",
+    "Nina",
+    "Omar",
+    "Priya",
+    "Rosa",
+    "Tom",
+]
 OPENINGS = """
 {name} has {n} {things}. | {name} buys {n} {things} for ${m} each. | A farmer sells {n} {things} every day.
 A shop sells {things} for ${m} each. | {name} and a friend share {n} {things}. | {name} reads {n} pages a day.
@@ -34,7 +53,20 @@ A recipe needs {m} cups of flour for {n} {things}. | {name} drives {n} miles to 
 {name} collects {n} {things} and gives {m} of them | The sum of the ages of {name} and | It takes {name} {n} minutes to
 A tank holds {n} gallons of water. | {name} scored {n} points in the first game, | Each of the {m} friends pays ${n} for
 """.replace("\n", "|").split("|")
-THINGS = ["apples", "books", "cookies", "eggs", "flowers", "marbles", "pencils", "pizzas", "shirts", "stickers", "tickets", "toys"]
+THINGS = [
+    "apples",
+    "books",
+    "cookies",
+    "eggs",
+    "flowers",
+    "marbles",
+    "pencils",
+    "pizzas",
+    "shirts",
+    "stickers",
+    "tickets",
+    "toys",
+]
 
 
 def functions() -> list[str]:
