@@ -53,9 +53,11 @@ vllm-test: setup  ## a draft trained here, served by vLLM in an environment of i
 bench-gpu: setup  ## steps at Qwen3's shapes with the paper's recipe, where there is a GPU
 	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' \
 		|| { echo "bench-gpu: no GPU here, nothing timed"; exit 0; }; \
-	for model in Qwen/Qwen3-4B Qwen/Qwen3-8B; do \
-		$(RUN) bench --like $$model --seq 3072 --anchors 512 --block 16 --draft-layers 5 --dtype bfloat16 || exit 1; \
-	done
+	for model in Qwen/Qwen3-4B Qwen/Qwen3-8B; do for compile in "" --compile; do \
+		echo "$$model $$compile"; \
+		$(RUN) bench --like $$model --seq 3072 --anchors 512 --block 16 --draft-layers 5 --dtype bfloat16 $$compile \
+			|| exit 1; \
+	done; done
 
 check: setup  ## formatter, linter, type checker
 	$(BIN)/ruff format --check .

@@ -185,8 +185,8 @@ def activations(step: RankStep) -> int:
     hidden, layers = shape.hidden_size, shape.num_layers
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     # Elements a slot and layer: two norms before and after; q projected, rotated, and the attention's output; k
-    # projected and rotated, v; gate, up and their product.
-    slot = 4 * hidden + 3 * queries + 3 * keys + 3 * shape.intermediate_size
+    # projected and rotated, v; gate and up.
+    slot = 4 * hidden + 3 * queries + 3 * keys + 2 * shape.intermediate_size
     context = 3 * keys
     if step.checkpointing:  # the inputs of all layers, and one layer at a time
         slot_layers = layers * hidden + slot
@@ -205,7 +205,8 @@ def loss_chunk(step: RankStep) -> int:
     """The logits of a chunk, which become their gradient; their float32 copy, on a CPU in tiles; and the hidden states
     that enter, twice, with their gradient."""
     vocab, labels, c = step.draft.vocab_size, step.labels, step.compute_bytes
-    size = min(step.chunk or _suitable_chunk(step), labels)  # or less: all chunks of a micro-batch are of one size
+    chunks = math.ceil(labels / (step.chunk or _suitable_chunk(step)))
+    size = math.ceil(labels / chunks)  # all chunks of a micro-batch are of one size
     tile = size if step.on_gpu else min(max(CPU_TILE // vocab, 1), size)
     wide = 0 if c == FLOAT32 else FLOAT32 * tile * vocab
     return c * size * vocab + wide + 3 * c * labels * step.draft.hidden_size
@@ -216,5 +217,6 @@ def _suitable_chunk(step: RankStep) -> int:
 
 
 def backward_buffers(step: RankStep) -> int:
-    """Gradients on their way through the last layer's MLP, while the activations of all others are still kept."""
-    return step.slots * (2 * step.compute_bytes * step.draft.intermediate_size + FLOAT32 * step.draft.hidden_size)
+    """What the last layer's MLP needs on the way back, while all activations are still kept: the product of its gate
+    and up again, and the gradients of both."""
+    return step.slots * (3 * step.compute_bytes * step.draft.intermediate_size + FLOAT32 * step.draft.hidden_size)

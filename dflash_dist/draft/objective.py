@@ -18,7 +18,7 @@ from dflash_dist.draft.blocks import Blocks
 PADDING = 64
 # Slots whose logits exist at once: enough to keep a GPU busy; on a CPU products are at full speed with fewer, and their
 # limit is so many bytes of float32.
-GPU_CHUNK, CPU_CHUNK, CPU_CHUNK_BYTES = 2048, 320, 64 * 2**20
+GPU_CHUNK, CPU_CHUNK, CPU_CHUNK_BYTES = 2048, 256, 64 * 2**20
 # A CPU multiplies with so many rows of the head at once, for with all of them it waits for memory; and its passes over
 # the logits go by as many of these as stay in the cache [elements].
 CPU_WORDS, CPU_TILE = 1024, 2**19
