@@ -34,6 +34,8 @@ from dflash_dist.target.answers import as_message
 from dflash_dist.target.load import TargetInfo, digest_weights, load_whole, name_weights, read_info
 from dflash_dist.target.parts import Parts
 
+ANSWERED_WITH = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "rejection")
+
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
@@ -63,6 +65,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampled distribution")
     parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens that are sampled from; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
+    parser.add_argument(
+        "--rejection",
+        action="store_true",
+        help="accept by rejection sampling: more tokens a pass, but answers like the target's in distribution only",
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="float32 shows equality")
     parser.add_argument(
         "--template-args", type=json.loads, help="JSON object for the chat template; default: as trained"
@@ -82,6 +89,8 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
         raise ValueError("there is nothing to decode: name a --suite or --prompts")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, found {args.limit}")
+    if args.rejection and args.temperature <= 0:
+        raise ValueError("--rejection is a way to sample: give a --temperature above 0")
     if args.diagnose and args.temperature > 0:
         raise ValueError("--diagnose compares likeliest tokens: leave --temperature out")
     if world.size > 1 and not args.json:
@@ -113,7 +122,7 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device, self.dtype = args, device, getattr(torch, args.dtype)
         self.info = read_info(args.target, args.revision)
-        self.sampling = Sampling(args.temperature, args.top_p, args.top_k)
+        self.sampling = Sampling(args.temperature, args.top_p, args.top_k, rejection=args.rejection)
         self.folder = find_draft(args.draft)
         self.draft = read_draft(self.folder, self.dtype, device, self.info.text.num_hidden_layers)
         if faults := target_faults(self.draft.shape, self.info.text):
@@ -124,7 +133,7 @@ class Evaluation:
 
     def settings(self, prompts: list[Prompt]) -> dict[str, Any]:
         """What the answers depend on; an evaluation continues only under the same."""
-        names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "diagnose")
+        names = (*ANSWERED_WITH, "dtype", "diagnose")
         asked = json.dumps([dataclasses.astuple(prompt) for prompt in prompts])
         return {name: getattr(self.args, name) for name in names} | {
             "target": name_weights(self.info),
@@ -159,7 +168,7 @@ class Evaluation:
             ids = self.encoder.prompt_ids(messages, prompt.tools)
             plain = self.decoder.plain(ids, self.args.max_new_tokens)
             fast = self.decoder.speculative(ids, self.args.max_new_tokens)
-            difference = _difference(self.decoder, ids, plain, fast)
+            difference = None if self.args.rejection else _difference(self.decoder, ids, plain, fast)
             answers.append(Answer(prompt.suite, prompt.number, turn, plain, fast, difference))
             if self.examiner:
                 evidence.append(self.examiner.examine(ids, messages, prompt.tools, fast))
@@ -172,11 +181,11 @@ class Evaluation:
         """Writes and prints what the rows of `decode` show."""
         args = self.args
         answers = [Answer.read(answer) for row in rows for answer in row["answers"]]
-        report = summarise(answers, self.draft.shape.block_size) | {
+        report = summarise(answers, self.draft.shape.block_size, equal=not args.rejection) | {
             **{name: getattr(args, name) for name in ("target", "revision", "draft")},
             "dtype": args.dtype,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
-            **{name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")},
+            **{name: getattr(args, name) for name in ANSWERED_WITH},
             "template_args": self.encoder.template_args,
         }
         verdicts = []

@@ -31,19 +31,22 @@ class Answer:
         return Answer(**row | {name: Decoded(**row[name]) for name in ("plain", "fast")})
 
 
-def summarise(answers: Sequence[Answer], block_size: int) -> dict[str, Any]:
+def summarise(answers: Sequence[Answer], block_size: int, equal: bool = True) -> dict[str, Any]:
     """The numbers of all answers together, and under `suites` those of each suite.
 
     `tau` is tokens emitted divided by verification passes, prefill excluded, cut at the stop token; its `tau_interval`
     says where it would lie for other prompts of the kind (95 %). The acceptance of slot k is the share of passes whose
     first k proposals were all accepted. Rates are of one process.
+
+    Args:
+        equal: both outputs ought to be the same; else what would say so is None.
     """
     suites = dict.fromkeys(answer.suite for answer in answers)
-    of_suites = {suite: _numbers([a for a in answers if a.suite == suite], block_size) for suite in suites}
-    return {**_numbers(answers, block_size), "suites": of_suites}
+    of_suites = {suite: _numbers([a for a in answers if a.suite == suite], block_size, equal) for suite in suites}
+    return {**_numbers(answers, block_size, equal), "suites": of_suites}
 
 
-def _numbers(answers: Sequence[Answer], block_size: int) -> dict[str, Any]:
+def _numbers(answers: Sequence[Answer], block_size: int, equal: bool) -> dict[str, Any]:
     # The turns of a conversation belong together: they count as one prompt.
     prompts: dict[tuple[str, int], list[int]] = {}
     for answer in answers:
@@ -71,9 +74,9 @@ def _numbers(answers: Sequence[Answer], block_size: int) -> dict[str, Any]:
         "plain_tokens_per_s": plain_rate,
         "speculative_tokens_per_s": fast_rate,
         "speed_up": fast_rate / plain_rate,
-        "lossless": losses == 0,
-        "lossless_share": 1 - losses / len(answers),
-        "equal_outputs": len(answers) - len(differences),
+        "lossless": losses == 0 if equal else None,
+        "lossless_share": 1 - losses / len(answers) if equal else None,
+        "equal_outputs": len(answers) - len(differences) if equal else None,
         "differences": differences,
     }
 
@@ -110,8 +113,8 @@ def table(report: dict[str, Any]) -> list[str]:
         "tokens/s plain": [f"{c['plain_tokens_per_s']:.1f}" for c in columns.values()],
         "tokens/s speculative": [f"{c['speculative_tokens_per_s']:.1f}" for c in columns.values()],
         "speed-up": [f"{c['speed_up']:.2f}x" for c in columns.values()],
-        "equal outputs": [f"{c['equal_outputs']} of {c['answers']}" for c in columns.values()],
-        "lossless": [f"{c['lossless_share']:.1%}" for c in columns.values()],
+        "equal outputs": [_or_dash(c["equal_outputs"], f"{{}} of {c['answers']}") for c in columns.values()],
+        "lossless": [_or_dash(c["lossless_share"], "{:.1%}") for c in columns.values()],
         **{f"slot {k} accepted": [f"{c['acceptance_by_slot'][k - 1]:.3f}" for c in columns.values()] for k in slots},
         **{
             f"passes that accept {k}": [_share(c["passes_by_accepted"], k) for c in columns.values()]
@@ -120,6 +123,10 @@ def table(report: dict[str, Any]) -> list[str]:
     }
     width = max(11, *(len(cell) for cells in rows.values() for cell in cells))
     return [f"{name:<22}" + "".join(f"{cell:>{width + 2}}" for cell in cells) for name, cells in rows.items()]
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
 
 
 def _range(interval: list[float] | None) -> str:

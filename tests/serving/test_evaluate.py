@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,18 @@ def test_the_reported_numbers_agree_with_each_other(evaluate):
     assert report["tau_mean_of_prompts"] == 3
     assert report["acceptance_by_slot"] == [1, 1, 0]
     assert report["speed_up"] == pytest.approx(report["speculative_tokens_per_s"] / report["plain_tokens_per_s"])
+
+
+def test_rejection_sampling_claims_no_equality(evaluate, capsys):
+    sampled = ("--temperature", "1", "--top-k", "50")
+    agreeing, rejecting = evaluate(*sampled), evaluate(*sampled, "--rejection")
+    assert (agreeing["rejection"], agreeing["lossless"]) == (False, True)
+    assert rejecting["rejection"] is True
+    assert [rejecting[name] for name in ("lossless", "lossless_share", "equal_outputs")] == [None] * 3
+    assert rejecting["differences"] == []
+    assert re.search(r"^equal outputs +-$", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(ValueError, match="--rejection is a way to sample: give a --temperature above 0"):
+        evaluate("--rejection")
 
 
 def test_the_prompt_is_the_conversation_before_its_last_answer(monkeypatch, evaluate, target):
