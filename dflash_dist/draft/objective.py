@@ -64,11 +64,12 @@ def block_loss(
         Σ w·nll (float32 scalar with gradient), and the vector that `Statistics` reads, without gradient. Its losses
         are weighted as `blocks` say, whatever the objective, so that runs can be compared.
     """
-    targets = hidden.unflatten(1, blocks.input_ids.shape[1:])[:, :, 1:].flatten(0, 2)  # [B*A*(K-1), H]: no anchor slot
     labels = blocks.labels.flatten()[slots.index]
     weights = blocks.weights.flatten()[slots.index]
     weights[slots.count :] = 0  # padding repeats slot 0; it must neither train nor count
-    nll, correct = _ChunkedCrossEntropy.apply(targets[slots.index], head, labels, chunk or suitable_chunk(head))
+    predicted = slots.index + slots.index // blocks.weights.shape[-1] + 1  # in [B*A*K]: behind its block's anchor slot
+    states = hidden.flatten(0, 1).index_select(0, predicted)
+    nll, correct = _ChunkedCrossEntropy.apply(states, head, labels, chunk or suitable_chunk(head))
     real = (weights > 0).float()
 
     def grid(values: torch.Tensor) -> torch.Tensor:  # [N] -> [B*A, K-1], 0 where no label counts

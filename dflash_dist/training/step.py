@@ -79,8 +79,7 @@ class TrainingStep:
             with self.gradients_stay_local(unless=micro is micro_batches[-1]):
                 on_device = micro.to(self.world.device)
                 context = self.capture(on_device)
-                hidden = self.propose(self.ddp, on_device, context)
-                loss, shown = self.loss(hidden, on_device)
+                loss, shown = self.loss(self.propose(self.ddp, on_device, context), on_device)
                 # DDP averages over ranks; the loss is a mean over all ranks' weights, so undo the former.
                 self.backward(loss * self.world.size / max(total_weight, 1e-30))
             statistics.append(shown)
