@@ -229,8 +229,7 @@ def _answer_here(
     info = read_info(args.target)
     model = load_whole(info, getattr(torch, args.dtype), device)
     encoder = ChatEncoder(info.tokenizer, info.stop_ids, args.template_args)
-    # A batch is as wide as its longest prompt: alike ones come together.
-    rows = sorted(todo, key=lambda row: sum(len(str(message)) for message in todo[row].messages))
+    rows = list(todo)
     for start in range(0, len(rows), args.batch_size):
         batch = rows[start : start + args.batch_size]
         torch.manual_seed(args.seed * 1_000_003 + batch[0])

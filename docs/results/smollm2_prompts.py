@@ -122,7 +122,7 @@ def main(folder: str, out: str) -> None:
     asked = [code({"prompt": text})[0] for text in pick.sample(library, min(CODE, len(library)))]
     asked += [math({"prompt": text})[0] for text in made_up(folder, openings, seed=0)]
     asked += made_up(folder, [""] * QUESTIONS, seed=1)
-    pick.shuffle(asked)
+    asked.sort(key=len)  # `regenerate` answers them in batches, each as wide as its longest prompt
     with Path(out).open("w") as file:
         file.writelines(json.dumps({"messages": [{"role": "user", "content": text}]}) + "\n" for text in asked)
     print(f"{len(asked)} prompts")

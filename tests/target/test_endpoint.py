@@ -426,7 +426,7 @@ def test_a_server_that_is_gone_is_given_up_and_continued_elsewhere(arguments, se
     server.trouble = lambda handler, question, attempt: int(question[1:]) > 8 and handler.hang_up()
     with pytest.raises(ValueError, match=r"is gone: 22 of 30 rows are unanswered, the first cause: row (9|10): Conn"):
         regenerate(args, alone)
-    assert len(server.asked) <= 8 + 2 * 12  # not all 30 rows were tried
+    assert len(server.asked) < 8 + 2 * 22  # not all 30 rows were tried twice, however many were in flight
 
     with pytest.raises(ValueError, match=r"is gone: 22 of 22 rows"):
         regenerate(arguments(30, endpoint=free_url()), alone)
