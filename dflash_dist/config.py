@@ -118,7 +118,7 @@ class TrainConfig:
     )
     gradient_checkpointing: bool = knob(False, "recompute the draft's layers in backward: less memory, more time")
     compile: bool = knob(
-        False, "torch.compile the draft's layers: minutes before the first step; `bench --compile` tells what it gains"
+        False, "torch.compile the draft's layers, before the first step; `bench --compile` tells what it gains"
     )
     hang_timeout: float = knob(
         600.0,

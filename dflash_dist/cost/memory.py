@@ -14,7 +14,7 @@ import torch
 from dflash_dist.config import Config
 from dflash_dist.cost.shapes import TargetShape, attention_parameters
 from dflash_dist.draft.model import DraftShape
-from dflash_dist.draft.objective import CPU_TILE, GPU_CHUNK, suitable_chunk
+from dflash_dist.draft.objective import CPU_TILE, GPU_CHUNK, even_chunk, suitable_chunk
 from dflash_dist.training.setup import draft_shape
 
 FLOAT32 = 4
@@ -205,8 +205,7 @@ def loss_chunk(step: RankStep) -> int:
     """The logits of a chunk, which become their gradient; their float32 copy, on a CPU in tiles; and the hidden states
     that enter, twice, with their gradient."""
     vocab, labels, c = step.draft.vocab_size, step.labels, step.compute_bytes
-    chunks = math.ceil(labels / (step.chunk or _suitable_chunk(step)))
-    size = math.ceil(labels / chunks)  # all chunks of a micro-batch are of one size
+    size = even_chunk(labels, step.chunk or _suitable_chunk(step))
     tile = size if step.on_gpu else min(max(CPU_TILE // vocab, 1), size)
     wide = 0 if c == FLOAT32 else FLOAT32 * tile * vocab
     return c * size * vocab + wide + 3 * c * labels * step.draft.hidden_size

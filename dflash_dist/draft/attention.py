@@ -166,7 +166,7 @@ def _with_rooms(runs: list[Run], block_scores: torch.Tensor, rooms: int) -> Iter
     queries, size = block_scores.shape[3:]
     most = max((len(run.bias) * (run.bias.shape[-1] + size) for run in runs), default=0) * queries
     memory = torch.empty(rooms, most, dtype=block_scores.dtype)
-    wide_memory = memory.float()  # the same where the products are in float32
+    wide_memory = memory if memory.dtype == torch.float32 else torch.empty_like(memory, dtype=torch.float32)
     for run in runs:
         shape = len(run.bias), queries, run.bias.shape[-1], size
         yield run, [_Scores(*room, *shape) for room in zip(memory, wide_memory)]

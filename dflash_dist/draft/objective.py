@@ -103,6 +103,11 @@ def suitable_chunk(head: torch.Tensor) -> int:
     return max(min(CPU_CHUNK, CPU_CHUNK_BYTES // (4 * len(head))) // PADDING, 1) * PADDING
 
 
+def even_chunk(count: int, chunk: int) -> int:
+    """Slots of each chunk where `count` of them come in as few chunks of at most `chunk` as can be, all of one size."""
+    return math.ceil(count / max(math.ceil(count / chunk), 1))
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, labels, chunk):
@@ -110,8 +115,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         count, vocab = len(hidden), len(head)
         nll, correct = (torch.empty(count, device=hidden.device) for _ in range(2))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        chunks = math.ceil(count / chunk)
-        size = math.ceil(count / max(chunks, 1))
+        size = even_chunk(count, chunk)
         tile, width = (size, vocab) if head.is_cuda else (max(CPU_TILE // vocab, 1), CPU_WORDS)
         with torch.autocast(hidden.device.type, enabled=False):
             rows = hidden.to(head.dtype)
