@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -92,11 +93,13 @@ def join_world(hang_timeout: float, logs: Path | None = None) -> Iterator[World]
         hang_timeout: after how long [s] the watchdog ends a run that hangs; 0: never.
         logs: folder for what it finds.
     """
+    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cpu":
+        keep_freed_memory()
     if "RANK" not in os.environ:
-        yield World(0, 1, _device(0))
+        yield World(0, 1, device)
         return
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")  # the flight recorder, in collectives; read when torch joins
-    device = _device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://", timeout=JOIN))
@@ -136,6 +139,18 @@ def _watched(world: World, hang_timeout: float, logs: Path | None) -> Iterator[N
         yield
     finally:
         watchdog.stop()
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep the tensors' memory that a step frees for the next one, which would fault in every page anew.
+
+    The most that a process holds stays what it was. Other C libraries are left as they are.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # names of parameters, from malloc.h; the values are bytes
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 32 * 2**20)  # the most that it takes; what is larger is given back at once
 
 
 def _device(local_rank: int) -> torch.device:

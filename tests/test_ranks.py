@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from dflash_dist.ranks import World, join_world
@@ -25,3 +29,24 @@ def test_without_torchrun_the_world_has_one_rank(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("RANK", raising=False)
     with join_world(1.0) as world:
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told what to keep")
+def test_memory_that_a_step_frees_is_not_faulted_in_again_by_the_next() -> None:
+    program = """
+import resource, torch
+from dflash_dist.ranks import join_world
+
+def step():
+    tensors = [torch.ones(2**20) for _ in range(16)]  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+with join_world(0):
+    faults = [step() for _ in range(5)]
+    print(faults[4] - faults[3])
+"""
+    environment = {"PATH": "", "CUDA_VISIBLE_DEVICES": ""}
+    faults = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert int(faults) < 100  # of the 16,384 pages
