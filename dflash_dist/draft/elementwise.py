@@ -37,20 +37,21 @@ class NormalizeRMS(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, eps):
-        wide = hidden.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        wide = hidden.to(torch.float32, copy=True)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = torch.rsqrt(norm.square_().div_(hidden.shape[-1]).add_(eps))
         ctx.save_for_backward(hidden, weight, scale)
-        return (wide * scale).mul_(weight).to(hidden.dtype)
+        return wide.mul_(scale).mul_(weight).to(hidden.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         hidden, weight, scale = ctx.saved_tensors
-        unit, gradient = hidden.float() * scale, gradient.float()
+        unit, gradient = hidden.to(torch.float32, copy=True).mul_(scale), gradient.to(torch.float32, copy=True)
         along = gradient * unit
         # What grows all of a vector alike is undone by its normalisation.
         radial = (along @ weight.float() / hidden.shape[-1])[..., None]
-        d_hidden = (gradient * weight).addcmul_(unit, radial, value=-1).mul_(scale)
+        d_hidden = gradient.mul_(weight).addcmul_(unit, radial, value=-1).mul_(scale)
         return d_hidden.to(hidden.dtype), along.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
