@@ -10,7 +10,7 @@ and returns [B, heads, A*K, D]. Neither ever holds a dense [A*K, S + A*K] mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,16 +21,23 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from dflash_dist.draft.blocks import Blocks
 from dflash_dist.draft.visibility import sees_context, sees_slot
 
-# A run's context is extended to a multiple of this, masked [tokens]: the kernels of a CPU's bfloat16 products are
-# compiled for each size, which takes longer than many such products.
-CONTEXT_STEP = 64
+# A run's context is extended to a multiple of this, masked [tokens]. For each shape of a product in bfloat16, oneDNN
+# compiles kernels, which takes longer than many such products, and keeps half a MiB.
+CONTEXT_STEP = {torch.float32: 16, torch.bfloat16: 128}
+# Slots of a run: more make larger products, and let each look at more of what only the last of them sees.
+RUN_SLOTS = 128
+# Scores at once, of as many key/value heads as that are: few calls, whose work stays in the cache.
+MAX_SCORES = 2**20
+LOG2_E = math.log2(math.e)
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def training_attention(blocks: Blocks, document_ids: torch.Tensor) -> Attend:
-    """The fastest backend for the device on which `blocks` lie. `document_ids` [B, S] lie there too."""
-    return FlexAttention(blocks, document_ids) if document_ids.is_cuda else ChunkedAttention(blocks, document_ids)
+def training_attention(blocks: Blocks, document_ids: torch.Tensor, dtype: torch.dtype) -> Attend:
+    """The fastest backend for queries of `dtype` on the device of `blocks`. `document_ids` [B, S] lie there too."""
+    if document_ids.is_cuda:
+        return FlexAttention(blocks, document_ids)
+    return ChunkedAttention(blocks, document_ids, context_step=CONTEXT_STEP[dtype])
 
 
 def full_attention(query, context_key, context_value, block_key, block_value) -> torch.Tensor:
@@ -44,13 +51,20 @@ class ChunkedAttention:
     """Runs of neighbouring anchors at a time, each over the context it can reach and its own slots.
 
     FlexAttention has no backward on CPU. Anchors are sorted, so neighbours share nearly all of their context: a run is
-    a few large matrix products, and the scores of one key/value head stay in the cache.
+    a few large matrix products, and its scores stay in the cache.
     """
 
-    def __init__(self, blocks: Blocks, document_ids: torch.Tensor, anchors_at_once: int = 16):
+    def __init__(
+        self,
+        blocks: Blocks,
+        document_ids: torch.Tensor,
+        anchors_at_once: int | None = None,
+        context_step: int = CONTEXT_STEP[torch.float32],
+    ):
         self.block_size = blocks.block_size
+        anchors_at_once = anchors_at_once or max(RUN_SLOTS // self.block_size, 1)
         self.runs = [
-            Run.of(row, slice(start, min(start + anchors_at_once, used)), blocks, document_ids)
+            Run.of(row, slice(start, min(start + anchors_at_once, used)), blocks, document_ids, context_step)
             for row, used in enumerate((blocks.documents >= 0).sum(dim=1).tolist())
             for start in range(0, used, anchors_at_once)
         ]
@@ -81,31 +95,40 @@ class Run:
     row: int
     anchors: slice
     context: slice  # what they can reach, and a little more
-    bias: torch.Tensor  # [anchors, 1, context] float32: 0 where visible, else -inf
+    clear: int  # so many tokens at its beginning all of them see
+    bias: torch.Tensor  # [anchors, 1, rest of the context] float32: 0 where visible, else -inf
 
     @staticmethod
-    def of(row: int, anchors: slice, blocks: Blocks, document_ids: torch.Tensor) -> Run:
+    def of(row: int, anchors: slice, blocks: Blocks, document_ids: torch.Tensor, context_step: int) -> Run:
         anchor, document = blocks.anchors[row, anchors, None], blocks.documents[row, anchors, None]
         length = document_ids.shape[1]
         begin, end = int((document_ids[row] == document[0]).int().argmax()), int(anchor.max())
-        size = min(math.ceil((end - begin) / CONTEXT_STEP) * CONTEXT_STEP, length)
+        size = min(math.ceil((end - begin) / context_step) * context_step, length)
         begin = min(begin, length - size)
         context = slice(begin, begin + size)
         index = torch.arange(context.start, context.stop)
         visible = sees_context(anchor, document, index, document_ids[row, context])
-        return Run(row, anchors, context, torch.where(visible, 0.0, -math.inf)[:, None])
+        clear = int(visible.all(dim=0).cumprod(dim=0).sum())
+        return Run(row, anchors, context, clear, torch.where(visible[:, clear:], 0.0, -math.inf)[:, None])
 
-    def heads_of(self, slots: Sequence[torch.Tensor], context: Sequence[torch.Tensor]) -> Iterator[tuple]:
-        """For each key/value head the parts [a, Q, ...] of `slots` and [C, D] of `context` that are this run's."""
-        yield from zip(
-            *(each[self.row, :, self.anchors].unbind() for each in slots),
-            *(each[self.row, :, self.context].unbind() for each in context),
-        )
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Anchors, tokens of context."""
+        return len(self.bias), self.context.stop - self.context.start
+
+    def of_slots(self, tensor: torch.Tensor, heads: slice) -> torch.Tensor:
+        """The part [heads, a * Q, ...] of this run of what slots have [B, kv_heads, A, Q, ...]."""
+        return tensor[self.row, heads, self.anchors].flatten(1, 2)
+
+    def of_context(self, tensor: torch.Tensor, heads: slice) -> torch.Tensor:
+        """The part [heads, C, D] of this run of what the context has [B, kv_heads, S, D]."""
+        return tensor[self.row, heads, self.context]
 
 
 class _AttendInRuns(torch.autograd.Function):
-    """Products in the dtype of the query, softmax and sums over runs in float32. Backward computes the probabilities
-    again: kept, they would take more memory than all other activations together.
+    """Products in the dtype of the query, powers and sums over runs in float32. Backward computes the probabilities
+    again: kept, they would take more memory than all other activations together. Scores are those of a softmax to base
+    2, whose powers a CPU has in a third of the time.
 
     Shapes:
         query, output           [B, kv_heads, A, Q, D]
@@ -115,92 +138,108 @@ class _AttendInRuns(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, runs, query, *keys_and_values):
-        ctx.save_for_backward(query, *keys_and_values)
-        ctx.runs = runs
         with torch.autocast("cpu", enabled=False):
-            scaled = (query * query.shape[-1] ** -0.5).contiguous()
+            scaled = (query * (LOG2_E * query.shape[-1] ** -0.5)).contiguous()
             *of_context, block_key, block_value = (each.contiguous() for each in keys_and_values)
             output = torch.zeros_like(scaled)  # unused blocks carry no weight: their output is never looked at
             block_scores = scaled @ block_key.mT
-            for run, (scores,) in _with_rooms(runs, block_scores, rooms=1):
-                for q, of_block, out, key, value in run.heads_of((scaled, block_scores, output), of_context):
-                    scores.fill(q, key, of_block)
-                    scores.to_probabilities(run.bias)
-                    torch.mm(scores.context, value, out=out.flatten(0, 1))
-                    of_block.copy_(scores.block)
+            totals, log_totals = torch.ones(2, *scaled.shape[:-1], 1)
+            of_slots = scaled, output, block_scores, totals, log_totals
+            for run, heads, (scores,) in _with_rooms(runs, block_scores, rooms=1):
+                key, value = (run.of_context(each, heads) for each in of_context)
+                q, out, of_block, total, log_total = (run.of_slots(each, heads) for each in of_slots)
+                scores.fill(q, key, of_block)
+                scores.hide(run)
+                peak = scores.wide.amax(-1, keepdim=True)
+                scores.to_powers(peak)
+                torch.sum(scores.wide, -1, keepdim=True, out=total)
+                torch.add(total.log2(), peak, out=log_total)
+                torch.bmm(scores.context, value, out=out)
+                of_block.copy_(scores.wide_block)
             output += block_scores @ block_value
+            output /= totals
+        ctx.save_for_backward(log_totals, query, *keys_and_values)
+        ctx.runs = runs
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        query, *keys_and_values = ctx.saved_tensors
+        log_totals, query, *keys_and_values = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
-        scaled, gradient = (query * scale).contiguous(), gradient.contiguous()
+        scaled, gradient = (query * (LOG2_E * scale)).contiguous(), gradient.contiguous()
         *of_context, block_key, block_value = (each.contiguous() for each in keys_and_values)
         d_query = torch.zeros_like(scaled)
         d_of_context = [torch.zeros_like(each, dtype=torch.float32) for each in of_context]
         block_scores, d_block_scores = scaled @ block_key.mT, gradient @ block_value.mT
-        of_slots = scaled, gradient, d_query, block_scores, d_block_scores
-        for run, (scores, d_scores) in _with_rooms(ctx.runs, block_scores, rooms=2):
-            for q, d_out, d_q, of_block, d_of_block, key, value, d_key, d_value in run.heads_of(
-                of_slots, [*of_context, *d_of_context]
-            ):
-                scores.fill(q, key, of_block)
-                scores.to_probabilities(run.bias)
-                d_scores.fill(d_out, value, d_of_block)
-                d_scores.back_through_softmax(scores)
-                d_value += scores.context.T @ d_out.flatten(0, 1)
-                d_key += d_scores.context.T @ q.flatten(0, 1)
-                torch.mm(d_scores.context, key, out=d_q.flatten(0, 1))
-                of_block.copy_(scores.block)
-                d_of_block.copy_(d_scores.block)
+        of_slots = scaled, gradient, d_query, block_scores, d_block_scores, log_totals
+        for run, heads, (scores, d_scores) in _with_rooms(ctx.runs, block_scores, rooms=2):
+            key, value, d_key, d_value = (run.of_context(each, heads) for each in (*of_context, *d_of_context))
+            q, d_out, d_q, of_block, d_of_block, log_total = (run.of_slots(each, heads) for each in of_slots)
+            scores.fill(q, key, of_block)
+            scores.hide(run)
+            scores.to_powers(log_total)
+            d_scores.fill(d_out, value, d_of_block)
+            d_scores.back_through_softmax(scores)
+            d_value += scores.context.mT @ d_out
+            d_key += d_scores.context.mT @ q
+            torch.bmm(d_scores.context, key, out=d_q)
+            of_block.copy_(scores.wide_block)
+            d_of_block.copy_(d_scores.wide_block)
         d_query += d_block_scores @ block_key
         d_block_key, d_block_value = d_block_scores.mT @ scaled, block_scores.mT @ gradient
-        gradients = d_query * scale, *d_of_context, d_block_key, d_block_value
-        return None, *(each.to(query.dtype) for each in gradients)
+        d_context_key, d_context_value = d_of_context
+        keys = d_context_key / LOG2_E, d_context_value, d_block_key / LOG2_E, d_block_value
+        return None, *(each.to(query.dtype) for each in (d_query * scale, *keys))
 
 
-def _with_rooms(runs: list[Run], block_scores: torch.Tensor, rooms: int) -> Iterator[tuple[Run, list[_Scores]]]:
-    """Each run with as many matrices of scores of a head as `rooms`, whose memory the next ones use again."""
-    queries, size = block_scores.shape[3:]
-    most = max((len(run.bias) * (run.bias.shape[-1] + size) for run in runs), default=0) * queries
-    memory = torch.empty(rooms, most, dtype=block_scores.dtype)
-    wide_memory = memory if memory.dtype == torch.float32 else torch.empty_like(memory, dtype=torch.float32)
+def _with_rooms(runs: list[Run], block_scores: torch.Tensor, rooms: int) -> Iterator[tuple[Run, slice, list[_Scores]]]:
+    """Each run, some key/value heads at a time, with as many matrices of scores as `rooms`, whose memory the next ones
+    use again."""
+    kv_heads, _, queries, size = block_scores.shape[1:]
+    most = max((anchors * queries * (context + size) for anchors, context in (run.shape for run in runs)), default=1)
+    at_once = min(max(MAX_SCORES // most, 1), kv_heads)
+    wide = torch.empty(rooms, at_once * most)
+    narrow = wide if block_scores.dtype == torch.float32 else torch.empty_like(wide, dtype=block_scores.dtype)
     for run in runs:
-        shape = len(run.bias), queries, run.bias.shape[-1], size
-        yield run, [_Scores(*room, *shape) for room in zip(memory, wide_memory)]
+        anchors, context = run.shape
+        for start in range(0, kv_heads, at_once):
+            heads = slice(start, min(start + at_once, kv_heads))
+            shape = heads.stop - start, anchors * queries, context, size
+            yield run, heads, [_Scores(*room, *shape) for room in zip(wide, narrow)]
 
 
 class _Scores:
-    """Scores of the slots of a run over its context and their own block, side by side, as products take and leave them
-    and, for what is between, in float32."""
+    """Scores of the slots of a run over its context and, behind it, their own block: in float32, and those of the
+    context also as products take and leave them."""
 
-    def __init__(
-        self, room: torch.Tensor, wide_room: torch.Tensor, anchors: int, queries: int, context: int, size: int
-    ):
-        rows, columns = anchors * queries, context + size
-        self.all, self.wide = (each[: rows * columns].view(rows, columns) for each in (room, wide_room))
-        self.context = self.all[:, :context]  # [a * Q, C]
-        self.block = self.all[:, context:].unflatten(0, (anchors, queries))  # [a, Q, K]
-        self.wide_by_anchor = self.wide[:, :context].unflatten(0, (anchors, queries))  # [a, Q, C]
+    def __init__(self, wide: torch.Tensor, narrow: torch.Tensor, heads: int, rows: int, context: int, size: int):
+        self.wide = wide[: heads * rows * (context + size)].view(heads, rows, context + size)
+        self.wide_context, self.wide_block = self.wide.split([context, size], dim=-1)
+        self.context = self.wide_context
+        if narrow.dtype != wide.dtype:
+            self.context = narrow[: heads * rows * context].view(heads, rows, context)
 
     def fill(self, left: torch.Tensor, context: torch.Tensor, block: torch.Tensor) -> None:
-        """With the products of `left` [a, Q, D] and `context` [C, D], and those of the block [a, Q, K]."""
-        torch.mm(left.flatten(0, 1), context.T, out=self.context)
-        self.block.copy_(block)
-        self.wide.copy_(self.all)
+        """With the products of `left` [heads, a * Q, D] and `context` [heads, C, D], and those of the block."""
+        torch.bmm(left, context.mT, out=self.context)
+        self.wide_context.copy_(self.context)
+        self.wide_block.copy_(block)
 
-    def to_probabilities(self, bias: torch.Tensor) -> None:
-        self.wide_by_anchor.add_(bias)
-        torch.softmax(self.wide, -1, out=self.wide)
-        self.all.copy_(self.wide)
+    def hide(self, run: Run) -> None:
+        """What the run does not see."""
+        self.wide_context[..., run.clear :].unflatten(1, (len(run.bias), -1)).add_(run.bias)
+
+    def to_powers(self, less: torch.Tensor) -> None:
+        """2 to the scores less [heads, a * Q, 1]: probabilities, if that is the logarithm of their sum."""
+        self.wide.sub_(less).exp2_()
+        self.context.copy_(self.wide_context)
 
     def back_through_softmax(self, probabilities: _Scores) -> None:
         """From the gradient of the probabilities to that of the scores."""
         d, p = self.wide, probabilities.wide
         torch.ops.aten._softmax_backward_data.out(d, p, -1, d.dtype, grad_input=d)
-        self.all.copy_(d)
+        self.context.copy_(self.wide_context)
 
 
 class FlexAttention:

@@ -112,7 +112,7 @@ def test_the_attention_for_gpus_equals_the_dense_reference_in_outputs_and_gradie
     device = torch.device("cuda")
     inputs = random_inputs(rows, blocks)
     on_device = [tensor.to(device).requires_grad_() for tensor in inputs]
-    attend = training_attention(blocks.to(device), rows.document_ids.to(device))
+    attend = training_attention(blocks.to(device), rows.document_ids.to(device), torch.float32)
     assert isinstance(attend, FlexAttention)
     output = attend(*on_device).transpose(1, 2)[used_slots(blocks).to(device)]
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(device)
@@ -126,7 +126,7 @@ def test_the_attention_for_gpus_equals_the_dense_reference_in_outputs_and_gradie
 
 def test_the_cpu_trains_with_chunked_attention():
     rows, blocks = two_rows()
-    assert isinstance(training_attention(blocks, rows.document_ids), ChunkedAttention)
+    assert isinstance(training_attention(blocks, rows.document_ids, torch.float32), ChunkedAttention)
 
 
 def test_chunked_attention_holds_no_dense_mask():

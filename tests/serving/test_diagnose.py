@@ -55,7 +55,7 @@ def folder(tiny_target, tmp_path_factory) -> Path:
             generators=[np.random.default_rng(0)],
         )
         features = target.generate_batch(ids, None, mask).hidden_states
-        batches.append((blocks, features, positions, training_attention(blocks, torch.zeros_like(ids))))
+        batches.append((blocks, features, positions, training_attention(blocks, torch.zeros_like(ids), features.dtype)))
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
     for _ in range(60):
         for blocks, features, positions, attend in batches:
