@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # any optimiser imports it when it is made: here, it belongs to the process at rest
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
@@ -32,7 +34,7 @@ from dflash_dist.data.chat import Document
 from dflash_dist.data.documents import Documents
 from dflash_dist.data.packing import PackedRows
 from dflash_dist.draft.model import DFlashDraftModel
-from dflash_dist.ranks import World, join_world
+from dflash_dist.ranks import World, join_world, keep_freed_memory
 from dflash_dist.target.attention import suit_device
 from dflash_dist.target.capture import HFDFlashTargetModel, decoder_layers
 from dflash_dist.target.load import truncate
@@ -190,7 +192,8 @@ class Ours:
             for layer in decoder_layers(model):
                 fully_shard(layer)
             fully_shard(model)
-        self.training = TrainingStep(
+        self._make_training = functools.partial(
+            TrainingStep,
             config,
             world,
             Sampler(config, world, _random_rows(config, self.target.vocab), None),
@@ -200,6 +203,11 @@ class Ours:
             embedding if self.target.tied else torch.randn_like(embedding).mul_(0.02),
             total_steps=10**6,
         )
+
+    @functools.cached_property
+    def training(self) -> TrainingStep:
+        """Made with the first step: what it allocates is above what the process holds at rest."""
+        return self._make_training()
 
     def step(self) -> None:
         self.training.run(self.done)
@@ -341,6 +349,7 @@ _meter: Meter
 
 def _start(way: type[Ours] | type[Plain], trial: Trial) -> None:
     global _way, _meter
+    keep_freed_memory()
     _way = way(trial, World(0, 1, torch.device("cpu")))
     _meter = Meter(_way.step, _way.world.device)
 

@@ -1,6 +1,6 @@
 """What one rank holds in a training step, in bytes and from shapes alone; nothing is allocated to know it.
 
-A step holds most in one of two phases: while the target runs, or while the draft does. `held` has both.
+A step holds most in one of three phases: while the target runs, while the draft does, or in its update. `held` has all.
 """
 
 from __future__ import annotations
@@ -89,16 +89,18 @@ class RankStep:
 
 
 def held(step: RankStep) -> dict[str, dict[str, int]]:
-    """What a rank holds by phase, "capture" and "draft", and by name: bytes at the moment when it is most."""
+    """What a rank holds by phase, "capture", "draft" and "update", and by name: bytes at the moment when it is most."""
     parameters = draft_parameters(step.draft)
     features = step.tokens * len(step.draft.target_layer_ids) * step.draft.hidden_size
     always = {
         "target shard": target_shard(step),
         "embedding and head": ends(step),
         "draft": FLOAT32 * parameters,
-        "gradients": FLOAT32 * parameters,  # under DDP these are its buckets
         "optimiser": 2 * FLOAT32 * parameters // step.optimizer_shards,  # both moments of AdamW
     }
+    gradients = {"gradients": FLOAT32 * parameters}
+    if step.ranks > 1 or step.micro_batches > 1:  # they are DDP's buckets, or wait for those of the next micro-batch
+        always |= gradients
     capture = {
         "gathered layer": gathered(step),
         "target activations": target_activations(step),
@@ -109,7 +111,7 @@ def held(step: RankStep) -> dict[str, dict[str, int]]:
         "activations": activations(step),
         "loss chunk or backward": max(loss_chunk(step), backward_buffers(step)),
     }
-    return {"capture": always | capture, "draft": always | draft}
+    return {"capture": always | capture, "draft": always | draft, "update": always | gradients}
 
 
 def peak(step: RankStep) -> int:

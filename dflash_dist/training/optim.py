@@ -22,8 +22,37 @@ def make_optimizer(model: nn.Module, train: TrainConfig, ranks: int = 1) -> Opti
     if train.shard_optimizer and ranks > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **options)
-    return torch.optim.AdamW(model.parameters(), fused=True, **options)
+        optimizer: Optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **options)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **options)
+    _allocate_moments(_adamw(optimizer))
+    return optimizer
+
+
+def _allocate_moments(adamw: torch.optim.AdamW) -> None:
+    """AdamW allocates its moments in its first update. This one, which it refuses, has it do so now: before activations
+    come to lie between them, and while running out of memory costs nothing."""
+    for parameter in (parameters := _parameters(adamw)):
+        parameter.grad = torch.zeros_like(parameter)
+    if parameters:  # of many ranks some have none to update
+        _refuse(adamw, torch.ones((), device=parameters[0].device))
+        adamw.step()
+    adamw.zero_grad()
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _adamw(optimizer: Optimizer) -> torch.optim.AdamW:
+    """The one that updates this rank's share."""
+    return optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optim
+
+
+def _refuse(adamw: torch.optim.AdamW, when: torch.Tensor) -> None:
+    """Makes the next updates no-ops if `when` is 1 (else 0, a float32 scalar), decided on the device: parameters,
+    moments and step count stay as they are. It is an attribute that GradScaler sets otherwise."""
+    setattr(adamw, "found_inf", when)  # noqa: B010
 
 
 def gather_state(optimizer: Optimizer) -> None:
@@ -49,21 +78,16 @@ def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:
 
 
 def apply_update(optimizer: Optimizer, lr: float, clip_norm: float) -> torch.Tensor:
-    """Clips the global gradient norm and takes one step; clears the gradients.
+    """Clips the global gradient norm and takes one step, or none if the norm is not finite.
 
-    A non-finite norm makes the update a no-op, decided on the device: parameters, moments and step count stay as they
-    are. DDP gives every rank the same gradients, so every rank decides alike.
+    DDP gives every rank the same gradients, so every rank decides alike.
 
     Returns:
         The norm before clipping, a float32 scalar on the device.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
-    # torch's fused AdamW reads this attribute, which GradScaler sets otherwise: 1 means leave everything as it is.
-    adamw = optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optim
-    setattr(adamw, "found_inf", (~norm.isfinite()).float())  # noqa: B010
+    norm = nn.utils.clip_grad_norm_(_parameters(optimizer), clip_norm)
+    _refuse(_adamw(optimizer), when=(~norm.isfinite()).float())
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
     return norm

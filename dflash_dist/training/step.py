@@ -104,7 +104,7 @@ class TrainingStep:
     def propose(self, draft: nn.Module, micro: MicroBatch, context: torch.Tensor) -> torch.Tensor:
         """The hidden states [B, A * K, H] of all slots."""
         batch, blocks = micro.batch, micro.blocks
-        attend = training_attention(blocks, batch.document_ids)
+        attend = training_attention(blocks, batch.document_ids, self.compute_dtype)
         slots = F.embedding(blocks.input_ids.flatten(1), self.embedding)
         positions = blocks.position_ids.flatten(1)
         bf16 = self.compute_dtype == torch.bfloat16
@@ -121,8 +121,11 @@ class TrainingStep:
         loss.backward()
 
     def update(self, lr: float) -> torch.Tensor:
-        """Applies the gradients; returns their norm."""
-        return apply_update(self.optimizer, lr, self.config.train.clip_norm)
+        """Applies the gradients and clears them; returns their norm."""
+        norm = apply_update(self.optimizer, lr, self.config.train.clip_norm)
+        # Those of DDP are its buckets, and stay where they are; without, they need no memory until there are new ones.
+        self.optimizer.zero_grad(set_to_none=self.ddp is self.draft)
+        return norm
 
     def gradients_stay_local(self, unless: bool) -> contextlib.AbstractContextManager:
         if unless or not isinstance(self.ddp, DistributedDataParallel):

@@ -132,7 +132,7 @@ def test_operations_are_those_that_torch_counts(alone: World, monkeypatch: pytes
     assert expected["backward"] - unseen["backward"] == 2 * attention
     [micro] = ours.training.sample(ours.done)
     runs = ChunkedAttention(micro.blocks, micro.batch.document_ids).runs
-    taken_in = 8 * sum(len(run.bias) * (run.bias.shape[-1] + 8) for run in runs)  # by 8 slots, which see 8 of their own
+    taken_in = 8 * sum(anchors * (context + 8) for anchors, context in (run.shape for run in runs))  # by blocks of 8
     assert 1 <= taken_in / work.visible_pairs < 1.25
     extra = attention * (3.5 * taken_in / work.visible_pairs - 3)
 

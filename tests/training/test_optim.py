@@ -33,7 +33,25 @@ def test_an_update_clips_the_global_norm() -> None:
     assert norm == 5.0
     first_moment = optimizer.state[model.weight]["exp_avg"]
     assert torch.allclose(first_moment, torch.tensor([[0.6, 0.8]]), atol=1e-6)
-    assert not model.weight.grad.any()
+
+
+def test_the_moments_are_there_from_the_start_and_the_first_update_is_as_without() -> None:
+    torch.manual_seed(0)
+    model, plain = (torch.nn.Linear(3, 2, bias=False) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    train = TrainConfig(weight_decay=0.1)
+    optimizer = make_optimizer(model, train)
+    assert torch.equal(model.weight, plain.weight) and model.weight.grad is None
+    assert not any(value.any() for value in optimizer.state[model.weight].values())
+    adamw = torch.optim.AdamW(plain.parameters(), lr=0.1, betas=tuple(train.betas), weight_decay=0.1, fused=True)
+    model.weight.grad = torch.full((2, 3), 0.1)
+    plain.weight.grad = torch.full((2, 3), 0.1)
+    apply_update(optimizer, 0.1, clip_norm=1.0)
+    adamw.step()
+    assert torch.equal(model.weight, plain.weight)
+    assert all(
+        torch.equal(optimizer.state[model.weight][name], value) for name, value in adamw.state[plain.weight].items()
+    )
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
