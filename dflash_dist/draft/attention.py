@@ -26,7 +26,7 @@ from dflash_dist.draft.visibility import sees_context, sees_slot
 CONTEXT_STEP = {torch.float32: 16, torch.bfloat16: 128}
 # Slots of a run: more make larger products, and let each look at more of what only the last of them sees.
 RUN_SLOTS = 128
-# Scores at once, of as many key/value heads as that are: few calls, whose work stays in the cache.
+# Scores at once, of as many key/value heads as that allows: few calls, whose work stays in the cache.
 MAX_SCORES = 2**20
 LOG2_E = math.log2(math.e)
 

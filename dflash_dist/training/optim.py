@@ -32,11 +32,13 @@ def make_optimizer(model: nn.Module, train: TrainConfig, ranks: int = 1) -> Opti
 def _allocate_moments(adamw: torch.optim.AdamW) -> None:
     """AdamW allocates its moments in its first update. This one, which it refuses, has it do so now: before activations
     come to lie between them, and while running out of memory costs nothing."""
-    for parameter in (parameters := _parameters(adamw)):
+    parameters = _parameters(adamw)
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     if parameters:  # of many ranks some have none to update
-        _refuse(adamw, torch.ones((), device=parameters[0].device))
+        _refuse(adamw, when=torch.ones((), device=parameters[0].device))
         adamw.step()
+        delattr(adamw, "found_inf")
     adamw.zero_grad()
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dflash_dist.draft import attention
 from dflash_dist.draft.attention import ChunkedAttention, FlexAttention, training_attention
 from dflash_dist.draft.blocks import Blocks
 from dflash_dist.draft.objective import WeightedSlots, block_loss
@@ -73,8 +74,11 @@ def draft_inputs(draft, rows: Rows, blocks: Blocks, seed: int = 0) -> tuple[torc
 # ------------------------------------------------------------------------------------------- equal to the reference
 
 
+@pytest.mark.parametrize("heads_at_once", [1, KV_HEADS])
 @pytest.mark.parametrize("anchors_at_once", [1, 3, 16, 64])
-def test_chunked_attention_equals_the_dense_reference(anchors_at_once):
+def test_chunked_attention_equals_the_dense_reference(anchors_at_once, heads_at_once, monkeypatch):
+    if heads_at_once == 1:
+        monkeypatch.setattr(attention, "MAX_SCORES", 1)
     rows, blocks = two_rows()
     inputs = random_inputs(rows, blocks)
     attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once)
@@ -83,6 +87,21 @@ def test_chunked_attention_equals_the_dense_reference(anchors_at_once):
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
     for gradient, dense in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, dense, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("heads_at_once", [1, KV_HEADS])
+def test_chunked_attention_in_bfloat16_is_off_by_its_rounding_alone(heads_at_once, monkeypatch):
+    if heads_at_once == 1:
+        monkeypatch.setattr(attention, "MAX_SCORES", 1)
+    rows, blocks = two_rows()
+    rounded = [each.bfloat16() for each in random_inputs(rows, blocks)]
+    exact = [each.float() for each in rounded]
+    attend = training_attention(blocks, rows.document_ids, torch.bfloat16)
+    output, gradients = outputs_and_gradients(attend, rounded, blocks)
+    expected, expected_gradients = outputs_and_gradients(DenseAttention(blocks, rows.document_ids), exact, blocks)
+    for ours, dense in zip([output, *gradients], [expected, *expected_gradients], strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.float() - dense).norm() < 2**-7 * dense.norm()
 
 
 @pytest.mark.parametrize("seed", range(6))
