@@ -9,12 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from dflash_dist.config import Config
 from dflash_dist.cost.shapes import TargetShape, attention_parameters
 from dflash_dist.draft.model import DraftShape
-from dflash_dist.draft.objective import CPU_TILE, GPU_CHUNK, even_chunk, suitable_chunk
+from dflash_dist.draft.objective import even_chunk, suitable_chunk, suitable_tile
 from dflash_dist.training.setup import draft_shape
 
 FLOAT32 = 4
@@ -207,14 +205,9 @@ def loss_chunk(step: RankStep) -> int:
     """The logits of a chunk, which become their gradient; their float32 copy, on a CPU in tiles; and the hidden states
     that enter, twice, with their gradient."""
     vocab, labels, c = step.draft.vocab_size, step.labels, step.compute_bytes
-    size = even_chunk(labels, step.chunk or _suitable_chunk(step))
-    tile = size if step.on_gpu else min(max(CPU_TILE // vocab, 1), size)
-    wide = 0 if c == FLOAT32 else FLOAT32 * tile * vocab
+    size = even_chunk(labels, step.chunk or suitable_chunk(vocab, step.on_gpu))
+    wide = 0 if c == FLOAT32 else FLOAT32 * suitable_tile(size, vocab, step.on_gpu) * vocab
     return c * size * vocab + wide + 3 * c * labels * step.draft.hidden_size
-
-
-def _suitable_chunk(step: RankStep) -> int:
-    return GPU_CHUNK if step.on_gpu else suitable_chunk(torch.empty(step.draft.vocab_size, 1, device="meta"))
 
 
 def backward_buffers(step: RankStep) -> int:

@@ -69,7 +69,7 @@ def block_loss(
     weights[slots.count :] = 0  # padding repeats slot 0; it must neither train nor count
     predicted = slots.index + slots.index // blocks.weights.shape[-1] + 1  # in [B*A*K]: behind its block's anchor slot
     states = hidden.flatten(0, 1).index_select(0, predicted)
-    nll, correct = _ChunkedCrossEntropy.apply(states, head, labels, chunk or suitable_chunk(head))
+    nll, correct = _ChunkedCrossEntropy.apply(states, head, labels, chunk or suitable_chunk(len(head), head.is_cuda))
     real = (weights > 0).float()
 
     def grid(values: torch.Tensor) -> torch.Tensor:  # [N] -> [B*A, K-1], 0 where no label counts
@@ -97,10 +97,16 @@ def dpace_weights(probabilities: torch.Tensor, counts: torch.Tensor, alpha: floa
     return leading.flip(-1).cumsum(dim=-1).flip(-1)
 
 
-def suitable_chunk(head: torch.Tensor) -> int:
-    if head.is_cuda:
+def suitable_chunk(vocab: int, on_gpu: bool) -> int:
+    """Slots whose logits exist at once."""
+    if on_gpu:
         return GPU_CHUNK
-    return max(min(CPU_CHUNK, CPU_CHUNK_BYTES // (4 * len(head))) // PADDING, 1) * PADDING
+    return max(min(CPU_CHUNK, CPU_CHUNK_BYTES // (4 * vocab)) // PADDING, 1) * PADDING
+
+
+def suitable_tile(size: int, vocab: int, on_gpu: bool) -> int:
+    """Slots of a chunk of `size` whose logits are gone through at once."""
+    return size if on_gpu else min(max(CPU_TILE // vocab, 1), size)
 
 
 def even_chunk(count: int, chunk: int) -> int:
@@ -116,11 +122,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         nll, correct = (torch.empty(count, device=hidden.device) for _ in range(2))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         size = even_chunk(count, chunk)
-        tile, width = (size, vocab) if head.is_cuda else (max(CPU_TILE // vocab, 1), CPU_WORDS)
+        tile, width = suitable_tile(size, vocab, head.is_cuda), vocab if head.is_cuda else CPU_WORDS
         with torch.autocast(hidden.device.type, enabled=False):
             rows = hidden.to(head.dtype)
             logits = head.new_empty(size, vocab)
-            wide = None if head.dtype == torch.float32 else head.new_empty(min(tile, size), vocab, dtype=torch.float32)
+            wide = None if head.dtype == torch.float32 else head.new_empty(tile, vocab, dtype=torch.float32)
             for part in (slice(start, min(start + size, count)) for start in range(0, count, max(size, 1))):
                 some = logits[: part.stop - part.start]
                 for columns, words in zip(some.split(width, dim=1), head.split(width)):
