@@ -74,11 +74,14 @@ def draft_inputs(draft, rows: Rows, blocks: Blocks, seed: int = 0) -> tuple[torc
 # ------------------------------------------------------------------------------------------- equal to the reference
 
 
-@pytest.mark.parametrize("heads_at_once", [1, KV_HEADS])
-@pytest.mark.parametrize("anchors_at_once", [1, 3, 16, 64])
-def test_chunked_attention_equals_the_dense_reference(anchors_at_once, heads_at_once, monkeypatch):
-    if heads_at_once == 1:
+@pytest.fixture(params=[False, True], ids=["all heads at once", "heads in turns"])
+def heads_in_turns(request, monkeypatch):
+    if request.param:
         monkeypatch.setattr(attention, "MAX_SCORES", 1)
+
+
+@pytest.mark.parametrize("anchors_at_once", [1, 3, 16, 64])
+def test_chunked_attention_equals_the_dense_reference(anchors_at_once, heads_in_turns):
     rows, blocks = two_rows()
     inputs = random_inputs(rows, blocks)
     attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once)
@@ -89,10 +92,7 @@ def test_chunked_attention_equals_the_dense_reference(anchors_at_once, heads_at_
         torch.testing.assert_close(gradient, dense, rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("heads_at_once", [1, KV_HEADS])
-def test_chunked_attention_in_bfloat16_is_off_by_its_rounding_alone(heads_at_once, monkeypatch):
-    if heads_at_once == 1:
-        monkeypatch.setattr(attention, "MAX_SCORES", 1)
+def test_chunked_attention_in_bfloat16_is_off_by_its_rounding_alone(heads_in_turns):
     rows, blocks = two_rows()
     rounded = [each.bfloat16() for each in random_inputs(rows, blocks)]
     exact = [each.float() for each in rounded]

@@ -97,6 +97,18 @@ def test_micro_batches_do_not_change_the_gradient(debug_config) -> None:
         assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
+def gradients_left(world: World, config: Config) -> set[float | None]:
+    """What a step leaves of each parameter's gradient: the sum of its absolute values, or None if it is gone."""
+    training = Trainer(config, world).training
+    training.run(0)
+    return {None if p.grad is None else float(p.grad.abs().sum()) for p in training.draft.parameters()}
+
+
+def test_an_update_clears_the_gradients_and_leaves_ddp_its_buckets(debug_config) -> None:
+    assert gradients_left(ALONE, debug_config()) == {None}
+    assert run_ranks(gradients_left, 2, debug_config()) == [{0.0}, {0.0}]
+
+
 def test_a_step_without_any_anchor_is_no_division_by_zero(debug_config) -> None:
     loss_sum_only = debug_config("train.global_batch_size=2")
     trainer = Trainer(loss_sum_only, ALONE)
