@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dflash_dist.draft.blocks import Blocks
-from dflash_dist.draft.visibility import sees_context, sees_slot
+from dflash_dist.draft.visibility import seen_by_all, sees_context, sees_slot
 
 # A run's context is extended to a multiple of this, masked [tokens]. For each shape of a product in bfloat16, oneDNN
 # compiles kernels, which takes longer than many such products, and keeps half a MiB.
@@ -108,7 +108,7 @@ class Run:
         context = slice(begin, begin + size)
         index = torch.arange(context.start, context.stop)
         visible = sees_context(anchor, document, index, document_ids[row, context])
-        clear = int(visible.all(dim=0).cumprod(dim=0).sum())
+        clear = seen_by_all(visible)
         return Run(row, anchors, context, clear, torch.where(visible[:, clear:], 0.0, -math.inf)[:, None])
 
     @property

@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dflash_dist.draft.visibility import seen_by_all
+
 NAME = "chunked_on_cpu"
 CHUNK = 256  # queries at once; keys by multiples of it, for a CPU's bfloat16 kernels are compiled for each size
 
@@ -78,7 +80,7 @@ class Chunk:
     def of(visible: torch.Tensor, start: int) -> Chunk:
         """Of the queries from `start` on, by which of the keys from 0 on they see [queries, keys]."""
         first = int(visible.any(0).int().argmax()) // CHUNK * CHUNK
-        clear = int(visible[:, first:].all(0).cumprod(0).sum())
+        clear = seen_by_all(visible[:, first:])
         bias = torch.where(visible[:, first + clear :], 0.0, torch.finfo(torch.float32).min)
         return Chunk(slice(start, start + len(visible)), slice(first, visible.shape[1]), clear, bias)
 
