@@ -241,9 +241,12 @@ class ChatEncoder:
         """The documents of one row.
 
         Raises:
-            BadRow: as `texts`.
+            BadRow: as `texts` and `refuse_unknown`.
         """
-        return self.tokenise(self.texts(row))
+        documents = self.tokenise(self.texts(row))
+        for document in documents:
+            self.refuse_unknown(document.input_ids)
+        return documents
 
     def tokenise(self, texts: Sequence[Text]) -> list[Document]:
         """One document a text."""
