@@ -80,8 +80,8 @@ class DraftConfig:
     head_dim: int | None = knob(None, "size of a head; null: as the target")
     init: str = knob(
         "target",
-        "a warm start from the target's own top layers, which must be dense; random: random weights; or folder or hub"
-        " id of a draft to go on training, from which comes what is null above",
+        "a warm start from the target's own top layers, where a copy computes what they do; random: random weights; or"
+        " folder or hub id of a draft to go on training, from which comes what is null above",
     )
 
 

@@ -58,6 +58,7 @@ class ChatEncoder:
         chat_template: a template in Jinja, instead of the tokenizer's own.
         last_turn_only: supervise only the assistant's last turn; the others are context.
         drop_reasoning: leave out the thinking before an answer, for targets that are served without.
+        vocab_size: tokens that the target's embedding has a row for; a tokenizer may know more. None: all.
 
     Raises:
         ValueError: there is no chat template.
@@ -69,6 +70,7 @@ class ChatEncoder:
     chat_template: str | None = None
     last_turn_only: bool = False
     drop_reasoning: bool = False
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if not (self.chat_template or self.tokenizer.chat_template):
@@ -82,7 +84,23 @@ class ChatEncoder:
     def pad_id(self) -> int:
         """The token that fills what is left empty; nothing ever looks at it."""
         pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else min(self.stop_ids)
+        return pad if pad is not None and not self._is_unknown(pad) else min(self.stop_ids)
+
+    @cached_property
+    def knows_more(self) -> bool:
+        """Whether the tokenizer may give a token that the target has no embedding for."""
+        return self._is_unknown(max(self.tokenizer.get_vocab().values()))
+
+    def _is_unknown(self, token: int) -> bool:
+        return self.vocab_size is not None and token >= self.vocab_size
+
+    def refuse_unknown(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Raises a BadRow that names a token among `ids` that the target has no embedding for."""
+        if len(ids) and self._is_unknown(largest := int(np.max(ids))):
+            raise BadRow(
+                f"unknown token: {self.tokenizer.decode([largest])!r} is token {largest} of the tokenizer, but the"
+                f" target's embedding has {self.vocab_size} rows"
+            )
 
     @cached_property
     def identity(self) -> str:
@@ -95,6 +113,7 @@ class ChatEncoder:
             self.template_args,
             self.last_turn_only,
             self.drop_reasoning,
+            *([self.vocab_size] if self.knows_more else []),
         )
 
     # ------------------------------------------------------------------------------------------------ text
@@ -118,9 +137,15 @@ class ChatEncoder:
             )
 
     def prompt_ids(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
-        """The tokens a serving engine would prefill before the assistant writes."""
+        """The tokens a serving engine would prefill before the assistant writes.
+
+        Raises:
+            BadRow: the template refuses the conversation, or `refuse_unknown` one of its tokens.
+        """
         text = self.render([self._as_trained(message) for message in messages], tools, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        self.refuse_unknown(ids)
+        return ids
 
     def texts(self, row: Conversation | Rendered) -> list[Text]:
         """One text for the conversation, or one for each assistant turn where the rendering of a turn changes once
@@ -216,9 +241,12 @@ class ChatEncoder:
         """The documents of one row.
 
         Raises:
-            BadRow: as `texts`.
+            BadRow: as `texts` and `refuse_unknown`.
         """
-        return self.tokenise(self.texts(row))
+        documents = self.tokenise(self.texts(row))
+        for document in documents:
+            self.refuse_unknown(document.input_ids)
+        return documents
 
     def tokenise(self, texts: Sequence[Text]) -> list[Document]:
         """One document a text."""

@@ -328,7 +328,17 @@ def encode_chunk(encoder: ChatEncoder, chunk: Chunk, shape: str) -> Encoded:
             dropped["no assistant turn"] += 1
         rows += [number] * len(made)
         texts += made
-    index, tokens = as_arrays(rows, encoder.tokenise(texts))
+    documents, unknown = encoder.tokenise(texts), dict[int, BadRow]()
+    for number, document in zip(rows, documents):
+        try:
+            encoder.refuse_unknown(document.input_ids)
+        except BadRow as error:
+            unknown[number] = error
+    if unknown:
+        bad = sorted([*bad, *unknown.items()], key=lambda listed: listed[0])
+        documents = [document for number, document in zip(rows, documents) if number not in unknown]
+        rows = [number for number in rows if number not in unknown]
+    index, tokens = as_arrays(rows, documents)
     return Encoded(index, tokens, chunk.first + len(chunk.rows) - 1, bad, dropped, shape, other_shape)
 
 

@@ -165,8 +165,8 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dflash_dist"
 
 
-def make_encoder(config: DataConfig, tokenizer: Any, stop_ids: list[int]) -> ChatEncoder:
-    """The encoder that the config asks for.
+def make_encoder(config: DataConfig, tokenizer: Any, stop_ids: list[int], vocab_size: int | None = None) -> ChatEncoder:
+    """The encoder that the config asks for; `vocab_size` as `ChatEncoder` has it.
 
     Raises:
         ValueError: there is no chat template, or its file cannot be read.
@@ -180,7 +180,7 @@ def make_encoder(config: DataConfig, tokenizer: Any, stop_ids: list[int]) -> Cha
         if not template:
             raise ValueError(f"data.chat_template {config.chat_template} is empty")
     return ChatEncoder(
-        tokenizer, stop_ids, config.template_args, template, config.last_turn_only, config.drop_reasoning
+        tokenizer, stop_ids, config.template_args, template, config.last_turn_only, config.drop_reasoning, vocab_size
     )
 
 

@@ -31,7 +31,8 @@ from dflash_dist.serving.diagnose import Examiner, add_up, judge
 from dflash_dist.serving.report import Answer, print_report, summarise, to_tensorboard
 from dflash_dist.serving.suites import SUITES, Prompt, read_prompts
 from dflash_dist.target.answers import as_message
-from dflash_dist.target.load import TargetInfo, digest_weights, load_whole, name_weights, read_info
+from dflash_dist.target.head import check_head
+from dflash_dist.target.load import TargetInfo, digest_weights, load_ends, load_whole, name_weights, read_info
 from dflash_dist.target.parts import Parts
 
 ANSWERED_WITH = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "rejection")
@@ -144,8 +145,14 @@ class Evaluation:
         }
 
     def load(self) -> None:
-        """Reads the target's weights, and warms both models up."""
-        self.decoder = Decoder(load_whole(self.info, self.dtype, self.device), self.draft, self.info.stop_ids)
+        """Reads the target's weights, and warms both models up.
+
+        Raises:
+            ValueError: the LM head that a training takes is not the one that the target answers with.
+        """
+        model = load_whole(self.info, self.dtype, self.device)
+        check_head(self.info.path, model, load_ends(self.info, self.dtype, self.device).head)
+        self.decoder = Decoder(model, self.draft, self.info.stop_ids)
         self.decoder.speculative(self.encoder.prompt_ids([{"role": "user", "content": "Hi"}]), 4)
         known = make_encoder(self.info, self.trained, None) if self.trained else None
         self.examiner = Examiner(self.decoder, self.encoder, known) if self.args.diagnose else None
@@ -214,6 +221,7 @@ def make_encoder(info: TargetInfo, trained: dict[str, Any], template_args: dict[
         trained.get("template_args", {}) if template_args is None else template_args,
         trained.get("chat_template"),
         drop_reasoning=trained.get("drop_reasoning", False),
+        vocab_size=info.text.vocab_size,
     )
 
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -227,8 +228,10 @@ def _answer_here(
     todo: dict[int, Conversation], args: argparse.Namespace, device: torch.device, write: Callable[[Row], None]
 ) -> None:
     info = read_info(args.target)
+    encoder = ChatEncoder(info.tokenizer, info.stop_ids, args.template_args, vocab_size=info.text.vocab_size)
+    if encoder.knows_more:
+        _refuse_unknown_tokens(todo, encoder, args)
     model = load_whole(info, getattr(torch, args.dtype), device)
-    encoder = ChatEncoder(info.tokenizer, info.stop_ids, args.template_args)
     rows = list(todo)
     for start in range(0, len(rows), args.batch_size):
         batch = rows[start : start + args.batch_size]
@@ -237,11 +240,23 @@ def _answer_here(
             write({**answer, "row": row})
 
 
+def _refuse_unknown_tokens(todo: dict[int, Conversation], encoder: ChatEncoder, args: argparse.Namespace) -> None:
+    """Raises a ValueError where more prompts than may be bad have a token that the target has no embedding for."""
+    bad = BadRows()
+    for row, asked in todo.items():
+        try:
+            encoder.prompt_ids(next(answer_turns(asked)), asked.tools)
+        except BadRow as error:
+            bad.add(args.prompts, row, error)
+    bad.refuse_above(args.max_bad_rows, len(todo))
+
+
 def write_answers(
-    model: torch.nn.Module, encoder: ChatEncoder, conversations: list[Conversation], args: argparse.Namespace
+    model: Any, encoder: ChatEncoder, conversations: list[Conversation], args: argparse.Namespace
 ) -> list[Row]:
     """The rows of the conversations, answered together turn by turn; {"error": ...} where that cannot be."""
     rows: list[Row] = [{} for _ in conversations]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     turns = [answer_turns(conversation) for conversation in conversations]
     waiting = {i: next(turn) for i, turn in enumerate(turns)}
     while waiting:
@@ -250,11 +265,24 @@ def write_answers(
             try:
                 asked = read_row({"messages": messages, "tools": conversations[i].tools})  # as training reads them
                 assert isinstance(asked, Conversation)
-                prompts[i] = encoder.prompt_ids(asked.messages, asked.tools)
+                ids = encoder.prompt_ids(asked.messages, asked.tools)
+                if len(ids) >= positions:
+                    raise BadRow(
+                        f"no room for an answer: the prompt's {len(ids)} tokens fill all {positions} positions"
+                    )
+                prompts[i] = ids
             except BadRow as error:
                 rows[i] = {"error": str(error)}
+        # Nothing is written past the last position: those that come near it end there, as at a server, each alone.
+        room = {i: positions - len(ids) for i, ids in prompts.items()}
+        together = [i for i in prompts if room[i] >= args.max_new_tokens]
+        groups = [(together, args.max_new_tokens), *(([i], room[i]) for i in prompts if i not in together)]
         waiting = {}
-        for i, (text, finished) in zip(prompts, _generate(model, encoder, list(prompts.values()), args)):
+        for i, text, finished in (
+            (i, *answer)
+            for group, limit in groups
+            for i, answer in zip(group, _generate(model, encoder, [prompts[i] for i in group], limit, args))
+        ):
             try:
                 waiting[i] = turns[i].send((as_message(encoder, prompts[i], text, finished), finished))
             except StopIteration as end:
@@ -263,8 +291,9 @@ def write_answers(
 
 
 def _generate(
-    model: Any, encoder: ChatEncoder, prompts: list[list[int]], args: argparse.Namespace
+    model: Any, encoder: ChatEncoder, prompts: list[list[int]], max_new_tokens: int, args: argparse.Namespace
 ) -> Iterator[tuple[str, bool]]:
+    """The text of each answer, and whether the target finished it."""
     if not prompts:
         return
     width = max(map(len, prompts))
@@ -277,7 +306,7 @@ def _generate(
     output = model.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         eos_token_id=sorted(encoder.stop_ids),
         pad_token_id=encoder.pad_id,
         repetition_penalty=1.0,  # a generation config may set another: the draft is to foretell the plain model

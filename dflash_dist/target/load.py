@@ -6,7 +6,6 @@ import contextlib
 import copy
 import hashlib
 import inspect
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,21 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.distributed import DistributedConfig
-from transformers.utils import cached_file
 
 from dflash_dist.ranks import World
 from dflash_dist.target.attention import suit_device
 from dflash_dist.target.capture import HFDFlashTargetModel
+from dflash_dist.target.head import check_head
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,16 @@ class Target:
     model: HFDFlashTargetModel
     embedding: torch.Tensor  # [V, H], a plain copy outside FSDP
     head: torch.Tensor  # [V, H]; the same tensor as `embedding` where the target ties them
+    note: str  # as `Ends`
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What stands before and behind the target's layers, on this rank."""
+
+    embedding: torch.Tensor  # [V, H]
+    head: torch.Tensor  # [V, H]; the same tensor as `embedding` where the target ties them
+    note: str  # what the target does to its logits besides; empty where it does nothing
 
 
 def read_info(path: str, revision: str = "main") -> TargetInfo:
@@ -186,23 +202,26 @@ def load_target(
     # Gathered once, here: calling a sharded submodule outside the root's forward breaks the root.
     embedding = embedding.full_tensor() if hasattr(embedding, "full_tensor") else embedding
     embedding = embedding.detach().to(dtype)
-    return Target(HFDFlashTargetModel(model, layer_ids), embedding, _head(info, embedding))
+    ends = load_ends(info, dtype, world.device)
+    head = embedding if ends.head is ends.embedding else ends.head
+    return Target(HFDFlashTargetModel(model, layer_ids), embedding, head, ends.note)
 
 
-def load_ends(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embedding and LM head [V, H] alone, as `load_target` gives them, read by name from the checkpoint.
+def load_ends(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> Ends:
+    """What stands before and behind the target's layers: the whole model without any.
+
+    transformers decides what the head is, from the config and from the weights that are there: a checkpoint may have a
+    head of its own though its config says tied, and a wrapper's config may say otherwise than the decoder's.
 
     Raises:
-        ValueError: the checkpoint lacks one.
+        ValueError: the checkpoint lacks an end, or `check_head` refuses the target.
     """
-    embedding = read_tensor(info, "embed_tokens.weight").to(device, dtype)
-    return embedding, _head(info, embedding)
-
-
-def _head(info: TargetInfo, embedding: torch.Tensor) -> torch.Tensor:
-    if getattr(info.text, "tie_word_embeddings", False) or getattr(info.config, "tie_word_embeddings", False):
-        return embedding
-    return read_tensor(info, "lm_head.weight").to(embedding.device, embedding.dtype)
+    config = copy.deepcopy(info.config)
+    truncate(config.get_text_config(), 0)
+    model = _from_pretrained(whole_class(config), info, config=config, dtype=dtype, device_map=device).eval()
+    embedding, head = (end.weight.detach() for end in (model.get_input_embeddings(), model.get_output_embeddings()))
+    tied = head.data_ptr() == embedding.data_ptr()
+    return Ends(embedding, embedding if tied else head, check_head(info.path, model, head))
 
 
 def name_weights(info: TargetInfo) -> str:
@@ -228,8 +247,15 @@ def digest_weights(folder: Path) -> str:
 
 def load_whole(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> Any:
     """The complete causal language model, unsharded, for generating text."""
-    model = _from_pretrained(AutoModelForCausalLM, info, dtype=dtype, device_map=device)
+    model = _from_pretrained(whole_class(info.config), info, dtype=dtype, device_map=device)
     return model.eval().requires_grad_(False)
+
+
+def whole_class(config: Any) -> Any:
+    """The class that gives a model with its LM head: some multimodal wrappers are no causal language models by name."""
+    others = (AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    kinds = (kind for kind in (AutoModelForCausalLM, *others) if type(config) in kind._model_mapping)
+    return next(kinds, AutoModelForCausalLM)
 
 
 def _from_pretrained(auto_class: Any, info: TargetInfo, **options: Any) -> Any:
@@ -264,32 +290,3 @@ def _sharding(shards: int, replicas: int) -> DistributedConfig:
     if "dp_replicate_size" not in inspect.signature(DistributedConfig).parameters:
         raise ValueError("target.replicas needs a newer transformers, with DistributedConfig.dp_replicate_size")
     return DistributedConfig(fsdp_size=shards, dp_replicate_size=replicas)
-
-
-def read_tensor(info: TargetInfo, name: str) -> torch.Tensor:
-    """Reads one tensor of the checkpoint by the end of its name, without loading the rest.
-
-    Raises:
-        ValueError: the checkpoint is not safetensors or has no such tensor.
-    """
-
-    def file(filename: str) -> str | None:
-        return cached_file(info.path, filename, revision=info.revision, _raise_exceptions_for_missing_entries=False)
-
-    index = file("model.safetensors.index.json")
-    if index:
-        weight_map = json.loads(Path(index).read_text())["weight_map"]
-        found = next(((key, shard) for key, shard in weight_map.items() if _ends(key, name)), None)
-        if found:
-            with safe_open(file(found[1]), "pt") as shard:
-                return shard.get_tensor(found[0])
-    elif single := file("model.safetensors"):
-        with safe_open(single, "pt") as shard:
-            found = next((key for key in list(shard.keys()) if _ends(key, name)), None)
-            if found:
-                return shard.get_tensor(found)
-    raise ValueError(f"the checkpoint of {info.path} has no tensor {name} in safetensors files")
-
-
-def _ends(key: str, name: str) -> bool:
-    return key == name or key.endswith(f".{name}")

@@ -96,6 +96,8 @@ def make_context(
     target, dtype = config.target, getattr(torch, config.target.dtype)
     if target.features is None:
         loaded = load_target(info, target.layer_ids, dtype, world, target.replicas, target.full_depth, target.attention)
+        if loaded.note and world.is_main:
+            print(loaded.note)
         return TargetContext(loaded.model), loaded.embedding, loaded.head
     folder = Path(target.features)
     index = read_index(folder)
@@ -109,7 +111,10 @@ def make_context(
         )
     if world.is_main:
         print(f"features: {show_bytes(features.bytes_of(features.shards))} in {folder}; the target is not run")
-    return StoredContext(features, config.data.seq_len, world.device), *load_ends(info, dtype, world.device)
+    ends = load_ends(info, dtype, world.device)
+    if ends.note and world.is_main:
+        print(ends.note)
+    return StoredContext(features, config.data.seq_len, world.device), ends.embedding, ends.head
 
 
 def open_folder(folder: Path, index: dict[str, Any], config: Config, info: TargetInfo, data: Data) -> FeatureFolder:

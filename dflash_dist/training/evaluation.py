@@ -145,7 +145,7 @@ def find_prompts(config: Config, info: TargetInfo, data: Data) -> list[list[int]
             begins = [begin for begin, _ in document.supervised if 0 < begin < rows.seq_len]
             prompts += [document.input_ids[: begins[-1]].tolist()] if begins else []
     else:
-        encoder = make_encoder(config.data, info.tokenizer, info.stop_ids)
+        encoder = make_encoder(config.data, info.tokenizer, info.stop_ids, info.text.vocab_size)
         for row, conversation in itertools.islice(read_conversations(config.eval.prompts), count):
             try:
                 prompt = encoder.prompt_ids(conversation.asked, conversation.tools)

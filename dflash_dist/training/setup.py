@@ -128,7 +128,7 @@ def make_data(config: Config, info: TargetInfo, world: World) -> Data:
         ValueError: as `load_data`; or the ranks read different data.
     """
     pack = packs_exactly(info.text)
-    encoder = make_encoder(config.data, info.tokenizer, info.stop_ids)
+    encoder = make_encoder(config.data, info.tokenizer, info.stop_ids, info.text.vocab_size)
     data = load_data(config.data, encoder, config.train.seed, pack)
     if not world.agrees_on(int(data.train.fingerprint[:12], 16)):
         raise ValueError("the ranks read different data: every node must see the same files under data.path")
@@ -237,14 +237,16 @@ def _rope_theta(text: Any) -> float:
     return float(rope.get("rope_theta") or getattr(text, "rope_theta", 10_000.0))
 
 
-def make_draft(config: Config, info: TargetInfo) -> DFlashDraftModel:
-    """The draft in float32 on the host, the same on every rank."""
+def make_draft(config: Config, info: TargetInfo, world: World) -> DFlashDraftModel:
+    """The draft in float32 on the host, the same on every rank; says what it begins as."""
     shape = draft_shape(config, info.text, info.path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         draft = DFlashDraftModel(shape, config.train.gradient_checkpointing)
     if config.draft.init == "target":
-        warm_start(draft, info)
+        lines = warm_start(draft, info)
+        if world.is_main:
+            print("\n".join(lines))
     elif folder := draft_to_begin_from(config):
         begun_from = read_draft(folder, torch.float32, torch.device("cpu"), shape.num_target_layers)
         draft.load_state_dict(begun_from.state_dict())

@@ -62,7 +62,7 @@ class Trainer:
         rows, held_out = data.train.rows, data.held_out.rows if data.held_out else None
         self.total_steps = setup.planned_steps(config, len(rows))
         prompts = find_prompts(config, info, data) if config.eval.every else []
-        draft = setup.make_draft(config, info).to(world.device)
+        draft = setup.make_draft(config, info, world).to(world.device)
         context, embedding, head = make_context(config, info, data, world)
         sampler = Sampler(config, world, rows, held_out)
         self.training = TrainingStep(config, world, sampler, draft, context, embedding, head, self.total_steps)

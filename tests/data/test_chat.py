@@ -370,6 +370,39 @@ def test_a_stop_token_fills_what_is_empty_where_the_tokenizer_has_no_padding():
     assert ChatEncoder(tokenizer, [3, STOP]).pad_id == STOP
 
 
+# Tokens that the target's embedding has no row for
+
+
+def test_a_token_without_an_embedding_is_a_bad_row():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<tool>"])  # 260, as a model's embedding of 260 rows has not
+    encoder = ChatEncoder(tokenizer, [STOP], vocab_size=260)
+    for messages in (turns("q", "a <tool>"), turns("<tool> q", "a")):
+        with pytest.raises(
+            BadRow, match=r"^unknown token: '<tool>' is token 260 .* the target's embedding has 260 rows$"
+        ):
+            encode(encoder, messages)
+    with pytest.raises(BadRow, match="unknown token"):
+        encoder.prompt_ids(turns("<tool>"))
+    assert plain(encode(encoder, turns("q", "a"))) == plain(encode(make_encoder(CHATML), turns("q", "a")))
+    for rows in (None, 261):
+        assert 260 in ChatEncoder(tokenizer, [STOP], vocab_size=rows).prompt_ids(turns("<tool>"))
+
+
+def test_a_padding_token_without_an_embedding_is_nobodys_business():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    assert ChatEncoder(tokenizer, [3, STOP], vocab_size=260).pad_id == STOP
+    assert ChatEncoder(tokenizer, [3, STOP], vocab_size=261).pad_id == 260
+    assert ChatEncoder(tokenizer, [3, STOP]).pad_id == 260
+
+
+def test_the_size_of_the_embedding_is_part_of_the_identity_where_it_can_matter():
+    tokenizer = tiny_tokenizer()
+    small, same, none = (ChatEncoder(tokenizer, [STOP], vocab_size=rows) for rows in (259, 260, None))
+    assert small.identity != same.identity == none.identity
+
+
 # Tokens at the border between prompt and answer
 
 

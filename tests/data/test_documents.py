@@ -12,10 +12,12 @@ from unittest import mock
 
 import pytest
 
+from dflash_dist.config import DataConfig
 from dflash_dist.data import documents as module
 from dflash_dist.data import sources
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.documents import NO_ANCHOR, Documents, Summary, encode_chunk, open_documents
+from dflash_dist.data.rows import load_data
 from dflash_dist.data.sources import Chunk, FileSource, read_row
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import CHATML
@@ -324,6 +326,22 @@ def test_what_the_template_refuses_is_a_bad_row(tmp_path):
     documents, summary = opened(path, make_encoder(chat_template=refusing), max_bad_rows=1)
     assert documents.row.tolist() == [1, 3]
     assert summary.bad_listed == [f"{path}, row 2: refused by the chat template: never no"]
+
+
+def test_rows_with_tokens_that_have_no_embedding_are_bad(tmp_path, short_chunks):
+    tokenizer = make_encoder().tokenizer
+    tokenizer.add_tokens(["<tool>"])
+    encoder = ChatEncoder(tokenizer, [2], chat_template=CHANGING, vocab_size=260)
+    good, bad = chat("1", "one", "2", "two"), chat("1", "one", "2", "two <tool>")
+    rows = [good, "{", bad, good, bad]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=r"row 3: unknown token: '<tool>' is token 260"):
+        load_data(DataConfig(path=str(path), cache_dir=str(tmp_path / "other")), encoder, 0, pack=True)
+    documents, summary = opened(path, encoder, max_bad_rows=3)
+    assert documents.row.tolist() == [1, 1, 4, 4]
+    assert summary.bad == {"malformed JSON": 1, "unknown token": 2}
+    assert [line.removeprefix(f"{path}, row ")[0] for line in summary.bad_listed] == ["2", "3", "5"]
+    assert told(documents)[:2] == encoded_one_by_one([good], make_encoder(chat_template=CHANGING))
 
 
 def test_a_row_nested_too_deeply_to_be_rendered_is_bad():  # defect reported

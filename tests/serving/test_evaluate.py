@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -103,6 +104,17 @@ def test_a_random_draft_is_lossless(evaluate, tmp_path):
     assert report["differences"] == []
     assert report["tokens"] == 3 * 13  # no answer of this target reaches the stop token
     assert (report["dtype"], report["draft"]) == ("float32", str(tmp_path / "draft"))
+
+
+def test_a_head_that_is_not_the_targets_own_is_refused(evaluate, monkeypatch):
+    load_ends = program.load_ends
+    monkeypatch.setattr(
+        program,
+        "load_ends",
+        lambda *given: (lambda ends: dataclasses.replace(ends, head=ends.embedding))(load_ends(*given)),
+    )
+    with pytest.raises(ValueError, match="are not what its LM head's matrix gives"):
+        evaluate()
 
 
 @pytest.mark.usefixtures("two_right")

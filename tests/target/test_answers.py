@@ -41,11 +41,11 @@ def ask(target):
     """The target's greedy answer to messages, alone and with transformers' own means, and why it ended."""
     tokenizer, model = AutoTokenizer.from_pretrained(target), Qwen3ForCausalLM.from_pretrained(target)
 
-    def answer(messages: list[dict]) -> tuple[str, str]:
+    def answer(messages: list[dict], limit: int = LIMIT) -> tuple[str, str]:
         prompt = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
-        output = model.generate(**prompt, do_sample=False, max_new_tokens=LIMIT, eos_token_id=STOPS, pad_token_id=0)
+        output = model.generate(**prompt, do_sample=False, max_new_tokens=limit, eos_token_id=STOPS, pad_token_id=0)
         ids = output[0, prompt["input_ids"].shape[1] :].tolist()
         ended = ids[-1] in STOPS
         return tokenizer.decode(ids[:-1] if ended else ids), "stop" if ended else "length"
@@ -220,6 +220,53 @@ def test_bad_rows_are_left_out_if_they_may_be(arguments, alone, write_chats):
     args = arguments(prompts=str(write_chats(talk, monologue, [("user", "")], talk, name="bad.jsonl")), max_bad_rows=2)
     regenerate(args, alone)
     assert [row["row"] for row in _read(args.out)] == [1, 4]  # numbered as in the prompts
+
+
+def test_nothing_is_written_past_the_targets_last_position(arguments, alone, tmp_path, target, ask, capsys):
+    """As at a server: an answer that reaches it ends there, and a prompt that leaves no room for one is refused."""
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    lengths = [len(tokenizer.apply_chat_template([_user(q)], add_generation_prompt=True).input_ids) for q in QUESTIONS]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    *others, longest = order
+    full = lengths[order[-2]] + 3  # the second longest has room for three tokens, the longest for none
+    assert lengths[order[-3]] + LIMIT <= full <= lengths[longest]
+    small = tmp_path / "small"
+    shutil.copytree(target, small)
+    config = json.loads((small / "config.json").read_text()) | {"max_position_embeddings": full}
+    (small / "config.json").write_text(json.dumps(config))
+    args = arguments(target=str(small), batch_size=6)
+    regenerate(args, alone)
+    rows = {row["row"] - 1: row for row in _read(args.out)}
+    assert sorted(rows) == sorted(others)
+    for number, row in rows.items():  # all but one have room for all that they write
+        expected = ask([_user(QUESTIONS[number])], limit=3 if number == order[-2] else LIMIT)
+        assert (row["messages"][1]["content"], row["finish_reason"]) == expected
+    assert rows[order[-2]]["finish_reason"] == "length"
+    assert (
+        f"left out 1 rows, the first: row {longest + 1}: no room for an answer: the prompt's {lengths[longest]} tokens"
+        f" fill all {full} positions" in capsys.readouterr().out
+    )
+
+
+def test_prompts_with_a_token_that_has_no_embedding_are_refused_before_loading(
+    arguments, alone, tmp_path, target, write_chats, monkeypatch
+):
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.add_tokens(["<tool>"])
+    folder = tmp_path / "more"
+    shutil.copytree(target, folder)
+    tokenizer.save_pretrained(folder)
+    prompts = write_chats([("user", "Hi")], [("user", "Hi <tool>")], name="tools.jsonl")
+    given = {"target": str(folder), "prompts": str(prompts)}
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(ValueError, match=r"tools.jsonl, row 2: unknown token: '<tool>'"),
+    ):
+        patched.setattr(answers, "load_whole", _die)
+        regenerate(arguments(**given), alone)
+    args = arguments(**given, max_bad_rows=1, out=str(tmp_path / "some.jsonl"))
+    regenerate(args, alone)
+    assert [row["row"] for row in _read(args.out)] == [1]
 
 
 def test_an_answer_that_says_nothing_is_left_out(arguments, alone, monkeypatch, capsys):

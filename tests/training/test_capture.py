@@ -188,10 +188,10 @@ def test_without_features_the_command_is_named(tmp_path: Path) -> None:
 def test_embedding_and_head_are_those_of_the_loaded_target(tiny_target: Path, dtype: torch.dtype) -> None:
     info = read_info(str(tiny_target))
     whole = load_target(info, [1], dtype, ALONE)
-    embedding, head = load_ends(info, dtype, ALONE.device)
-    assert torch.equal(embedding, whole.embedding) and torch.equal(head, whole.head)
-    assert embedding.dtype == head.dtype == dtype
-    assert (head is embedding) == (whole.head is whole.embedding)
+    ends = load_ends(info, dtype, ALONE.device)
+    assert torch.equal(ends.embedding, whole.embedding) and torch.equal(ends.head, whole.head)
+    assert ends.embedding.dtype == ends.head.dtype == dtype
+    assert (ends.head is ends.embedding) == (whole.head is whole.embedding)
 
 
 # ------------------------------------------------------------------------------------------------ capture

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Container
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from dflash_dist.config import Config
 from dflash_dist.data.chat import Document
@@ -311,3 +313,24 @@ def test_what_does_not_fit_is_refused_before_any_model_loads(debug_config, monke
     monkeypatch.setattr("dflash_dist.training.context.load_target", lambda *args: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):
         Trainer(debug_config(*override.split()), ALONE)
+
+
+@pytest.mark.parametrize("name", ["data.path", "data.val_path", "eval.prompts"])
+def test_a_token_without_an_embedding_is_named_before_the_target_loads(
+    debug_config, tmp_path, tiny_target, write_chats, monkeypatch, name: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_target)
+    tokenizer.add_tokens(["<tool>"])
+    shutil.copytree(tiny_target, tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    good = write_chats(*[[("user", f"{n}?"), ("assistant", "A long answer, of many tokens.")] for n in range(9)])
+    bad = write_chats([("user", "<tool>?"), ("assistant", "A long answer, of many tokens.")], name="bad.jsonl")
+    files = {"data.path": good, "data.val_path": good, "eval.prompts": good} | {name: bad}
+    overrides = [*(f"{knob}={file}" for knob, file in files.items()), "eval.every=1", "target.full_depth=true"]
+    config = debug_config(f"target.path={tmp_path / 'target'}", "data.val_conversations=0", *overrides)
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(ValueError, match=r"row 1: unknown token: '<tool>' is token 260"),
+    ):
+        patched.setattr(module, "make_context", None)
+        Trainer(config, ALONE)
