@@ -7,6 +7,7 @@ Whatever is unknown or impossible is refused here, before any model loads.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import itertools
 import math
@@ -64,6 +65,10 @@ class DataConfig:
     max_bad_rows: float = knob(0, "bad rows that are skipped before the data is refused: a count, or below 1 a share")
     chat_template: str | None = knob(None, "file with a chat template in Jinja; null: the target's own")
     template_args: dict[str, Any] = knob({}, "arguments of the chat template, such as enable_thinking: false")
+    date: str | None = knob(
+        None,
+        "the day that a chat template writes, if it writes one (YYYY-MM-DD); null: the day on which the run began",
+    )
     last_turn_only: bool = knob(False, "supervise only the assistant's last turn of a conversation")
     drop_reasoning: bool = knob(False, "leave out the thinking before answers, for a target served without")
     cache_dir: str | None = knob(None, "folder of tokenised data, shared by runs; null: ~/.cache/dflash_dist")
@@ -194,7 +199,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         raise ValueError(f"config file {path} does not exist")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: also of a day that no month has
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected sections such as 'target:', found {type(tree).__name__}")
@@ -204,7 +209,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
             raise ValueError(f"override {override!r} is not of the form section.name=value")
         try:
             _put(tree, key, yaml.safe_load(text) if text else None)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"override {override!r}: the value is not valid YAML: {error}") from error
     config = _build(Config, tree, str(path))
     _refuse_impossible(config)
@@ -295,7 +300,17 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         pass
     if hint in (bool, str) and isinstance(value, hint):
         return value
+    if hint is str and isinstance(value, datetime.date):  # what YAML makes of 2026-11-05
+        return value.isoformat()
     raise ValueError(f"{where} must be of type {hint.__name__}, found {value!r}")
+
+
+def is_day(text: str) -> bool:
+    """Whether a text is a day as YYYY-MM-DD."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _refuse_impossible(config: Config) -> None:
@@ -343,6 +358,9 @@ def _refuse_impossible(config: Config) -> None:
     require(data.seq_len > 2, f"data.seq_len must be above 2 tokens, found {data.seq_len}")
     require(data.val_conversations >= 0, f"data.val_conversations must not be negative, found {data.val_conversations}")
     require(data.max_bad_rows >= 0, f"data.max_bad_rows must not be negative, found {data.max_bad_rows:g}")
+    require(
+        data.date is None or is_day(data.date), f"data.date must be a day as YYYY-MM-DD, or null, found {data.date!r}"
+    )
     require(loss.anchors >= 1, f"loss.anchors must be at least 1, found {loss.anchors}")
     require(loss.chunk is None or loss.chunk >= 1, f"loss.chunk must be at least 1 slot, found {loss.chunk}")
     require(

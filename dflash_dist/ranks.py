@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -60,6 +60,11 @@ class World:
         if self.size > 1:
             dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
         return bool(bounds[0] == -bounds[1])
+
+    def agree_on_day(self, day: str) -> str:
+        """The day that rank 0 brought (YYYY-MM-DD): midnight may lie between ranks."""
+        [number] = self.sum_numbers(date.fromisoformat(day).toordinal() if self.is_main else 0)
+        return date.fromordinal(int(number)).isoformat()
 
     def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a device tensor over the ranks, in place."""

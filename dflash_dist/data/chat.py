@@ -7,6 +7,7 @@ token that ends the turn. Headers, user, system and tool text are context only.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ import jinja2
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dflash_dist.data.sources import BadRow, Conversation, Message, Rendered, digest
+from dflash_dist.data.sources import BadRow, Conversation, Message, Rendered, digest, is_context
+from dflash_dist.data.template import arguments_of, has_clock, on_day, refuse_unknown_args, today
 
 Spans = list[tuple[int, int]]  # ranges [begin, end), ascending
 
@@ -59,9 +61,10 @@ class ChatEncoder:
         last_turn_only: supervise only the assistant's last turn; the others are context.
         drop_reasoning: leave out the thinking before an answer, for targets that are served without.
         vocab_size: tokens that the target's embedding has a row for; a tokenizer may know more. None: all.
+        date: the day that a template writes (YYYY-MM-DD), if it writes one; by default today.
 
     Raises:
-        ValueError: there is no chat template.
+        ValueError: there is no chat template, it is not valid Jinja, or it does not know one of `template_args`.
     """
 
     tokenizer: Any
@@ -71,6 +74,7 @@ class ChatEncoder:
     last_turn_only: bool = False
     drop_reasoning: bool = False
     vocab_size: int | None = None
+    date: str = field(default_factory=today)
 
     def __post_init__(self) -> None:
         if not (self.chat_template or self.tokenizer.chat_template):
@@ -78,6 +82,7 @@ class ChatEncoder:
                 f"the tokenizer of {self.tokenizer.name_or_path} has no chat template: add chat_template.jinja to it,"
                 " or name a file under data.chat_template"
             )
+        refuse_unknown_args(self.template_args, self.known_args)
         self._tails: dict[str, list[int]] = {}
 
     @property
@@ -114,7 +119,44 @@ class ChatEncoder:
             self.last_turn_only,
             self.drop_reasoning,
             *([self.vocab_size] if self.knows_more else []),
+            *([self.date] if self.writes_date else []),
         )
+
+    @property
+    def _templates(self) -> list[str]:
+        template = self.chat_template or self.tokenizer.chat_template
+        return list(template.values()) if isinstance(template, dict) else [template]
+
+    @cached_property
+    def known_args(self) -> frozenset[str]:
+        """The arguments that the template takes."""
+        return frozenset().union(*map(arguments_of, self._templates))
+
+    @cached_property
+    def writes_date(self) -> bool:
+        """Whether the template may write the day. Its arguments may say another one, as Llama 3.2's `date_string`."""
+        if not any(map(has_clock, self._templates)):
+            return False
+        return not self.template_args or self._asks_day(self.template_args) or not self._asks_day({})
+
+    def _asks_day(self, template_args: dict[str, Any]) -> bool:
+        other = dataclasses.replace(self, template_args=template_args)
+        with contextlib.suppress(BadRow), on_day(self._template(None), self.date) as asked:
+            other._apply_template([{"role": "user", "content": "Hi"}], None, add_generation_prompt=True)
+        return bool(asked)
+
+    def with_args(self, template_args: dict[str, Any]) -> ChatEncoder:
+        """The encoder for a row that states arguments of its own, which come before these; what the template does not
+        know has no effect."""
+        known = {name: value for name, value in template_args.items() if name in self.known_args}
+        if known.items() <= self.template_args.items():
+            return self
+        return dataclasses.replace(self, template_args=self.template_args | known)
+
+    def unread(self, row: Conversation | Rendered) -> list[str]:
+        """The keys of a row that might matter and have no effect."""
+        args = row.template_args if isinstance(row, Conversation) else {}
+        return [*row.unread, *(f"template argument {name}" for name in args if name not in self.known_args)]
 
     # ------------------------------------------------------------------------------------------------ text
 
@@ -126,6 +168,10 @@ class ChatEncoder:
         Raises:
             BadRow: the template refuses the conversation.
         """
+        with on_day(self._template(tools), self.date):
+            return self._apply_template(messages, tools, add_generation_prompt)
+
+    def _apply_template(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool) -> str:
         with _template_errors():
             return self.tokenizer.apply_chat_template(
                 messages,
@@ -147,6 +193,10 @@ class ChatEncoder:
         self.refuse_unknown(ids)
         return ids
 
+    def prompt_of(self, conversation: Conversation) -> list[int]:
+        """The same of a conversation that nobody has answered, with the arguments of its own."""
+        return self.with_args(conversation.template_args).prompt_ids(conversation.messages, conversation.tools)
+
     def texts(self, row: Conversation | Rendered) -> list[Text]:
         """One text for the conversation, or one for each assistant turn where the rendering of a turn changes once
         others follow it (Qwen3 strips thinking from the history). Empty without an assistant turn; one that nobody
@@ -157,11 +207,15 @@ class ChatEncoder:
         """
         if isinstance(row, Rendered):
             return [Text(row.text, [(row.prompt_length, len(row.text))])]
+        return self.with_args(row.template_args)._texts(row)
+
+    def _texts(self, row: Conversation) -> list[Text]:
         messages = [self._as_trained(message) for message in row.messages]
         asked = next((k for k, message in enumerate(messages) if message["role"] in ("user", "tool")), len(messages))
         turns = [k for k, message in enumerate(messages) if message["role"] == "assistant" and k > asked]
         if self.last_turn_only:
             turns = turns[-1:]
+        turns = [k for k in turns if not is_context(row.messages[k])]
         if not turns:
             return []
         cut = not row.finished and turns[-1] == len(messages) - 1
@@ -173,7 +227,7 @@ class ChatEncoder:
             # Rendering prefixes is exact wherever it works; a template's own marks serve the others.
             if not self._marks_answers:
                 raise
-            answers = [self._marked(messages, row.tools, turns[0])]
+            answers = [self._marked(messages, row.tools, turns)]
         else:
             last = answers[-1].text
             if all(last.startswith(answer.text) for answer in answers):
@@ -181,6 +235,8 @@ class ChatEncoder:
         return [*answers[:-1], _cut(answers[-1])] if cut else answers
 
     def _as_trained(self, message: Message) -> Message:
+        if is_context(message):
+            message = {key: value for key, value in message.items() if key != "weight"}
         if not self.drop_reasoning or message["role"] != "assistant":
             return message
         kept = {key: value for key, value in message.items() if key not in ("reasoning_content", "thinking")}
@@ -211,17 +267,25 @@ class ChatEncoder:
     def _marks_answers(self) -> bool:
         return bool(re.search(r"{%[-+]?\s*generation\b", self._template(None)))
 
-    def _marked(self, messages: list[Message], tools: list[Any] | None, first: int) -> Text:
-        """The marked text; turns before `first` are context."""
+    def _marked(self, messages: list[Message], tools: list[Any] | None, turns: list[int]) -> Text:
+        """The marked text; turns that are not among `turns` are context."""
         text, answers = self._with_marks(messages, tools)
-        answers = answers[len(self._with_marks(messages[:first], tools)[1]) :]
+
+        def marks_before(k: int) -> int:
+            return len(self._with_marks(messages[:k], tools)[1])
+
+        context = set(range(marks_before(turns[0])))
+        for k in range(turns[0], len(messages)):
+            if messages[k]["role"] == "assistant" and k not in turns:
+                context |= set(range(marks_before(k), marks_before(k + 1)))
+        answers = [answer for n, answer in enumerate(answers) if n not in context]
         if not answers:
             raise BadRow("no marks: the chat template's {% generation %} blocks marked no text of an assistant's turn")
         return Text(text, answers)
 
     def _with_marks(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, Spans]:
         variables = {**self.tokenizer.special_tokens_map, **self.template_args}
-        with _template_errors():
+        with _template_errors(), on_day(self._template(tools), self.date):
             rendered: Any = render_jinja_template(
                 [messages],
                 tools,

@@ -57,6 +57,7 @@ class Summary:
     shape: str = ""
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # by cause
+    unread: Counter[str] = field(default_factory=Counter)  # rows by a key that nothing reads
     bad: dict[str, int] = field(default_factory=dict)  # by cause
     bad_listed: list[str] = field(default_factory=list)
     digest: str = ""  # of all documents
@@ -225,7 +226,7 @@ def open_documents(
                 except OSError as error:
                     raise ValueError(f"the cache of tokenised data in {folder} cannot be written: {error}") from error
     told = json.loads((made / "summary.json").read_text())
-    return read_entry(made), Summary(**(told | {"dropped": Counter(told["dropped"])}))
+    return read_entry(made), Summary(**(told | {name: Counter(told[name]) for name in ("dropped", "unread")}))
 
 
 def entry_folder(folder: Path, source: Source, encoder: ChatEncoder) -> Path:
@@ -236,7 +237,10 @@ def entry_folder(folder: Path, source: Source, encoder: ChatEncoder) -> Path:
 @cache
 def _code_version() -> str:
     """Changes with the code that makes documents and with the libraries it stands on."""
-    code = [(Path(__file__).parent / name).read_bytes() for name in ("sources.py", "chat.py", "documents.py")]
+    code = [
+        (Path(__file__).parent / name).read_bytes()
+        for name in ("sources.py", "keys.py", "template.py", "chat.py", "documents.py")
+    ]
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
     return hashlib.sha256(b"".join(code)).hexdigest() + str(versions)
 
@@ -276,6 +280,7 @@ def _make_entry(made: Path, source: Source, encoder: ChatEncoder, max_bad_rows: 
             if len(bad.listed) == bad.LISTED:
                 bad.refuse_above(max_bad_rows, None)
             summary.dropped += encoded.dropped
+            summary.unread += encoded.unread
             summary.rows = encoded.last_row
             progress.update(encoded.last_row - progress.n)
     summary.bad, summary.bad_listed, summary.digest = bad.by_cause, bad.listed, writer.content.hexdigest()
@@ -295,6 +300,7 @@ class Encoded:
     last_row: int
     bad: list[tuple[int, BadRow]]
     dropped: Counter[str]
+    unread: Counter[str]
     shape: str  # empty as long as no row had one
     other_shape: str = ""  # names a row that has another shape than the first
 
@@ -304,7 +310,7 @@ def encode_chunk(encoder: ChatEncoder, chunk: Chunk, shape: str) -> Encoded:
     rows: list[int] = []
     texts: list[Text] = []
     bad: list[tuple[int, BadRow]] = []
-    dropped = Counter[str]()
+    dropped, unread = Counter[str](), Counter[str]()
     other_shape = ""
     for number, row in chunk.parsed():
         try:
@@ -317,7 +323,8 @@ def encode_chunk(encoder: ChatEncoder, chunk: Chunk, shape: str) -> Encoded:
                     " or bring its rows to one shape"
                 )
                 break
-            made = encoder.texts(read_row(row))
+            conversation = read_row(row)
+            made = encoder.texts(conversation)
         except BadRow as error:
             bad.append((number, error))
             continue
@@ -326,6 +333,7 @@ def encode_chunk(encoder: ChatEncoder, chunk: Chunk, shape: str) -> Encoded:
             continue
         if not made:
             dropped["no assistant turn"] += 1
+        unread.update(encoder.unread(conversation))
         rows += [number] * len(made)
         texts += made
     documents, unknown = encoder.tokenise(texts), dict[int, BadRow]()
@@ -339,7 +347,7 @@ def encode_chunk(encoder: ChatEncoder, chunk: Chunk, shape: str) -> Encoded:
         documents = [document for number, document in zip(rows, documents) if number not in unknown]
         rows = [number for number in rows if number not in unknown]
     index, tokens = as_arrays(rows, documents)
-    return Encoded(index, tokens, chunk.first + len(chunk.rows) - 1, bad, dropped, shape, other_shape)
+    return Encoded(index, tokens, chunk.first + len(chunk.rows) - 1, bad, dropped, unread, shape, other_shape)
 
 
 def _encode_all(encoder: ChatEncoder, chunks: Iterator[Chunk], workers: int) -> Iterator[Encoded]:

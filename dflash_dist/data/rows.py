@@ -16,7 +16,8 @@ from dflash_dist.config import DataConfig
 from dflash_dist.data.chat import ChatEncoder, Document
 from dflash_dist.data.documents import Documents, Summary, open_documents
 from dflash_dist.data.packing import SOURCE_SHARE, PackedRows, random_stream
-from dflash_dist.data.sources import BadRows, find_sources
+from dflash_dist.data.sources import BadRows, describe_unread, find_sources
+from dflash_dist.data.template import today
 
 LEAST_SUPERVISED = 0.01
 
@@ -98,6 +99,8 @@ class Data:
             yield self.held_out.describe()
         if self.cut:
             yield f"cut at the end of a row: {self.cut:,} documents"
+        if unread := sum((summary.unread for summary in self.summaries), Counter[str]()):
+            yield describe_unread(unread)
         for cause, count in self.dropped.items():
             yield f"left out: {count:,} x {cause}"
         bad = [listed for summary in self.summaries for listed in summary.bad_listed]
@@ -169,7 +172,7 @@ def make_encoder(config: DataConfig, tokenizer: Any, stop_ids: list[int], vocab_
     """The encoder that the config asks for; `vocab_size` as `ChatEncoder` has it.
 
     Raises:
-        ValueError: there is no chat template, or its file cannot be read.
+        ValueError: there is no chat template, its file cannot be read, or it knows not all of its arguments.
     """
     template = None
     if config.chat_template:
@@ -180,7 +183,9 @@ def make_encoder(config: DataConfig, tokenizer: Any, stop_ids: list[int], vocab_
         if not template:
             raise ValueError(f"data.chat_template {config.chat_template} is empty")
     return ChatEncoder(
-        tokenizer, stop_ids, config.template_args, template, config.last_turn_only, config.drop_reasoning, vocab_size
+        *(tokenizer, stop_ids, config.template_args, template, config.last_turn_only, config.drop_reasoning),
+        vocab_size=vocab_size,
+        date=config.date or today(),
     )
 
 

@@ -11,13 +11,30 @@ import io
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
+
+from dflash_dist.data.keys import (
+    BEGUN_KEYS,
+    REASONING_KEYS,
+    REFUSED_IN_CALL,
+    REFUSED_IN_MESSAGE,
+    REFUSED_IN_ROW,
+    SUPERVISION_KEYS,
+    SYSTEM_KEYS,
+    THINKING_SWITCHES,
+    TOOL_KEYS,
+    refused_keys,
+    says_nothing,
+    unread_in_message,
+    unread_in_row,
+)
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -33,8 +50,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-# What engines call the thinking before an answer, and what chat templates read: Qwen3 the first, gpt-oss the last.
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
 CHUNK_ROWS = 512
@@ -44,11 +60,13 @@ LONGEST_ROW = 4 << 20  # [bytes]; a million tokens: no packed row holds that, an
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as chat templates take them."""
+    """Messages as chat templates take them, but for the mark of an answer that is context (`is_context`)."""
 
     messages: list[Message]
     tools: list[Any] | None = None
     finished: bool = True  # False where the last answer was cut by the length limit: its end is not the target's
+    template_args: dict[str, Any] = field(default_factory=dict)  # this row's own
+    unread: tuple[str, ...] = field(default=(), compare=False)  # keys that might matter and that nothing reads
 
     @property
     def asked(self) -> list[Message]:
@@ -63,6 +81,7 @@ class Rendered:
     text: str
     prompt_length: int
     finished: bool = True
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 class BadRow(ValueError):
@@ -275,26 +294,41 @@ def read_row(row: dict[str, Any]) -> Conversation | Rendered:
     """
     finished = row.get("finish_reason") != "length"
     shape = shape_of(row)
+    _refuse_keys(row, REFUSED_IN_ROW)
+    unread = dict.fromkeys(unread_in_row(row, shape))
     if shape == "text":
-        return _rendered(row, finished)
+        return _rendered(row, finished, tuple(unread))
     if shape == "prompt/response":
         prompt = row["prompt"]
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not isinstance(turns, list):
             raise BadRow("no prompt: 'prompt' must be text or a list of messages")
-        messages = [*turns, {"role": "assistant", "content": row["response"]}]
+        thinking = {key: row[key] for key in REASONING_KEYS if not isinstance(row.get(key), bool) and row.get(key)}
+        turns = [*turns, {"role": "assistant", "content": row["response"]} | thinking]
     elif shape == "conversations":
-        messages = _from_sharegpt(row["conversations"])
+        turns = _from_sharegpt(row["conversations"])
     else:
-        messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
+        turns = row["messages"]
+    if not isinstance(turns, list) or not turns:
         raise BadRow(f"no messages: expected a non-empty list under '{shape}'")
-    if shape != "messages" and row.get("system"):  # exports of ShareGPT keep it beside the turns
-        messages = [{"role": "system", "content": row["system"]}, *messages]
-    return Conversation([_message(message) for message in messages], _tools(row.get("tools")), finished)
+    messages = []
+    for turn in turns:
+        messages.append(_message(turn))
+        unread.update(dict.fromkeys(unread_in_message(turn)))
+    return Conversation(_with_system(messages, row), _tools(row), finished, _template_args(row), unread=tuple(unread))
 
 
-def _rendered(row: dict[str, Any], finished: bool) -> Rendered:
+def is_context(message: Message) -> bool:
+    """Whether an answer is there for what follows only: nobody learns it, and the target does not write it again."""
+    return message.get("weight") == 0
+
+
+def _refuse_keys(values: dict[str, Any], refused: dict[str, str]) -> None:
+    for key, reason in refused_keys(values, refused):
+        raise BadRow(f"unusable key '{key}': {reason}")
+
+
+def _rendered(row: dict[str, Any], finished: bool, unread: tuple[str, ...]) -> Rendered:
     text, length = row["text"], row["prompt_length"]
     if not isinstance(text, str):
         raise BadRow("no text: 'text' must be a string")
@@ -303,7 +337,7 @@ def _rendered(row: dict[str, Any], finished: bool) -> Rendered:
             f"wrong prompt_length: it counts the characters before the answer, below {len(text)}, found {length!r}"
         )
     _refuse_broken(text)
-    return Rendered(text, length, finished)
+    return Rendered(text, length, finished, unread)
 
 
 def _from_sharegpt(turns: Any) -> list[Any]:
@@ -315,33 +349,54 @@ def _from_sharegpt(turns: Any) -> list[Any]:
             role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
             if role is None:
                 raise BadRow(f"unknown role: {turn['from']!r} is not one of {', '.join(SHAREGPT_ROLES)}")
+            said: dict[str, Any] = {"content": turn.get("value")}
             if turn["from"] == "function_call":
                 calls = _json(turn.get("value"), "function_call")
-                turn = {"role": role, "tool_calls": calls if isinstance(calls, list) else [calls]}
-            else:
-                turn = {"role": role, "content": turn.get("value")}
+                said = {"tool_calls": calls if isinstance(calls, list) else [calls]}
+            turn = {key: turn[key] for key in turn.keys() - {"from", "value"}} | {"role": role} | said
         messages.append(turn)
     return messages
 
 
+def _with_system(messages: list[Message], row: dict[str, Any]) -> list[Message]:
+    """The messages behind the system prompt that stands beside them; it may be theirs already."""
+    found = [row[key] for key in SYSTEM_KEYS if not says_nothing(row.get(key))]
+    if not found:
+        return messages
+    prompts = [_message({"role": "system", "content": content}) for content in found]
+    if messages[0]["role"] in ("system", "developer"):
+        prompts.append(messages[0])
+    else:
+        messages = [prompts[0], *messages]
+    if len({prompt["content"].strip() for prompt in prompts}) > 1:
+        raise BadRow("two system prompts: the row has another one beside its turns than it has elsewhere")
+    return messages
+
+
+def _template_args(row: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the chat template that a row was written under."""
+    stated = row.get("chat_template_kwargs") or {}
+    if isinstance(stated, str):
+        stated = _json(stated, "chat_template_kwargs")
+    if not isinstance(stated, dict):
+        raise BadRow("wrong chat_template_kwargs: expected an object with the chat template's arguments")
+    for text in _strings(stated):
+        _refuse_broken(text)
+    switches = {key: row[key] for key in THINKING_SWITCHES if isinstance(row.get(key), bool)}
+    return switches | {key: value for key, value in stated.items() if value is not None}
+
+
 def _message(raw: Any) -> Message:
-    """A message with the fields that templates read, and no others."""
+    """A message with the fields that templates read, and no others but `weight`: 0 for an answer that is context."""
     if not isinstance(raw, dict) or "role" not in raw:
         raise BadRow("no role: every message needs a 'role' and a 'content'")
-    role = raw["role"]
+    role = "tool" if raw["role"] == "function" else raw["role"]  # OpenAI's older name
     if role not in ROLES:
         raise BadRow(f"unknown role: {role!r} is not one of {', '.join(ROLES)}")
+    _refuse_keys(raw, REFUSED_IN_MESSAGE)
     message: Message = {"role": role, "content": _content(raw.get("content"), role)}
     if role == "assistant":
-        reasoning = next((raw[key] for key in REASONING_KEYS if raw.get(key)), None)
-        if reasoning is not None:
-            if not isinstance(reasoning, str):
-                raise BadRow("wrong reasoning: it must be text")
-            message |= {"reasoning_content": reasoning, "thinking": reasoning}
-        if raw.get("tool_calls"):
-            if not isinstance(raw["tool_calls"], list):
-                raise BadRow("wrong tool call: 'tool_calls' must be a list")
-            message["tool_calls"] = [_tool_call(call) for call in raw["tool_calls"]]
+        message |= _answer(raw)
     for key in ("name", "tool_call_id"):
         if isinstance(raw.get(key), str):
             message[key] = raw[key]
@@ -355,16 +410,46 @@ def _message(raw: Any) -> Message:
     return message
 
 
+def _answer(raw: dict[str, Any]) -> Message:
+    """What only an assistant's message has."""
+    answer: Message = {}
+    if begun := [key for key in BEGUN_KEYS if raw.get(key)]:
+        raise BadRow(f"begun answer: '{begun[0]}' says that the target did not write its beginning")
+    reasoning = next((raw[key] for key in REASONING_KEYS if raw.get(key)), None)
+    if reasoning is not None:
+        if not isinstance(reasoning, str):
+            raise BadRow("wrong reasoning: it must be text")
+        answer |= {"reasoning_content": reasoning, "thinking": reasoning}
+    calls = raw.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise BadRow("wrong tool call: 'tool_calls' must be a list")
+    if raw.get("function_call"):
+        if calls:
+            raise BadRow("wrong tool call: a message has both 'tool_calls' and 'function_call'")
+        calls = [raw["function_call"]]
+    if calls:
+        answer["tool_calls"] = [_tool_call(call) for call in calls]
+    if not all(_is_supervised(key, raw[key]) for key in SUPERVISION_KEYS if raw.get(key) is not None):
+        answer["weight"] = 0
+    return answer
+
+
+def _is_supervised(key: str, value: Any) -> bool:
+    if value not in (0, 1):
+        raise BadRow(f"wrong {key}: an answer is learned or not, 1 or 0, found {value!r}")
+    return bool(value)
+
+
 def _content(content: Any, role: str) -> str:
-    """Text, the text parts of a list in OpenAI's form, or nothing."""
+    """Text, the text parts of a list in OpenAI's form, or nothing. A line break joins parts, as vLLM does it."""
     if content is None:
         return ""
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        others = {str(part.get("type")) for part in content} - {"text"}
+        others = {str(part.get("type")) for part in content} - {*TEXT_PARTS}
         if others:
             raise BadRow(f"no text: content of type {', '.join(sorted(others))} in a message of role {role}")
         texts = [part.get("text", "") for part in content]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+        content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
         if content is None:
             raise BadRow(f"no text: a part of a message of role {role} has none")
     if not isinstance(content, str):
@@ -380,6 +465,7 @@ def _tool_call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow("wrong tool call: expected a function with a name and arguments")
+    _refuse_keys(function, REFUSED_IN_CALL)
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         arguments = _json(arguments, "arguments of a tool call")
@@ -389,15 +475,32 @@ def _tool_call(call: Any) -> dict[str, Any]:
     return made | ({"id": call["id"]} if isinstance(call.get("id"), str) else {})
 
 
-def _tools(tools: Any) -> list[Any] | None:
-    """Tool descriptions; columns of text hold them as JSON."""
-    if isinstance(tools, str):
-        tools = _json(tools, "tools") if tools.strip() else None
-    if tools is not None and not isinstance(tools, list):
-        raise BadRow("wrong tools: expected a list of tool descriptions")
-    for text in _strings(tools):
+def _tools(row: dict[str, Any]) -> list[Any] | None:
+    """Tool descriptions as engines hand them to templates; columns of text hold them as JSON."""
+    found = [tools for key in TOOL_KEYS if (tools := _tool_list(key, row.get(key)))]
+    if len(found) > 1 and found[0] != found[1]:
+        raise BadRow(f"wrong tools: {' and '.join(map(repr, TOOL_KEYS))} describe different ones")
+    for text in _strings(found):
         _refuse_broken(text)
-    return tools or None
+    return found[0] if found else None
+
+
+def _tool_list(key: str, tools: Any) -> list[Any] | None:
+    if isinstance(tools, str):
+        tools = _json(tools, key) if tools.strip() else None
+    if tools is not None and not isinstance(tools, list):
+        raise BadRow(f"wrong {key}: expected a list of tool descriptions")
+    return [_tool(tool) for tool in tools or []]
+
+
+def _tool(tool: Any) -> Any:
+    """A description under 'function', where older rows have it flat; tools of other types stay as they are."""
+    if isinstance(tool, str):
+        tool = _json(tool, "tools")
+    flat = isinstance(tool, dict) and isinstance(tool.get("name"), str) and tool.get("type") in (None, "function")
+    if not flat or "function" in tool:
+        return tool
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
 def _json(text: Any, what: str) -> Any:
@@ -495,6 +598,11 @@ class BadRows:
             raise ValueError(
                 f"{self.count} bad rows{of}, where max_bad_rows allows {limit:g}:\n  " + "\n  ".join(self.listed)
             )
+
+
+def describe_unread(unread: Counter[str]) -> str:
+    """Names keys with the numbers of rows that have them."""
+    return "keys that nothing reads: " + ", ".join(f"{key} ({count:,} rows)" for key, count in unread.most_common())
 
 
 def digest(*parts: Any) -> str:

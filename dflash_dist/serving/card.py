@@ -63,6 +63,8 @@ class Card:
             "chat template": "one of its own, in training.json" if data["chat_template"] else "the target's own",
             "its arguments": f"`{json.dumps(data['template_args'])}`" if data["template_args"] else "none",
         }
+        if data.get("date"):
+            rows["day that it writes"] = data["date"]
         return f"""# DFlash draft for {self.target}
 
 A block-diffusion draft for speculative decoding ([arXiv 2602.06036](https://arxiv.org/abs/2602.06036)): it proposes

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from dflash_dist.data.chat import ChatEncoder
-from dflash_dist.data.sources import BadRow, Conversation, Message
+from dflash_dist.data.sources import BadRow, Conversation
 from dflash_dist.decoding.speculative import Decoded, Decoder
 from dflash_dist.draft.attention import training_attention
 from dflash_dist.draft.blocks import build_blocks
@@ -51,9 +51,9 @@ class Examiner:
         self.decoder, self.encoder, self.trained = decoder, encoder, trained
         self.device = decoder.head.device
 
-    def examine(self, prompt: list[int], messages: list[Message], tools: list[Any] | None, fast: Decoded) -> Evidence:
+    def examine(self, prompt: list[int], asked: Conversation, fast: Decoded) -> Evidence:
         """Of one answer: the prompt as it was rendered and as it was asked, and the speculative output."""
-        otherwise = self.trained is not None and self.trained.prompt_ids(messages, tools) != prompt
+        otherwise = self.trained is not None and self.trained.prompt_of(asked) != prompt
         text = prompt + fast.tokens
         answered = np.array([False] * len(prompt) + [True] * len(fast.tokens))
         right, counts, _ = self._foretell(text, answered)

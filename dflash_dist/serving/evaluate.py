@@ -24,16 +24,17 @@ from dflash_dist.config import TrainConfig
 from dflash_dist.contract.folder import TRAINING, find_draft, read_draft, target_faults
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.sources import BadRow, Conversation, read_row
+from dflash_dist.data.template import today
 from dflash_dist.decoding.sampling import Sampling
 from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_difference
 from dflash_dist.ranks import World, join_world
 from dflash_dist.serving.diagnose import Examiner, add_up, judge
 from dflash_dist.serving.report import Answer, print_report, summarise, to_tensorboard
 from dflash_dist.serving.suites import SUITES, Prompt, read_prompts
-from dflash_dist.target.answers import as_message
+from dflash_dist.target.answers import as_message, json_object
 from dflash_dist.target.head import check_head
 from dflash_dist.target.load import TargetInfo, digest_weights, load_ends, load_whole, name_weights, read_info
-from dflash_dist.target.parts import Parts
+from dflash_dist.target.parts import Parts, stored_settings
 
 ANSWERED_WITH = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "rejection")
 
@@ -73,7 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="float32 shows equality")
     parser.add_argument(
-        "--template-args", type=json.loads, help="JSON object for the chat template; default: as trained"
+        "--template-args", type=json_object, help="JSON object for the chat template; default: as trained"
     )
     parser.add_argument("--diagnose", action="store_true", help="say which known causes hold the draft back")
     return parser.parse_args(argv)
@@ -97,11 +98,11 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     if world.size > 1 and not args.json:
         raise ValueError("--json is needed where several ranks evaluate: the answers meet beside it")
     prompts = dict(enumerate(read_prompts(args.suite, args.prompts, args.limit), 1))
-    evaluation = Evaluation(args, world.device)
+    evaluation = Evaluation(args, world)
     with contextlib.ExitStack() as stack:
         report = args.json or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "report.json"
         report.parent.mkdir(parents=True, exist_ok=True)
-        parts = Parts(report.with_suffix(".answers.jsonl"), evaluation.settings(list(prompts.values())))
+        parts = Parts(answers_file(report), evaluation.settings(list(prompts.values())))
         places = parts.index()
         mine = [row for row in prompts if (row - 1) % world.size == world.rank]
         # Whether it is finished is asked after the parts were read: they go once it is there.
@@ -120,17 +121,21 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
 class Evaluation:
     """A target and a draft that decode prompts."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device, self.dtype = args, device, getattr(torch, args.dtype)
+    def __init__(self, args: argparse.Namespace, world: World):
+        self.args, self.device, self.dtype = args, world.device, getattr(torch, args.dtype)
         self.info = read_info(args.target, args.revision)
         self.sampling = Sampling(args.temperature, args.top_p, args.top_k, rejection=args.rejection)
         self.folder = find_draft(args.draft)
-        self.draft = read_draft(self.folder, self.dtype, device, self.info.text.num_hidden_layers)
+        self.draft = read_draft(self.folder, self.dtype, self.device, self.info.text.num_hidden_layers)
         if faults := target_faults(self.draft.shape, self.info.text):
             raise ValueError(f"{args.draft} was trained for another target than {args.target}: {'; '.join(faults)}")
         record = self.folder / TRAINING
         self.trained: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
         self.encoder = make_encoder(self.info, self.trained, args.template_args)
+        if self.encoder.writes_date:
+            stored = stored_settings(answers_file(args.json)) if args.json else {}
+            day = self.trained.get("date") or stored.get("date") or today()
+            self.encoder = dataclasses.replace(self.encoder, date=world.agree_on_day(day))
 
     def settings(self, prompts: list[Prompt]) -> dict[str, Any]:
         """What the answers depend on; an evaluation continues only under the same."""
@@ -141,6 +146,7 @@ class Evaluation:
             "draft": digest_weights(self.folder),
             "shape": dataclasses.asdict(self.draft.shape),
             "rendering": self.encoder.identity,
+            **({"date": self.encoder.date} if self.encoder.writes_date else {}),
             "prompts": hashlib.sha256(asked.encode()).hexdigest()[:16],
         }
 
@@ -154,7 +160,7 @@ class Evaluation:
         check_head(self.info.path, model, load_ends(self.info, self.dtype, self.device).head)
         self.decoder = Decoder(model, self.draft, self.info.stop_ids)
         self.decoder.speculative(self.encoder.prompt_ids([{"role": "user", "content": "Hi"}]), 4)
-        known = make_encoder(self.info, self.trained, None) if self.trained else None
+        known = make_encoder(self.info, self.trained, None, self.encoder.date) if self.trained else None
         self.examiner = Examiner(self.decoder, self.encoder, known) if self.args.diagnose else None
 
     def decode(self, row: int, prompt: Prompt) -> dict[str, Any]:
@@ -167,18 +173,19 @@ class Evaluation:
         for turn, question in enumerate([None, *prompt.later]):
             if question is not None:
                 try:
-                    asked = read_row({"messages": [*messages, {"role": "user", "content": question}]})
+                    read = read_row({"messages": [*messages, {"role": "user", "content": question}]})
                 except BadRow:  # nothing can follow an answer that says nothing
                     break
-                assert isinstance(asked, Conversation)
-                messages = asked.messages
-            ids = self.encoder.prompt_ids(messages, prompt.tools)
+                assert isinstance(read, Conversation)
+                messages = read.messages
+            asked = Conversation(messages, prompt.tools, template_args=prompt.template_args)
+            ids = self.encoder.prompt_of(asked)
             plain = self.decoder.plain(ids, self.args.max_new_tokens)
             fast = self.decoder.speculative(ids, self.args.max_new_tokens)
             difference = None if self.args.rejection else _difference(self.decoder, ids, plain, fast)
             answers.append(Answer(prompt.suite, prompt.number, turn, plain, fast, difference))
             if self.examiner:
-                evidence.append(self.examiner.examine(ids, messages, prompt.tools, fast))
+                evidence.append(self.examiner.examine(ids, asked, fast))
             finished = plain.tokens[-1] in self.decoder.stop_ids
             text = self.encoder.tokenizer.decode(plain.tokens[:-1] if finished else plain.tokens)
             messages = [*messages, as_message(self.encoder, ids, text, finished)]
@@ -213,7 +220,13 @@ class Evaluation:
             print(verdict)
 
 
-def make_encoder(info: TargetInfo, trained: dict[str, Any], template_args: dict[str, Any] | None) -> ChatEncoder:
+def answers_file(report: Path) -> Path:
+    return report.with_suffix(".answers.jsonl")
+
+
+def make_encoder(
+    info: TargetInfo, trained: dict[str, Any], template_args: dict[str, Any] | None, date: str | None = None
+) -> ChatEncoder:
     """Renders prompts as the draft's training did, as far as its record says, unless asked otherwise."""
     return ChatEncoder(
         info.tokenizer,
@@ -222,6 +235,7 @@ def make_encoder(info: TargetInfo, trained: dict[str, Any], template_args: dict[
         trained.get("chat_template"),
         drop_reasoning=trained.get("drop_reasoning", False),
         vocab_size=info.text.vocab_size,
+        date=date or today(),
     )
 
 

@@ -109,6 +109,7 @@ def how_trained(run: Path, config: dict[str, Any]) -> dict[str, Any]:
         "revision": target["revision"],
         "chat_template": template.read_text() if data["chat_template"] else None,  # null: the target's own
         "template_args": data["template_args"],
+        "date": data.get("date"),  # that the template wrote; null: it writes none
         "drop_reasoning": data["drop_reasoning"],
         "seq_len": data["seq_len"],
     }

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Prompt:
     messages: list[Message]
     later: Sequence[str] = ()  # further questions, each asked after the target's own answer to the one before
     tools: list[Any] | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)  # its own
     answered: Conversation | None = None  # as the data has it, with the data's answer
 
 
@@ -120,7 +121,7 @@ def _of_file(name: str, file: str) -> Iterator[Prompt]:
         asked = row.asked
         if all(message["role"] not in ("user", "tool") for message in asked):
             raise ValueError(f"{file}, row {line}: nothing to answer, since nobody asks anything")
-        yield Prompt(name, number, asked, tools=row.tools, answered=row if asked != row.messages else None)
+        yield Prompt(name, number, asked, (), row.tools, row.template_args, row if asked != row.messages else None)
 
 
 def _lines(name: str, file: str) -> list[str]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,22 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dflash_dist.config import TrainConfig
+from dflash_dist.config import TrainConfig, is_day
 from dflash_dist.data.chat import ChatEncoder
-from dflash_dist.data.sources import BadRow, BadRows, Conversation, Message, read_conversations, read_row
+from dflash_dist.data.sources import (
+    BadRow,
+    BadRows,
+    Conversation,
+    Message,
+    describe_unread,
+    is_context,
+    read_conversations,
+    read_row,
+)
+from dflash_dist.data.template import today
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.load import load_whole, read_info
-from dflash_dist.target.parts import Parts, Row
+from dflash_dist.target.parts import Parts, Row, stored_settings
 
 
 def main(argv: list[str]) -> None:
@@ -40,38 +52,51 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens that are sampled from; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--template-args", type=_json_object, default={}, help="JSON object for the chat template")
+    parser.add_argument("--template-args", type=json_object, default={}, help="JSON object for the chat template")
+    parser.add_argument(
+        "--date",
+        type=_day,
+        help="the day that the chat template writes (YYYY-MM-DD); default: that on which the run began",
+    )
     server = parser.add_argument_group("answers from a server (key: OPENAI_API_KEY)")
     server.add_argument("--endpoint", help="URL of an OpenAI-compatible server, such as http://localhost:8000/v1")
     server.add_argument("--concurrency", type=int, default=64, help="requests in flight")
     server.add_argument("--timeout", type=float, default=600.0, help="longest wait for one answer [s]")
     server.add_argument("--retries", type=int, default=8, help="how often a failed request is sent again")
     server.add_argument("--give-up", action="store_true", help="leave out rows that every retry failed to answer")
-    server.add_argument("--extra-body", type=_json_object, default={}, help="further JSON fields of every request")
+    server.add_argument("--extra-body", type=json_object, default={}, help="further JSON fields of every request")
     args = parser.parse_args(argv)
     with join_world(TrainConfig.hang_timeout) as world:
         regenerate(args, world)
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
     value = json.loads(text)
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, found {text}")
     return value
 
 
+def _day(text: str) -> str:
+    if not is_day(text):
+        raise argparse.ArgumentTypeError(f"expected a day as YYYY-MM-DD, found {text}")
+    return text
+
+
 def regenerate(args: argparse.Namespace, world: World) -> None:
     """Writes `args.out`: the conversations of `args.prompts` with every assistant turn written by the target.
 
-    Each line is `{"messages": [...], "finish_reason": "stop" | "length", "row": i}`, with "tools" where the prompt has
-    them; rows are counted from 1, as in the prompts. Rows that cannot be answered are left out and counted.
+    Each line is `{"messages": [...], "finish_reason": "stop" | "length", "row": i}`, with "tools" and
+    "chat_template_kwargs" where the prompt has them; rows are counted from 1, as in the prompts. An answer of weight 0
+    stays as it is. Rows that cannot be answered are left out and counted.
 
     Raises:
-        ValueError: too many prompts are bad, a run with other prompts or settings left part files for this output, or
-            the server gave up.
+        ValueError: the chat template does not know an argument, too many prompts are bad, a run with other prompts or
+            settings left part files for this output, or the server gave up.
     """
+    encoder = _encoder(args, world)
     rows, mine, prompts = _read_prompts(args, world)
-    parts = Parts(Path(args.out), _settings(args, prompts))
+    parts = Parts(Path(args.out), _settings(args, prompts, encoder))
     places = parts.index()
     finished = parts.out.is_file()  # asked after the parts were read: they go once it is there
     todo = {} if finished else {row: asked for row, asked in mine.items() if row not in places}
@@ -83,12 +108,12 @@ def regenerate(args: argparse.Namespace, world: World) -> None:
                 append(row)
                 bar.update("turn" not in row)
 
-            if args.endpoint:
+            if encoder is None:
                 from dflash_dist.target.endpoint import answer_from_server  # slow to import, and only needed here
 
                 answer_from_server(todo, parts.turns(todo), args, write)
             else:
-                _answer_here(todo, args, world.device, write)
+                _answer_here(todo, encoder, args, world.device, write)
     elif finished and world.is_main:
         print(f"{parts.out} is finished already")
     refused = parts.merge(rows)
@@ -98,27 +123,64 @@ def regenerate(args: argparse.Namespace, world: World) -> None:
             print(f"[rank {world.rank}] left out {len(refused)} rows, the first: {refused[0]}")
 
 
+def _encoder(args: argparse.Namespace, world: World) -> ChatEncoder | None:
+    """Renders the prompts, on the day on which the output was begun; None where a server does that.
+
+    Raises:
+        ValueError: the chat template does not know an argument, or there is no such day.
+    """
+    if args.endpoint and args.date:
+        raise ValueError(f"--date {args.date}: a server writes the day that its own clock says; leave it out")
+    if args.endpoint and not args.template_args:
+        return None
+    try:
+        info = read_info(args.target)
+    except ValueError as error:
+        if not args.endpoint:
+            raise
+        if world.is_main:
+            print(f"whether the server's chat template knows --template-args cannot be told: {error}")
+        return None
+    encoder = ChatEncoder(info.tokenizer, info.stop_ids, args.template_args, vocab_size=info.text.vocab_size)
+    if args.endpoint:
+        return None
+    if encoder.writes_date:
+        day = args.date or stored_settings(Path(args.out)).get("date") or today()
+        encoder = dataclasses.replace(encoder, date=world.agree_on_day(day))
+        if world.is_main:
+            print(f"the chat template writes a date, in this run {encoder.date} (--date)")
+    return encoder
+
+
 def _read_prompts(args: argparse.Namespace, world: World) -> tuple[list[int], dict[int, Conversation], str]:
     """The numbers of all rows, this rank's conversations by row, and a digest of all conversations."""
     rows: list[int] = []
-    mine, bad, digest = {}, BadRows(), hashlib.sha256()
+    mine, bad, digest, unread = {}, BadRows(), hashlib.sha256(), Counter[str]()
     for row, asked in read_conversations(args.prompts, args.max_bad_rows):
-        if all(message["role"] not in ("user", "tool") for message in asked.messages):
-            bad.add(args.prompts, row, BadRow("nothing to answer: nobody asks anything"))
+        unread.update(asked.unread)
+        if next(answer_turns(asked), None) is None:
+            bad.add(args.prompts, row, BadRow("nothing to answer: nobody asks anything of the target"))
             bad.refuse_above(args.max_bad_rows, None)
             continue
         if len(rows) % world.size == world.rank:
             mine[row] = asked
         rows.append(row)
-        digest.update(json.dumps([row, asked.messages, asked.tools]).encode() + b"\n")
+        own = [asked.template_args] if asked.template_args else []
+        digest.update(json.dumps([row, asked.messages, asked.tools, *own]).encode() + b"\n")
+    if unread and world.is_main:
+        print(describe_unread(unread))
     return rows, mine, digest.hexdigest()[:16]
 
 
-def _settings(args: argparse.Namespace, prompts: str) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, prompts: str, encoder: ChatEncoder | None) -> dict[str, Any]:
     """What the answers depend on; a run continues only under the same. A server may move to another URL."""
     names = ["target", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "template_args"]
     names.append("extra_body" if args.endpoint else "dtype")
-    return {name: getattr(args, name) for name in names} | {"prompts": prompts}
+    settings = {name: getattr(args, name) for name in names} | {"prompts": prompts}
+    stored = stored_settings(Path(args.out))
+    if encoder and encoder.writes_date and (not stored or "date" in stored):
+        settings["date"] = encoder.date
+    return settings
 
 
 # ------------------------------------------------------------------------------------------------ turns
@@ -129,18 +191,23 @@ def answer_turns(asked: Conversation) -> Generator[list[Message], tuple[Message,
     and whether the target finished it, and returns the row.
 
     A later turn answers to the new earlier ones. A conversation that ends with a question gets an answer to it; answers
-    before the first question are left out.
+    before the first question are left out, and those that are context stay as they are.
     """
     log, written, waiting, reason = asked.messages, [], False, "stop"
     ids: dict[Any, Any] = {}  # of tool calls: the log's -> the new turn's
     for k, message in enumerate(log):
-        if message["role"] != "assistant":
+        following = log[k + 1] if k + 1 < len(log) else None
+        if is_context(message):
+            ids = {}
+            written.append(message)
+            waiting &= following is not None and _is_to_write(following)
+        elif message["role"] != "assistant":
             if message["role"] == "tool" and ids:
                 known = message.get("tool_call_id")
                 message = message | {"tool_call_id": ids.pop(known if known in ids else next(iter(ids)))}
             written.append(message)
             waiting |= message["role"] in ("user", "tool")
-        if not waiting or (k + 1 < len(log) and log[k + 1]["role"] != "assistant"):
+        if not waiting or (following is not None and not _is_to_write(following)):
             continue
         new, finished = yield written
         try:
@@ -152,11 +219,16 @@ def answer_turns(asked: Conversation) -> Generator[list[Message], tuple[Message,
         if not finished:
             reason = "length"  # nothing sensible follows an answer that was cut
             break
-        if k + 2 < len(log) and not _fits(log[k + 1], new, log[k + 2]):
+        if following and k + 2 < len(log) and not _fits(following, new, log[k + 2]):
             break
-        old_calls = log[k + 1].get("tool_calls", []) if k + 1 < len(log) else []
+        old_calls = following.get("tool_calls", []) if following else []
         ids = {old.get("id", n): call["id"] for n, (old, call) in enumerate(zip(old_calls, new.get("tool_calls", [])))}
-    return {"messages": written, "finish_reason": reason} | ({"tools": asked.tools} if asked.tools else {})
+    beside = {"tools": asked.tools, "chat_template_kwargs": asked.template_args}
+    return {"messages": written, "finish_reason": reason} | {key: value for key, value in beside.items() if value}
+
+
+def _is_to_write(message: Message) -> bool:
+    return message["role"] == "assistant" and not is_context(message)
 
 
 def _fits(old: Message, new: Message, following: Message) -> bool:
@@ -225,13 +297,15 @@ def _split_channels(text: str, finished: bool) -> Message:
 
 
 def _answer_here(
-    todo: dict[int, Conversation], args: argparse.Namespace, device: torch.device, write: Callable[[Row], None]
+    todo: dict[int, Conversation],
+    encoder: ChatEncoder,
+    args: argparse.Namespace,
+    device: torch.device,
+    write: Callable[[Row], None],
 ) -> None:
-    info = read_info(args.target)
-    encoder = ChatEncoder(info.tokenizer, info.stop_ids, args.template_args, vocab_size=info.text.vocab_size)
     if encoder.knows_more:
         _refuse_unknown_tokens(todo, encoder, args)
-    model = load_whole(info, getattr(torch, args.dtype), device)
+    model = load_whole(read_info(args.target), getattr(torch, args.dtype), device)
     rows = list(todo)
     for start in range(0, len(rows), args.batch_size):
         batch = rows[start : start + args.batch_size]
@@ -245,7 +319,7 @@ def _refuse_unknown_tokens(todo: dict[int, Conversation], encoder: ChatEncoder, 
     bad = BadRows()
     for row, asked in todo.items():
         try:
-            encoder.prompt_ids(next(answer_turns(asked)), asked.tools)
+            encoder.prompt_of(dataclasses.replace(asked, messages=next(answer_turns(asked))))
         except BadRow as error:
             bad.add(args.prompts, row, error)
     bad.refuse_above(args.max_bad_rows, len(todo))
@@ -263,9 +337,10 @@ def write_answers(
         prompts = {}
         for i, messages in waiting.items():
             try:
-                asked = read_row({"messages": messages, "tools": conversations[i].tools})  # as training reads them
+                own = {"tools": conversations[i].tools, "chat_template_kwargs": conversations[i].template_args}
+                asked = read_row({"messages": messages} | own)  # as training reads them
                 assert isinstance(asked, Conversation)
-                ids = encoder.prompt_ids(asked.messages, asked.tools)
+                ids = encoder.prompt_of(asked)
                 if len(ids) >= positions:
                     raise BadRow(
                         f"no room for an answer: the prompt's {len(ids)} tokens fill all {positions} positions"

@@ -166,7 +166,7 @@ async def _answer_row(
             messages = turns.send((message, True))
         turn = len(begun)
         while True:
-            message, finished = await _ask(client, args, _request(args, row, messages, asked.tools))
+            message, finished = await _ask(client, args, _request(args, row, messages, asked))
             messages = turns.send((message, finished))
             write({"row": row, "turn": turn, "message": message})
             turn += 1
@@ -174,11 +174,15 @@ async def _answer_row(
         return end.value
 
 
-def _request(args: argparse.Namespace, row: int, messages: list[Message], tools: list[Any] | None) -> dict[str, Any]:
+def _request(args: argparse.Namespace, row: int, messages: list[Message], asked: Conversation) -> dict[str, Any]:
     """The fields of a request. Servers take what is not named from the model's generation config, and the draft is to
     foretell the plain model; `--extra-body` changes them, null leaves one out."""
     # engines differ in which name of the thinking they read
-    history = [m | {"reasoning": m["reasoning_content"]} if "reasoning_content" in m else m for m in messages]
+    history = [
+        {key: value for key, value in message.items() if key != "weight"}
+        | ({"reasoning": message["reasoning_content"]} if "reasoning_content" in message else {})
+        for message in messages
+    ]
     fields: dict[str, Any] = {
         "model": args.target,
         "messages": history,
@@ -189,10 +193,10 @@ def _request(args: argparse.Namespace, row: int, messages: list[Message], tools:
     if args.temperature > 0:
         fields |= {"top_p": args.top_p, "top_k": args.top_k or -1, "min_p": 0.0}
         fields["seed"] = args.seed * 1_000_003 + row
-    if args.template_args:
-        fields["chat_template_kwargs"] = args.template_args
-    if tools:
-        fields["tools"] = tools
+    if template_args := args.template_args | asked.template_args:
+        fields["chat_template_kwargs"] = template_args
+    if asked.tools:
+        fields["tools"] = asked.tools
     return {name: value for name, value in (fields | args.extra_body).items() if value is not None}
 
 

@@ -25,6 +25,8 @@ import xxhash
 
 from dflash_dist.files import sync
 
+INDEX = "index.json"
+DATE = "data.date"  # its key for the day that the chat template wrote
 PARTIAL = ".partial"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -84,10 +86,10 @@ class FeatureFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(f"*{PARTIAL}"):
                 leftover.unlink(missing_ok=True)
-            if not (self.folder / "index.json").exists():
-                partial = self._partial("index.json")
+            if not (self.folder / INDEX).exists():
+                partial = self._partial(INDEX)
                 partial.write_text(json.dumps(self.index, indent=2))
-                self._publish(partial, "index.json")
+                self._publish(partial, INDEX)
         except OSError as error:
             raise ValueError(f"the feature folder {self.folder} cannot be written to: {error}") from error
 
@@ -190,7 +192,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         ValueError: there are none.
     """
     try:
-        return json.loads((folder / "index.json").read_text())
+        return json.loads((folder / INDEX).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no features: make them with `python -m dflash_dist capture`") from error
 

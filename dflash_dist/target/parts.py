@@ -26,6 +26,16 @@ class Place(NamedTuple):
     error: str | None  # why there is no answer
 
 
+def settings_file(out: Path) -> Path:
+    return out.with_name(out.name + ".settings.json")
+
+
+def stored_settings(out: Path) -> dict[str, Any]:
+    """Those that an output was begun under; none where nothing was begun."""
+    file = settings_file(out)
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 class Parts:
     """The part files of an output: one a rank, whole lines only. A line is a row; or {"row", "turn", "message"}, a turn
     of a row that is not finished, counted from 0.
@@ -35,10 +45,10 @@ class Parts:
 
     def __init__(self, out: Path, settings: dict[str, Any]):
         self.out, self.folder = out, out.with_name(out.name + ".parts")
-        described = out.with_name(out.name + ".settings.json")
+        described = settings_file(out)
         if out.is_file() and not described.is_file():
             raise ValueError(f"{out} exists and was not written by this command: choose another output, or delete it")
-        if described.is_file() and json.loads(described.read_text()) != settings:
+        if described.is_file() and stored_settings(out) != settings:
             raise ValueError(
                 f"{described} belongs to a run with other prompts or settings: choose another output,"
                 f" or delete it with {out} and {self.folder}"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dflash_dist.config import Config, load_config
 from dflash_dist.data.packing import PackedRows
 from dflash_dist.ranks import World, join_world
-from dflash_dist.target.features import FeatureFolder, Shard, read_index, refuse_other
+from dflash_dist.target.features import DATE, INDEX, FeatureFolder, Shard, read_index, refuse_other
 from dflash_dist.target.load import load_target
 from dflash_dist.training import setup
 from dflash_dist.training.context import (
@@ -54,6 +54,7 @@ def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) ->
     """
     config = setup.make_builtins(config, world)
     info = setup.check_target(config)
+    config = setup.fix_date(config, info, world, out)
     data = setup.make_data(config, info, world)
     data.refuse_unsupervised()
     target, dtype = config.target, getattr(torch, config.target.dtype)
@@ -61,9 +62,11 @@ def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) ->
     rows_per_shard = max(1, int(shard_mib * 2**20) // (token_bytes * config.data.seq_len))
     index = describe_features(config, info, data) | {"rows per shard": rows_per_shard}
     index["bytes"] = sum(part.tokens for part in parts_of(data).values()) * token_bytes
+    stored = read_index(out) if (out / INDEX).exists() else None
+    if config.data.date and (stored is None or DATE in stored):
+        index[DATE] = config.data.date  # so that the capture goes on with it, and training takes the same
     features = open_folder(out, index, config, info, data)
-    if (out / "index.json").exists():
-        stored = read_index(out)
+    if stored is not None:
         refuse_other(stored, dict.fromkeys(stored) | index, out)
     if world.is_main:
         features.begin()
@@ -88,7 +91,7 @@ def agree_on_lacking(features: FeatureFolder, world: World) -> list[Shard]:
     """
     world.barrier()
     lacking = set(features.lacking())
-    there = (features.folder / "index.json").exists()
+    there = (features.folder / INDEX).exists()
     ranks, *counts = world.sum_numbers(there, *(shard in lacking for shard in features.shards))
     if ranks < world.size:
         raise ValueError(f"only {ranks:.0f} of {world.size} ranks see {features.folder}: put --out on a shared disk")

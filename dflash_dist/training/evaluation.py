@@ -7,6 +7,7 @@ ends it on all ranks at the same forward: a scheduler may leave seconds, and a f
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def find_prompts(config: Config, info: TargetInfo, data: Data) -> list[list[int]
         encoder = make_encoder(config.data, info.tokenizer, info.stop_ids, info.text.vocab_size)
         for row, conversation in itertools.islice(read_conversations(config.eval.prompts), count):
             try:
-                prompt = encoder.prompt_ids(conversation.asked, conversation.tools)
+                prompt = encoder.prompt_of(dataclasses.replace(conversation, messages=conversation.asked))
             except BadRow as error:
                 raise ValueError(f"eval.prompts {config.eval.prompts}, row {row}: {error}") from error
             if len(prompt) >= info.text.max_position_embeddings:

@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
     world = World(0, 1, torch.device("cpu"))
     config = setup.make_builtins(load_config(args.config, args.overrides), world)
     info = setup.check_target(config)
+    config = setup.fix_date(config, info, world)
     data = setup.make_data(config, info, world)  # says itself what became of the rows
     for line in describe(config, data):
         print(line)

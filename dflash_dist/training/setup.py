@@ -23,8 +23,10 @@ from dflash_dist import __version__
 from dflash_dist.config import Config, to_tree
 from dflash_dist.contract.folder import find_draft, read_draft, read_shape
 from dflash_dist.data.rows import Data, load_data, make_encoder
+from dflash_dist.data.template import today
 from dflash_dist.draft.model import DFlashDraftModel, DraftShape
 from dflash_dist.ranks import World
+from dflash_dist.target.features import DATE, INDEX, read_index
 from dflash_dist.target.load import TargetInfo, check_capture, check_mask_token, packs_exactly, read_info
 from dflash_dist.target.tiny import BUILTIN_CHAT, BUILTIN_TARGET, make_tiny_chats, make_tiny_target
 from dflash_dist.target.warm_start import warm_start
@@ -121,6 +123,36 @@ def check_target(config: Config) -> TargetInfo:
     return info
 
 
+def fix_date(config: Config, info: TargetInfo, world: World, features: Path | None = None) -> Config:
+    """Settles which day the chat template writes, where it writes one and the config leaves that open: the day of the
+    features that are read or continued, of the run that this folder holds already, or today. The same on all ranks.
+
+    Args:
+        features: the folder that a capture writes to.
+
+    Raises:
+        ValueError: as `make_encoder`.
+    """
+    if config.data.date or not make_encoder(config.data, info.tokenizer, info.stop_ids).writes_date:
+        return config
+    stored = features or (Path(config.target.features) if config.target.features else None)
+    known = _date_of_features(stored) if stored else None
+    date = world.agree_on_day(known or _date_of_run(Path(config.output_dir)) or today())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
+
+
+def _date_of_features(folder: Path) -> str | None:
+    return read_index(folder).get(DATE) if (folder / INDEX).exists() else None
+
+
+def _date_of_run(folder: Path) -> str | None:
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # a run that was killed early may leave half of it
+        tree = yaml.safe_load((folder / CONFIG).read_text())
+        if isinstance(tree, dict) and isinstance(tree.get("data"), dict):
+            return tree["data"].get("date")
+    return None
+
+
 def make_data(config: Config, info: TargetInfo, world: World) -> Data:
     """The rows that the run learns from and those held out; says what became of the data.
 
@@ -135,6 +167,8 @@ def make_data(config: Config, info: TargetInfo, world: World) -> Data:
     if world.is_main:
         for line in data.describe():
             print(line)
+        if encoder.writes_date:
+            print(f"the chat template writes a date, in this run {encoder.date} (data.date)")
         if not pack:
             print(f"{info.path} has layers that mix packed documents: one document a row, the rest of it is padding")
     return data

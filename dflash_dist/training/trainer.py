@@ -54,9 +54,10 @@ class Trainer:
 
     def __init__(self, config: Config, world: World):
         setup.check_world(config, world)
-        self.config = config = setup.make_builtins(config, world)
+        config = setup.make_builtins(config, world)
         self.world = world
         info = setup.check_target(config)
+        self.config = config = setup.fix_date(config, info, world)
         data = setup.make_data(config, info, world)
         data.refuse_unsupervised()
         rows, held_out = data.train.rows, data.held_out.rows if data.held_out else None

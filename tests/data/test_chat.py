@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from functools import cache
 
@@ -284,6 +285,40 @@ def test_marks_do_not_hide_that_history_is_rewritten():
     assert plain(encode(make_encoder(FORGETFUL_MARKED), THOUGHTS)) == plain(encode(make_encoder(FORGETFUL), THOUGHTS))
 
 
+# Answers that are context
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, MARKED, FORCED_MARKED, FORGETFUL], ids=["", "marked", "only marked", "own"]
+)
+@pytest.mark.parametrize("context", [{1}, {3}, {5}, {1, 3}, {3, 5}, set()])
+def test_an_answer_of_no_weight_is_rendered_and_not_supervised(template, context):
+    encoder, messages = make_encoder(template), turns("q", "a", "r", "b", "s", "c")
+    marked = [message | ({"weight": 0} if k in context else {}) for k, message in enumerate(messages)]
+    [document] = encode(encoder, marked)
+    assert supervised(encoder, document) == [
+        f"{messages[k]['content']}<|im_end|>" for k in (1, 3, 5) if k not in context
+    ]
+    whole = ids(encoder, encoder.render(messages))
+    assert document.input_ids.tolist() == whole[: len(document.input_ids)]
+    last = max({1, 3, 5} - context) if template != FORCED_MARKED else 5
+    assert text_of(encoder, document.input_ids).rstrip().endswith(f"{messages[last]['content']}<|im_end|>")
+
+
+def test_of_no_weight_at_all_nothing_is_left():
+    messages = [message | {"weight": 0} for message in turns("q", "a")]
+    assert encode(make_encoder(CHATML), messages) == []
+    last = [*turns("q", "a", "r"), {"role": "assistant", "content": "b", "weight": 0}]
+    assert encode(make_encoder(CHATML, last_turn_only=True), last) == []
+
+
+def test_a_template_never_sees_a_weight():
+    encoder = make_encoder("{% for m in messages %}{{ m.weight }}{% endfor %}" + CHATML)
+    assert encoder.prompt_ids([{"role": "assistant", "content": "a", "weight": 0}]) == encoder.prompt_ids(
+        [{"role": "assistant", "content": "a"}]
+    )
+
+
 # What cannot be told apart is refused
 
 
@@ -348,11 +383,79 @@ def test_template_arguments_reach_the_template():
     assert encoder.render(turns("q")).startswith("brief<|im_start|>")
 
 
+@pytest.mark.parametrize(
+    ("template", "given", "message"),
+    [
+        ("{{ style }}", {"stile": "brief"}, "knows no argument 'stile': did you mean 'style'?"),
+        ("{{ style }}", {"style:brief": None}, "knows no argument 'style:brief': did you mean 'style'?"),
+        ("{{ style }}", {"style": None}, "argument 'style' has no value"),
+        ("{{ style }}{{ bos_token }}", {"x": 1}, "knows no argument 'x': it knows bos_token, style"),
+        ("", {"x": 1}, "knows no argument 'x': it takes none"),
+        ("{{ tools }}", {"tools": []}, "knows no argument 'tools': it takes none"),
+        ("{% if", {}, "not valid Jinja: line 1: "),
+    ],
+)
+def test_an_argument_that_would_vanish_is_refused(template, given, message):
+    with pytest.raises(ValueError, match="the chat template.* " + re.escape(message)):
+        make_encoder(template + CHATML, template_args=given)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if style is defined %}x{% endif %}",
+        "{% if not style is defined %}{% set style = 1 %}{% endif %}{{ style }}",
+        "{% macro shout(text) %}{{ style }}{{ text }}{% endmacro %}{{ shout('x') }}",
+        "{% set ns = namespace(x=style) %}{{ ns.x }}",
+        "{% for m in messages if style %}x{% endfor %}",
+        "{% set style = style | default('x') %}{{ style }}",
+        "{% generation %}{{ style }}{% endgeneration %}",
+    ],
+)
+def test_an_argument_is_known_wherever_the_template_takes_it(template):
+    assert make_encoder(template + CHATML, template_args={"style": "x"}).known_args == {"style"}
+
+
+def test_of_several_templates_each_may_take_an_argument():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ style }}" + CHATML}
+    assert ChatEncoder(tokenizer, [STOP], {"style": "x"}).known_args == {"style"}
+
+
+DATED = "{{ strftime_now('%d.%m.%y %H:%M') }}" + CHATML
+
+
+def test_a_template_writes_the_day_that_it_is_told():
+    encoder = make_encoder(DATED, date="2024-02-29")
+    assert encoder.writes_date
+    for rendered in (encoder.render(turns("q")), encoder.texts(Conversation(turns("q", "a")))[0].text):
+        assert rendered.startswith("29.02.24 00:00<|im_start|>")
+    marked = make_encoder("{{ strftime_now('%Y') }}" + FORCED_MARKED, date="2024-02-29")
+    assert marked.texts(Conversation(turns("q", "a")))[0].text.startswith("2024<|im_start|>")
+    now = encoder.tokenizer.apply_chat_template(turns("q"), chat_template=DATED, tokenize=False)
+    assert not now.startswith("29.02.24"), "others keep their clock"
+
+
+def test_the_day_belongs_to_the_identity_only_where_it_is_written():
+    days = ("2024-02-29", "2024-03-01")
+    assert len({make_encoder(DATED, date=day).identity for day in days}) == 2
+    assert len({make_encoder(CHATML, date=day).identity for day in days}) == 1
+    # as Llama 3.2 does it
+    own = "{% if not date_string is defined %}{% set date_string = strftime_now('%Y') %}{% endif %}{{ date_string }}"
+    stated = [make_encoder(own + CHATML, template_args={"date_string": "now"}, date=day) for day in days]
+    assert {encoder.writes_date for encoder in stated} == {False}
+    assert len({encoder.identity for encoder in stated}) == 1
+    assert len({make_encoder(own + CHATML, date=day).identity for day in days}) == 2
+    beside = "{% if tools %}{{ strftime_now('%Y') }}{% endif %}{{ style }}" + CHATML
+    assert make_encoder(beside, template_args={"style": "x"}).writes_date, "for all that is known"
+
+
 def test_the_identity_changes_with_everything_that_could_change_a_document():
     encoders = [
         make_encoder(CHATML),
         make_encoder(COLON),
-        make_encoder(CHATML, template_args={"style": "brief"}),
+        make_encoder("{{ style }}" + CHATML),
+        make_encoder("{{ style }}" + CHATML, template_args={"style": "brief"}),
         make_encoder(CHATML, last_turn_only=True),
         make_encoder(CHATML, drop_reasoning=True),
         ChatEncoder(tiny_tokenizer(), [0, STOP]),
@@ -360,7 +463,7 @@ def test_the_identity_changes_with_everything_that_could_change_a_document():
     ]
     assert len({encoder.identity for encoder in encoders}) == len(encoders)
     assert make_encoder(CHATML).identity == encoders[0].identity
-    assert ChatEncoder(tiny_tokenizer(), (STOP, 0)).identity == encoders[5].identity
+    assert ChatEncoder(tiny_tokenizer(), (STOP, 0)).identity == encoders[6].identity
 
 
 def test_a_stop_token_fills_what_is_empty_where_the_tokenizer_has_no_padding():

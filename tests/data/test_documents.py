@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -159,7 +159,7 @@ def test_an_entry_is_made_once_and_opened_without_a_lock(tmp_path, monkeypatch, 
 
 
 def changed_tokenizer() -> ChatEncoder:
-    encoder = make_encoder()
+    encoder = styled()
     encoder.tokenizer.add_tokens(["hello"])
     return encoder
 
@@ -171,24 +171,29 @@ def lengthen(path: Path) -> None:
     os.utime(path, ns=(time, time))
 
 
+def styled(stop_ids: Sequence[int] = (2,), **options: Any) -> ChatEncoder:
+    """With a template that takes an argument."""
+    return ChatEncoder(make_encoder().tokenizer, stop_ids, chat_template="{{ style }}" + CHATML, **options)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         pytest.param(lengthen, id="the file's length"),
         pytest.param(lambda path: os.utime(path, ns=(0, 0)), id="the file's time"),
-        pytest.param(lambda path: make_encoder(chat_template=CHATML + "\n"), id="the template"),
-        pytest.param(lambda path: make_encoder(template_args={"x": 1}), id="an argument of the template"),
-        pytest.param(lambda path: make_encoder(last_turn_only=True), id="last_turn_only"),
-        pytest.param(lambda path: make_encoder(drop_reasoning=True), id="drop_reasoning"),
-        pytest.param(lambda path: ChatEncoder(make_encoder().tokenizer, [1, 2]), id="a stop token"),
+        pytest.param(lambda path: make_encoder(chat_template=CHATML), id="the template"),
+        pytest.param(lambda path: styled(template_args={"style": "brief"}), id="an argument of the template"),
+        pytest.param(lambda path: styled(last_turn_only=True), id="last_turn_only"),
+        pytest.param(lambda path: styled(drop_reasoning=True), id="drop_reasoning"),
+        pytest.param(lambda path: styled(stop_ids=[1, 2]), id="a stop token"),
         pytest.param(lambda path: changed_tokenizer(), id="the tokenizer"),
     ],
 )
 def test_another_entry_is_made_after_a_change_of(tmp_path, change):
     path = write_rows(tmp_path / "rows.jsonl", chats(2))
-    opened(path)
+    opened(path, styled())
     changed = change(path)
-    opened(path, changed if isinstance(changed, ChatEncoder) else None)
+    opened(path, changed if isinstance(changed, ChatEncoder) else styled())
     assert len(entries(tmp_path)) == 2
 
 

@@ -261,7 +261,7 @@ def test_the_cache_is_where_the_config_or_the_system_says(monkeypatch):
 
 
 def test_the_encoder_is_as_configured(tmp_path):
-    (tmp_path / "chat.jinja").write_text(CHATML + "é", encoding="utf-8")
+    (tmp_path / "chat.jinja").write_text(CHATML + "é{{ x }}", encoding="utf-8")
     config = DataConfig(
         chat_template=str(tmp_path / "chat.jinja"),
         template_args={"x": 1},
@@ -269,7 +269,7 @@ def test_the_encoder_is_as_configured(tmp_path):
         drop_reasoning=True,
     )
     expected = files.make_encoder(
-        chat_template=CHATML + "é", template_args={"x": 1}, last_turn_only=True, drop_reasoning=True
+        chat_template=CHATML + "é{{ x }}", template_args={"x": 1}, last_turn_only=True, drop_reasoning=True
     )
     assert make_encoder(config, tiny_tokenizer(), [2]).identity == expected.identity
     assert make_encoder(DataConfig(), tiny_tokenizer(), [2]).identity == files.make_encoder().identity

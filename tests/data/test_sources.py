@@ -409,9 +409,9 @@ def test_a_message_keeps_what_templates_read_and_nothing_else():
     assert read_messages({**USER, "name": None, "weight": 0, "tool_calls": [CALL]}) == [USER]
 
 
-def test_the_text_parts_of_a_content_are_joined():
+def test_a_line_break_joins_the_text_parts_of_a_content():
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
-    assert read_messages({"role": "user", "content": parts}) == [{"role": "user", "content": "one two"}]
+    assert read_messages({"role": "user", "content": parts}) == [{"role": "user", "content": "one \ntwo"}]
 
 
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])

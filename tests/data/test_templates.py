@@ -5,6 +5,7 @@ Real templates come from packages, most from trl. Expected texts are what the mo
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from dataclasses import dataclass, field
@@ -339,6 +340,10 @@ CASES = {
         {"messages": [user("One?"), user("Two?"), assistant("First."), user("Three?"), assistant("Second.")]},
         TWO_TURNS | {"mistral": REFUSED},
     ),
+    "answer of weight 0": Case(
+        {"messages": [user("One?"), assistant("First.") | {"weight": 0}, user("Two?"), assistant("Second.")]},
+        {family: [documents[-1][-1:]] for family, documents in TWO_TURNS.items()},
+    ),
     "two answers in a row": Case(
         {"messages": [user("One?"), assistant("First."), assistant("Second.")]},
         TWO_TURNS
@@ -399,6 +404,63 @@ def test_the_table_of_the_documentation_is_that_of_the_tests():
     for (name, case), row in zip(CASES.items(), rows[1:], strict=True):
         expected = [case.expected[family] for family in FAMILIES]
         assert row == [name, *("refused" if isinstance(e, str) else "own" if len(e) > 1 else "yes" for e in expected)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tools_are_rendered_alike_in_every_form_that_rows_have(family):
+    """As OpenAI's API takes them, as its older one took them, and flat; so are calls and their results."""
+    functions = [tool["function"] for tool in TOOLS]
+    older = {"role": "assistant", "content": None, "function_call": call(ROME)["tool_calls"][0]["function"]}
+    given = [user("Rome?"), older, {"role": "function", "content": "rain"}, assistant("Rain.")]
+    expected = encoder_of(family).encode(read_row(CASES["tool call"].row))
+    for beside in ({"tools": functions}, {"tools": json.dumps(functions)}, {"functions": functions}):
+        documents = encoder_of(family).encode(read_row({"messages": given, **beside}))
+        assert [d.input_ids.tolist() for d in documents] == [d.input_ids.tolist() for d in expected]
+        assert [d.supervised for d in documents] == [d.supervised for d in expected]
+
+
+KNOWN_ARGUMENTS = {
+    "qwen3": {"enable_thinking"},
+    "qwen3 thinking off": {"enable_thinking"},
+    "qwen3-2507": set(),
+    "qwen2.5": set(),
+    "smollm2": set(),
+    "llama3.1": {"bos_token", "builtin_tools", "custom_tools", "date_string", "tools_in_user_message"},
+    "gpt-oss": {"builtin_tools", "model_identity", "reasoning_effort"},
+    "mistral": {"bos_token", "eos_token"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_arguments_that_a_template_takes_are_known_and_one_misspelt_is_refused(family):
+    known = encoder_of(family).known_args
+    assert known >= KNOWN_ARGUMENTS[family]
+    assert not known & {"messages", "tools", "add_generation_prompt", "strftime_now", "namespace", "loop", "ns"}
+    for name in ("enable_thinkin", "enable_thinking:false", "reasoning_efort", "dates"):
+        with pytest.raises(ValueError, match=f"knows no argument '{name}'"):
+            dataclasses.replace(encoder_of(family), template_args={name: False})
+
+
+def test_a_misspelt_argument_is_told_the_nearest():
+    for name in ("enable_thinkin", "enable_thinking:false", "enableThinking"):
+        with pytest.raises(ValueError, match=f"no argument '{name}': did you mean 'enable_thinking'?"):
+            dataclasses.replace(encoder_of("qwen3"), template_args={name: None})
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "told"),
+    [("gptoss", GPT_OSS, "Current date: 2024-02-29"), ("llama3_2", LLAMA, "Today Date: 29 Feb 2024")],
+)
+def test_the_day_that_a_template_writes_is_the_runs(template, special, told):
+    encoder = Family(trl_template(template), special, bos=special[0]).encoder(date="2024-02-29")
+    assert encoder.writes_date
+    assert told in encoder.render([user("One?")], add_generation_prompt=True)
+    [document] = encoder.encode(Conversation([user("One?"), assistant("First.")]))
+    assert told in text_of(encoder, document.input_ids)
+
+
+def test_templates_that_write_no_day_are_told_apart():
+    assert [family for family in FAMILIES if encoder_of(family).writes_date] == ["gpt-oss"]
 
 
 def test_thinking_that_the_limit_cut_inside_the_content_is_refused():

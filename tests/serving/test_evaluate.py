@@ -16,6 +16,7 @@ from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.ranks import World
 from dflash_dist.serving import evaluate as program
 from dflash_dist.serving.evaluate import main
+from tests.data.files import chat, write_rows
 from tests.ranks import run_ranks
 from tests.tiny import lively_target, tiny_shape
 
@@ -160,6 +161,38 @@ def test_prompts_are_rendered_as_in_training_unless_asked_otherwise(monkeypatch,
     assert 'was trained with the template arguments {"mark": "+"}' in capsys.readouterr().out
     tokenizer = AutoTokenizer.from_pretrained(target)
     assert asked == [tokenizer(mark + QUESTIONS[0]).input_ids for mark in "+-"]
+
+
+def test_prompts_have_the_day_of_the_training_or_of_the_evaluations_beginning(monkeypatch, arguments, export, target):
+    record = {"chat_template": "{{ strftime_now('%Y') }}{{ messages[0].content }}", "drop_reasoning": False}
+    record |= {"template_args": {}}
+    asked, plain = [], Decoder.plain
+    monkeypatch.setattr(Decoder, "plain", lambda self, *args: (asked.append(args[0]), plain(self, *args))[1])
+    folder, tokenizer = export(), AutoTokenizer.from_pretrained(target)
+    for trained, expected in (({"date": "2030-01-01"}, "2030"), ({}, "2031")):
+        (folder / "training.json").write_text(json.dumps(record | trained))
+        argv, report = arguments("--limit", "1")
+        for day in ("2031-12-31", "2032-01-01"):
+            monkeypatch.setattr(program, "today", lambda day=day: day)
+            main(argv)
+        assert asked == [tokenizer(expected + QUESTIONS[0]).input_ids], "once: the second one was finished already"
+        assert json.loads(report.with_suffix(".answers.jsonl.settings.json").read_text())["date"][:4] == expected
+        asked.clear()
+
+
+def test_a_prompt_has_the_template_arguments_of_its_row(monkeypatch, arguments, export, target, tmp_path):
+    record = {"chat_template": "{{ mark }}{{ messages[0].content }}", "template_args": {"mark": "+"}}
+    (export() / "training.json").write_text(json.dumps(record | {"drop_reasoning": False}))
+    asked, plain = [], Decoder.plain
+    monkeypatch.setattr(Decoder, "plain", lambda self, *args: (asked.append(args[0]), plain(self, *args))[1])
+    rows = [chat("q", "a"), chat("q", "a", chat_template_kwargs={"mark": "row"})]
+    argv, report = arguments("--diagnose")
+    argv[argv.index("--prompts") + 1] = str(write_rows(tmp_path / "rows.jsonl", rows))
+    main(argv)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert asked == [tokenizer("+q").input_ids, tokenizer("rowq").input_ids]
+    [verdict] = [v for v in json.loads(report.read_text())["diagnosis"] if v["cause"] == "template"]
+    assert verdict["numbers"]["rendered_otherwise"] == 0
 
 
 def test_limit_takes_the_first_prompts(evaluate):

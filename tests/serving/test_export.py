@@ -133,10 +133,28 @@ def test_the_export_says_how_the_chats_were_rendered(tmp_path):
         "revision": "main",
         "chat_template": None,
         "template_args": {"enable_thinking": False},
+        "date": None,
         "drop_reasoning": False,
         "seq_len": 3072,
         "step": 4,
     }
+
+
+def test_the_export_says_the_day_that_its_template_wrote(tmp_path):
+    save_run(tmp_path / "run", [4], config=Config(output_dir=str(tmp_path / "run"), data=DataConfig(date="2031-12-31")))
+    main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
+    assert json.loads((tmp_path / "draft/training.json").read_text())["date"] == "2031-12-31"
+    assert "| day that it writes | 2031-12-31 |" in (tmp_path / "draft/README.md").read_text()
+
+
+def test_a_run_that_knows_no_date_is_exported(tmp_path):
+    """As they were once written."""
+    save_run(tmp_path / "run", [4])
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text().replace("  date: null\n", ""))
+    main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
+    assert json.loads((tmp_path / "draft/training.json").read_text())["date"] is None
+    assert "day that it writes" not in (tmp_path / "draft/README.md").read_text()
 
 
 def test_the_export_holds_a_chat_template_of_the_runs_own(tmp_path):

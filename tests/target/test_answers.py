@@ -14,6 +14,7 @@ from dflash_dist.data.sources import BadRow, Conversation, Message, read_row
 from dflash_dist.ranks import World
 from dflash_dist.target import answers
 from dflash_dist.target.answers import answer_turns, main, regenerate, split_reasoning
+from dflash_dist.target.tiny import CHATML
 from tests.data.files import make_encoder
 from tests.ranks import run_ranks
 from tests.tiny import lively_target
@@ -32,7 +33,9 @@ def target(tiny_target, tmp_path_factory):
     model = lively_target(tiny_target)
     model.generation_config.eos_token_id = STOPS
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_target).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_target)
+    tokenizer.chat_template = "{{ style }}" + CHATML
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -41,9 +44,9 @@ def ask(target):
     """The target's greedy answer to messages, alone and with transformers' own means, and why it ended."""
     tokenizer, model = AutoTokenizer.from_pretrained(target), Qwen3ForCausalLM.from_pretrained(target)
 
-    def answer(messages: list[dict], limit: int = LIMIT) -> tuple[str, str]:
+    def answer(messages: list[dict], limit: int = LIMIT, **template_args: str) -> tuple[str, str]:
         prompt = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt", **template_args
         )
         output = model.generate(**prompt, do_sample=False, max_new_tokens=limit, eos_token_id=STOPS, pad_token_id=0)
         ids = output[0, prompt["input_ids"].shape[1] :].tolist()
@@ -73,6 +76,7 @@ def arguments(tmp_path, target, write_chats):
             "seed": 0,
             "dtype": "float32",
             "template_args": {},
+            "date": None,
         }
         return Namespace(**{**settings, **changes})
 
@@ -295,6 +299,73 @@ def test_tools_reach_the_prompt_and_the_output(arguments, alone, monkeypatch):
     assert _read(args.out)[0]["tools"] == tools
 
 
+def test_a_row_keeps_what_its_answers_depended_on(arguments, alone, ask, capsys):
+    """And those that nothing could keep are named."""
+    args = arguments(template_args={"style": "run"})
+    function = {"name": "weather", "parameters": {}}
+    row = {
+        **{"messages": [_user("Hi"), {"role": "assistant", "content": "no", "weight": 0}, _user("Why?")]},
+        **{"system": "Be brief.", "functions": [function], "enable_thinking": True, "label": "x"},
+        "chat_template_kwargs": {"style": "row"},
+    }
+    Path(args.prompts).write_text(json.dumps(row) + "\n")
+    regenerate(args, alone)
+    [written] = _read(args.out)
+    messages = [{"role": "system", "content": "Be brief."}, *row["messages"]]
+    bare = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    text, reason = ask(bare, style="row")
+    assert written == {
+        "messages": [*messages, {"role": "assistant", "content": text}],
+        "finish_reason": reason,
+        "tools": [{"type": "function", "function": function}],
+        "chat_template_kwargs": {"enable_thinking": True, "style": "row"},
+        "row": 1,
+    }
+    assert "keys that nothing reads: label (1 rows)" in capsys.readouterr().out
+
+
+def test_an_argument_that_the_template_does_not_know_is_refused_before_anything_is_written(arguments, alone):
+    args = arguments(template_args={"stlye": "x"})
+    with pytest.raises(ValueError, match="knows no argument 'stlye': did you mean 'style'"):
+        regenerate(args, alone)
+    assert not list(Path(args.out).parent.glob("answers.jsonl*"))
+
+
+@pytest.fixture
+def dated(target, tmp_path) -> str:
+    """The target with a template that writes the day."""
+    folder = Path(shutil.copytree(target, tmp_path / "dated"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ strftime_now('%d %b') }}" + CHATML
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_an_output_is_continued_with_the_day_on_which_it_was_begun(arguments, alone, dated, monkeypatch):
+    whole = arguments(target=dated, out=arguments().out + ".whole", date="2031-12-31", batch_size=2)
+    regenerate(whole, alone)
+    args, write = arguments(target=dated, batch_size=2), answers.write_answers
+    monkeypatch.setattr(answers, "today", lambda: "2031-12-31")
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(answers, "write_answers", lambda *given: _die() if _part(args).stat().st_size else write(*given))
+        regenerate(args, alone)
+    monkeypatch.setattr(answers, "today", lambda: "2032-01-01")
+    regenerate(args, alone)
+    assert Path(args.out).read_bytes() == Path(whole.out).read_bytes()
+    other = arguments(target=dated, out=args.out + ".other")
+    regenerate(other, alone)
+    assert Path(other.out).read_bytes() != Path(whole.out).read_bytes(), "the day is in the prompt"
+    with pytest.raises(ValueError, match="belongs to a run with other prompts or settings"):
+        regenerate(arguments(target=dated, date="2032-01-01"), alone)
+
+
+def test_a_day_is_given_as_one(arguments, alone):
+    with pytest.raises(SystemExit):
+        main(["--target", "t", "--prompts", "p", "--out", "o", "--date", "31.12.2031"])
+    with pytest.raises(ValueError, match="--date 2031-12-31: a server writes the day that its own clock says"):
+        regenerate(arguments(endpoint="http://localhost:1/v1", date="2031-12-31"), alone)
+
+
 def test_a_prompt_that_the_template_refuses_is_left_out(arguments, alone, monkeypatch, capsys):
     prompt_ids = answers.ChatEncoder.prompt_ids
 
@@ -363,6 +434,18 @@ def test_results_of_calls_that_are_text_follow_the_same_text_only():
     end = {"role": "assistant", "content": "Rain"}
     assert _turns(log, old, end) == [*log, end]
     assert _turns(log, end) == [log[0], end]
+
+
+def test_an_answer_that_is_context_stays_as_it_is():
+    given = {"role": "assistant", "content": "no", "weight": 0}
+    old, new = {"role": "assistant", "content": "old"}, {"role": "assistant", "content": "new"}
+    assert _turns([_user("a"), given, _user("b"), old], new) == [_user("a"), given, _user("b"), new]
+    assert _turns([_user("a"), given, old, _user("b")], new, new) == [_user("a"), given, new, _user("b"), new]
+    assert _turns([_user("a"), old, _user("b"), given], new) == [_user("a"), new, _user("b"), given]
+    given |= _called("weather", {}, id="its own")
+    log = [_user("a"), given | {"weight": 0}, RESULT | {"tool_call_id": "its own"}, old]
+    assert _turns(log, new) == [*log[:3], new]
+    assert next(answer_turns(Conversation([_user("a"), given | {"weight": 0}])), None) is None
 
 
 def test_a_system_prompt_alone_is_no_question():
@@ -499,7 +582,7 @@ def test_left_over_parts_of_other_settings_are_refused(interrupted, arguments, a
     before = _part(interrupted).read_bytes()
     changes = [{"max_new_tokens": 5}, {"temperature": 0.5}, {"top_p": 0.9}, {"seed": 1}, {"dtype": "bfloat16"}]
     changes += [{"top_k": 5}, {"endpoint": "http://localhost:1/v1", "extra_body": {}}]
-    changes += [{"template_args": {"enable_thinking": False}}, {"target": "elsewhere"}]
+    changes += [{"template_args": {"style": "brief"}}, {"target": f"{interrupted.target}/."}]
     for change in changes:
         with pytest.raises(ValueError, match=f"{interrupted.out}.settings.json belongs to a run with other"):
             regenerate(arguments(batch_size=2, **change), alone)

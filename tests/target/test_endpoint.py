@@ -144,6 +144,7 @@ def arguments(tmp_path, server):
             "top_k": 0,
             "seed": 0,
             "template_args": {},
+            "date": None,
             "endpoint": server.url,
             "concurrency": 2,
             "timeout": 20.0,
@@ -237,6 +238,27 @@ def test_sampling_template_and_extra_fields_arrive(answer, server, monkeypatch):
     }
     assert second["seed"] == 7_000_023
     assert server.headers[0]["Authorization"] == "Bearer secret"
+
+
+def test_what_a_row_states_arrives_and_stays(answer, server, capsys):
+    """With the run's template arguments behind its own; whether they are known only the server's template can tell."""
+    context = {"role": "assistant", "content": "no", "weight": 0}
+    row = chat("q1", "no", "q2", tools=[WEATHER["function"]], chat_template_kwargs={"style": "row"})
+    row["messages"][1] = context
+    (written,) = answer([row], template_args={"style": "run", "n": 1})
+    assert server.asked[0]["messages"] == chat("q1", "no", "q2")["messages"], "servers need not know weights"
+    assert server.asked[0]["chat_template_kwargs"] == {"style": "row", "n": 1}
+    assert server.asked[0]["tools"] == [WEATHER]
+    assert written == row | {
+        "messages": [*row["messages"], {"role": "assistant", "content": "new: q2"}],
+        **{"tools": [WEATHER], "finish_reason": "stop", "row": 1},
+    }
+    assert "whether the server's chat template knows --template-args cannot be told" in capsys.readouterr().out
+
+
+def test_template_arguments_are_compared_with_a_template_that_lies_here(arguments, alone, tiny_target):
+    with pytest.raises(ValueError, match="the chat template knows no argument 'enable_thinking'"):
+        regenerate(arguments(target=str(tiny_target), template_args={"enable_thinking": False}), alone)
 
 
 def test_later_turns_are_asked_with_the_new_earlier_answers(answer, server):
