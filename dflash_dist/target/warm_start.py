@@ -116,8 +116,8 @@ def _copy_layer(layer: DraftLayer, rope: Rope, target: DecoderParts, number: int
     real, new = target.real(target.layers[number]), copy.deepcopy(layer)
     for name in wanted:
         source, module = (of.get_submodule(name.removesuffix(".weight")) for of in (real, new))
-        is_norm = isinstance(module, RMSNorm)
-        new.get_parameter(name).copy_(_norm_weight(source, module) if is_norm else real.get_parameter(name))
+        weight = _norm_weight(source, module) if isinstance(module, RMSNorm) else real.get_parameter(name)
+        new.get_parameter(name).copy_(weight)
     compared = copy.deepcopy(new)
     if not has_head_norms:
         compared.self_attn.q_norm = compared.self_attn.k_norm = nn.Identity()  # type: ignore[assignment]
