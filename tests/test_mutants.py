@@ -1,0 +1,19 @@
+"""The list of mutants does not rot: each still has its place, and would be a program."""
+
+from __future__ import annotations
+
+from tests.conftest import REPOSITORY
+from tests.mutants import read_mutants
+
+
+def test_every_mutant_has_its_place() -> None:
+    for room, mutants in read_mutants().items():
+        for mutant in mutants:
+            where = f"tests/mutants/{room}.py, {mutant.file}: {mutant.old!r}"
+            source = (REPOSITORY / mutant.file).read_text()
+            assert source.count(mutant.old) == 1, f"not there once: {where}"
+            assert mutant.new != mutant.old, where
+            if mutant.file.endswith(".py"):
+                compile(source.replace(mutant.old, mutant.new), where, "exec")
+            for test in mutant.tests.split():
+                assert (REPOSITORY / test.split("::")[0]).is_file(), f"no test {test}: {where}"
