@@ -1,15 +1,15 @@
 """The mutation run, `make mutants`: every fault of tests/mutants/, one at a time, and the first test that notices it.
 
-    python -m tests.mutate [ROOM ...] [--only TEXT]
+    python -m tests.mutate [ROOM ...] [--new] [--only TEXT]
 
-Works on a copy of the repository, in one process at a time, with the tests that a mutant names; writes docs/mutants.md,
-where rooms that were not asked for stay as they are. `--only` takes mutants whose promise, file or fault holds TEXT and
-writes nothing.
+Works on a copy of the repository, in one process at a time, with the tests that a mutant names. Writes docs/mutants.md,
+where the rows of mutants that were not asked for stay as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import shutil
@@ -28,6 +28,13 @@ REPOSITORY = Path(__file__).parent.parent
 TABLE = REPOSITORY / "docs/mutants.md"
 PARTS = ("dflash_dist", "tests", "configs", "launch", "docs", "Makefile", "README.md", "pyproject.toml")
 BOUND = 300  # [s] after which tests count as hanging, which is noticed too
+# Loaded once, before the forks.
+LIBRARIES = (
+    "hypothesis",
+    "torch.nn.attention.flex_attention",
+    "torch.utils.tensorboard",
+    "transformers.models.qwen3.modeling_qwen3",
+)
 SURVIVED, HANGS = "SURVIVED", "hangs"
 
 
@@ -107,24 +114,33 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", r"\|")
 
 
-def to_section(mutants: list[Mutant], noticed: list[str]) -> str:
+def row_of(mutant: Mutant, by: str) -> str:
+    """The mutant's row in the table, up to who notices it, and that."""
+    test = by.removeprefix("tests/").split("[")[0].replace("::", " ")
+    return f"| {cell(mutant.promise)} | {mutant.file.removeprefix('dflash_dist/')} | {cell(test)} |"
+
+
+def to_section(noticed: list[tuple[Mutant, str]]) -> str:
     """What docs/mutants.md says of a room: its count, its survivors and its table."""
-    real = [by for mutant, by in zip(mutants, noticed) if not mutant.equivalent]
+    real = [by for mutant, by in noticed if not mutant.equivalent]
     lines = [f"{sum(by != SURVIVED for by in real)} of {len(real)} noticed.", ""]
-    for mutant, by in zip(mutants, noticed):
+    for mutant, by in noticed:
         if by == SURVIVED:
             why = mutant.equivalent and f", which changes nothing: {mutant.equivalent}"
             lines.append(f"* survived: `{cell(mutant.new)}` for `{cell(mutant.old)}` in {mutant.file}{why}")
-    lines += ["", "| promise | broken in | noticed by |", "|---|---|---|"]
-    for mutant, by in zip(mutants, noticed):
-        test = by.removeprefix("tests/").split("[")[0].replace("::", " ")
-        lines.append(f"| {cell(mutant.promise)} | {mutant.file.removeprefix('dflash_dist/')} | {cell(test)} |")
+    lines += ["", "| promise | broken in | noticed by |", "|---|---|---|", *(row_of(*each) for each in noticed)]
     return "\n".join(lines).replace("\n\n\n", "\n\n")
 
 
-def write_table(sections: dict[str, str]) -> None:
-    """Into docs/mutants.md, beside the rooms that it has already."""
-    head, *old = TABLE.read_text().split("\n## ") if TABLE.is_file() else [""]
+def known(text: str, mutant: Mutant) -> str | None:
+    """Who noticed `mutant` when `text`, docs/mutants.md, was written."""
+    begin = row_of(mutant, "").removesuffix(" |")
+    return next((line[len(begin) :].strip(" |") for line in text.split("\n") if line.startswith(begin)), None)
+
+
+def write_table(text: str, sections: dict[str, str]) -> None:
+    """Into docs/mutants.md, which holds `text`, beside the rooms that it has already."""
+    old = text.split("\n## ")[1:]
     sections = dict(section.split("\n\n", 1) for section in old) | sections
     counts = [[int(n) for n in re.findall(r"\d+", section.split("\n")[0])] for section in sections.values()]
     noticed, of = (sum(count) for count in zip(*counts))
@@ -141,12 +157,14 @@ def write_table(sections: dict[str, str]) -> None:
 
 def main() -> None:
     rooms = read_mutants()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rooms", nargs="*", metavar="ROOM", help=f"of {', '.join(rooms)}; all without one")
-    parser.add_argument("--only", default="", metavar="TEXT")
+    parser.add_argument("--only", default="", metavar="TEXT", help="mutants whose promise, file or fault holds it")
+    parser.add_argument("--new", action="store_true", help="mutants that the table does not have, or that survived")
     arguments = parser.parse_args()
-    import torch  # noqa: F401 - loaded once, before the forks
-    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+    text = TABLE.read_text() if TABLE.is_file() else ""
+    for library in LIBRARIES:
+        importlib.import_module(library)
 
     sections = {}
     with tempfile.TemporaryDirectory(prefix="dflash-mutants-") as scratch:
@@ -157,20 +175,27 @@ def main() -> None:
             else:
                 shutil.copy(REPOSITORY / part, copy / part)
         for room in arguments.rooms or rooms:
-            mutants = [each for each in rooms[room] if arguments.only in f"{each.promise} {each.file} {each.old}"]
+            before = [known(text, mutant) for mutant in rooms[room]]
+            asked = [
+                arguments.only in f"{mutant.promise} {mutant.file} {mutant.old}"
+                and not (arguments.new and by not in (None, SURVIVED))
+                for mutant, by in zip(rooms[room], before)
+            ]
             # Without a fault all must pass, or nothing would be told by a failure.
-            tests = sorted({test for mutant in mutants for test in mutant.tests.split()})
+            tests = sorted({test for mutant, now in zip(rooms[room], asked) if now for test in mutant.tests.split()})
             if tests and (failed := first_failure(copy, tests)):
                 sys.exit(f"{room}: {failed} fails without a mutant")
             noticed = []
-            for mutant in mutants:
-                begin = time.monotonic()
-                noticed.append(notice(copy, mutant))
-                seconds = f"{time.monotonic() - begin:4.0f} s"
-                print(f"{room:10} {seconds}  {noticed[-1]:70.120}  {cell(mutant.new):.80}", flush=True)
-            sections[room] = to_section(mutants, noticed)
-    if not arguments.only:
-        write_table(sections)
+            for mutant, by, now in zip(rooms[room], before, asked):
+                if now:
+                    begin = time.monotonic()
+                    by = notice(copy, mutant)
+                    seconds = f"{time.monotonic() - begin:4.0f} s"
+                    print(f"{room:10} {seconds}  {by:70.120}  {cell(mutant.new):.80}", flush=True)
+                if by is not None:
+                    noticed.append((mutant, by))
+            sections[room] = to_section(noticed)
+    write_table(text, sections)
 
 
 if __name__ == "__main__":

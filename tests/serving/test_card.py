@@ -80,10 +80,17 @@ def test_the_table_says_how_it_was_trained(tmp_path):
 
 def test_nothing_of_the_machine_is_in_the_card(tmp_path):
     (tmp_path / "chats.jsonl").write_text("")
-    config = Config(target=TargetConfig(path=str(tmp_path)), data=DataConfig(path=str(tmp_path / "chats.jsonl")))
-    make_card(tmp_path, config)
-    text = (tmp_path / "my-draft/README.md").read_text()
-    assert str(tmp_path) not in text and "chats.jsonl" in text
+    here = str(tmp_path / "chats.jsonl")
+    for source in (here, {here: 1.0, "/mnt/elsewhere/more.jsonl": 2.0}):
+        config = Config(
+            target=TargetConfig(path=str(tmp_path)),
+            data=DataConfig(path=source),
+            draft=DraftConfig(init=str(tmp_path / "first-draft")),
+        )
+        make_card(tmp_path, config)
+        text = (tmp_path / "my-draft/README.md").read_text()
+        assert str(tmp_path) not in text and "/mnt" not in text
+        assert "chats.jsonl" in rows(text)["data"][0] and rows(text)["begun from"] == ["first-draft"]
 
 
 def test_the_commands_have_each_engines_count(tmp_path):
