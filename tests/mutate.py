@@ -195,7 +195,7 @@ def main() -> None:
                 if by is not None:
                     noticed.append((mutant, by))
             sections[room] = to_section(noticed)
-    write_table(text, sections)
+            write_table(text, sections)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from tests.conftest import REPOSITORY
 from tests.mutants import read_mutants
 
 
 def test_every_mutant_has_its_place() -> None:
     for room, mutants in read_mutants().items():
+        named = Counter((mutant.promise, mutant.file) for mutant in mutants)
+        assert not [name for name, count in named.items() if count > 1], "the table tells mutants apart by these"
         for mutant in mutants:
             where = f"tests/mutants/{room}.py, {mutant.file}: {mutant.old!r}"
             source = (REPOSITORY / mutant.file).read_text()
