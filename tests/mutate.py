@@ -103,7 +103,10 @@ def notice(copy: Path, mutant: Mutant) -> str:
     source = file.read_text()
     if source.count(mutant.old) != 1:
         sys.exit(f"{mutant.file} does not hold this once, so nothing was tried: {mutant.old!r}")
-    file.write_text(source.replace(mutant.old, mutant.new))
+    broken = source.replace(mutant.old, mutant.new)
+    if file.suffix == ".py":
+        compile(broken, mutant.file, "exec")  # a fault that is no program would be noticed by anybody
+    file.write_text(broken)
     try:
         return first_failure(copy, mutant.tests.split()) or SURVIVED
     finally:
@@ -138,9 +141,13 @@ def known(text: str, mutant: Mutant) -> str | None:
     return next((line[len(begin) :].strip(" |") for line in text.split("\n") if line.startswith(begin)), None)
 
 
-def write_table(text: str, sections: dict[str, str]) -> None:
-    """Into docs/mutants.md, which holds `text`, beside the rooms that it has already."""
-    old = text.split("\n## ")[1:]
+def read_table() -> str:
+    return TABLE.read_text() if TABLE.is_file() else ""
+
+
+def write_table(sections: dict[str, str]) -> None:
+    """Into docs/mutants.md, beside the rooms that it has already."""
+    old = read_table().split("\n## ")[1:]
     sections = dict(section.split("\n\n", 1) for section in old) | sections
     counts = [[int(n) for n in re.findall(r"\d+", section.split("\n")[0])] for section in sections.values()]
     noticed, of = (sum(count) for count in zip(*counts))
@@ -162,11 +169,10 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="mutants whose promise, file or fault holds it")
     parser.add_argument("--new", action="store_true", help="mutants that the table does not have, or that survived")
     arguments = parser.parse_args()
-    text = TABLE.read_text() if TABLE.is_file() else ""
+    text = read_table()
     for library in LIBRARIES:
         importlib.import_module(library)
 
-    sections = {}
     with tempfile.TemporaryDirectory(prefix="dflash-mutants-") as scratch:
         copy = Path(scratch)
         for part in PARTS:
@@ -194,8 +200,7 @@ def main() -> None:
                     print(f"{room:10} {seconds}  {by:70.120}  {cell(mutant.new):.80}", flush=True)
                 if by is not None:
                     noticed.append((mutant, by))
-            sections[room] = to_section(noticed)
-            write_table(text, sections)
+            write_table({room: to_section(noticed)})
 
 
 if __name__ == "__main__":

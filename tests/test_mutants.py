@@ -1,4 +1,4 @@
-"""The list of mutants does not rot: each still has its place, and would be a program."""
+"""The list of mutants does not rot: each still has its place."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ def test_every_mutant_has_its_place() -> None:
         assert not [name for name, count in named.items() if count > 1], "the table tells mutants apart by these"
         for mutant in mutants:
             where = f"tests/mutants/{room}.py, {mutant.file}: {mutant.old!r}"
-            source = (REPOSITORY / mutant.file).read_text()
-            assert source.count(mutant.old) == 1, f"not there once: {where}"
+            assert (REPOSITORY / mutant.file).read_text().count(mutant.old) == 1, f"not there once: {where}"
             assert mutant.new != mutant.old, where
-            if mutant.file.endswith(".py"):
-                compile(source.replace(mutant.old, mutant.new), where, "exec")
             for test in mutant.tests.split():
                 assert (REPOSITORY / test.split("::")[0]).is_file(), f"no test {test}: {where}"
