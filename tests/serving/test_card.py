@@ -90,7 +90,7 @@ def test_nothing_of_the_machine_is_in_the_card(tmp_path, monkeypatch):
         )
         make_card(tmp_path, config)
         text = (tmp_path / "my-draft/README.md").read_text()
-        assert tmp_path.name not in text and "/mnt" not in text
+        assert f"{tmp_path.name}/" not in text and "/mnt" not in text
         assert "chats.jsonl" in rows(text)["data"][0] and rows(text)["begun from"] == ["first-draft"]
 
 
