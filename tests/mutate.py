@@ -9,8 +9,10 @@ where the rows of mutants that were not asked for stay as they are.
 from __future__ import annotations
 
 import argparse
+import compileall
 import importlib
 import os
+import py_compile
 import re
 import shutil
 import signal
@@ -83,7 +85,6 @@ def run_tests(copy: Path, tests: Sequence[str], notes: Path, output: Path) -> No
     for name in [name for name in sys.modules if name.split(".")[0] in PARTS]:
         del sys.modules[name]
     sys.path[:] = [str(copy), *(path for path in sys.path if path and Path(path).resolve() != REPOSITORY)]
-    # No bytecode is written: a file changed within a second and of the same size would be taken for the old one.
     os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     sys.dont_write_bytecode = True
     with output.open("w") as file:
@@ -180,6 +181,8 @@ def main() -> None:
                 shutil.copytree(REPOSITORY / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(REPOSITORY / part, copy / part)
+        # Told from its source by a hash: by its time and size, a file might be taken for what it was before.
+        compileall.compile_dir(copy, quiet=1, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
         for room in arguments.rooms or rooms:
             before = [known(text, mutant) for mutant in rooms[room]]
             asked = [

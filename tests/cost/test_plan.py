@@ -119,6 +119,7 @@ def test_what_is_held_once_or_waits_written_out_by_hand() -> None:
     tied = dataclasses.replace(step, target=dataclasses.replace(step.target, tied=True))
     assert held(step)["draft"]["embedding and head"] == 2 * 2048 * 128 * 4
     assert held(tied)["draft"]["embedding and head"] == 2048 * 128 * 4
+    assert held(step)["draft"]["features"] == 256 * 3 * 128 * 4
     weights = 4 * draft_parameters(step.draft)
     assert held(step)["update"]["gradients"] == weights and held(step)["update"]["optimiser"] == 2 * weights
     assert held(dataclasses.replace(step, optimizer_shards=4))["update"]["optimiser"] == weights // 2

@@ -58,7 +58,13 @@ MUTANTS = [
         "features = step.tokens * step.draft.hidden_size",
         HELD,
     ),
-    Mutant("what every GPU will hold: a chunk's logits", MEMORY, "return c * size * vocab + wide", "return wide", HELD),
+    Mutant(
+        "what every GPU will hold: a chunk's logits",
+        MEMORY,
+        "return c * size * vocab + wide",
+        "return wide",
+        planning("a_rank_holds_what_was_predicted"),
+    ),
     Mutant(
         "whether it fits",
         PLAN,
