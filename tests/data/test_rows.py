@@ -288,7 +288,9 @@ def test_a_template_that_cannot_be_read_is_named(tmp_path, content):
 
 def make_data_of(world: World, paths: list[Path]) -> str:
     """Makes the data of this rank's path; returns its fingerprint, or the error."""
-    target = SimpleNamespace(path="target", tokenizer=tiny_tokenizer(), stop_ids=[2], text=SimpleNamespace(vocab_size=260))
+    target = SimpleNamespace(
+        path="target", tokenizer=tiny_tokenizer(), stop_ids=[2], text=SimpleNamespace(vocab_size=260)
+    )
     try:
         return make_data(Config(data=DataConfig(path=str(paths[world.rank]))), target, world).train.fingerprint
     except ValueError as error:

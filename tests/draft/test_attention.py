@@ -96,12 +96,29 @@ def test_chunked_attention_in_bfloat16_is_off_by_its_rounding_alone(heads_in_tur
     rows, blocks = two_rows()
     rounded = [each.bfloat16() for each in random_inputs(rows, blocks)]
     exact = [each.float() for each in rounded]
+    expected, expected_gradients = outputs_and_gradients(DenseAttention(blocks, rows.document_ids), exact, blocks)
     attend = training_attention(blocks, rows.document_ids, torch.bfloat16)
     output, gradients = outputs_and_gradients(attend, rounded, blocks)
-    expected, expected_gradients = outputs_and_gradients(DenseAttention(blocks, rows.document_ids), exact, blocks)
     for ours, dense in zip([output, *gradients], [expected, *expected_gradients], strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours.float() - dense).norm() < 2**-7 * dense.norm()
+
+
+def test_what_runs_share_is_summed_in_float32():
+    # As many runs as anchors; every query looks at all it sees alike, and asks for the same: no two terms cancel.
+    anchors = list(range(1, 200))
+    rows = packed_row([1] * 201, length=201)
+    blocks = reference_blocks(rows, [anchors], len(anchors), 2, gamma=4.0)
+    inputs = [
+        torch.ones(1, 1, tokens, D) for tokens in (2 * len(anchors), 201, 201, 2 * len(anchors), 2 * len(anchors))
+    ]
+    attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once=1, context_step=256)
+    gradients = []
+    for of, dtype in ((attend, torch.bfloat16), (DenseAttention(blocks, rows.document_ids), torch.float32)):
+        value = inputs[2].to(dtype).requires_grad_()
+        of(*(each.to(dtype) for each in inputs[:2]), value, *(each.to(dtype) for each in inputs[3:])).sum().backward()
+        gradients.append(value.grad.float())
+    torch.testing.assert_close(*gradients, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("seed", range(6))

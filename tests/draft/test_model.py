@@ -97,6 +97,15 @@ def test_names_and_shapes_are_those_of_the_published_drafts():
     assert not list(draft.named_buffers())
 
 
+def test_weights_begin_as_qwen3s():
+    torch.manual_seed(0)
+    for name, weight in DFlashDraftModel(tiny_shape()).named_parameters():
+        if weight.ndim == 1:
+            assert torch.equal(weight, torch.ones_like(weight)), name
+        else:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.1), name
+
+
 def test_layers_are_numbered_from_zero():
     names = DFlashDraftModel(tiny_shape(num_layers=3)).state_dict()
     assert len(names) == 3 + 3 * 11

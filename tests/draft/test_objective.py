@@ -125,6 +125,16 @@ def test_a_bfloat16_head_stays_within_one_percent():
     assert relative_error(rough.grad, exact.grad) < 2e-2
 
 
+def test_a_bfloat16_head_rounds_the_products_and_nothing_else():
+    # logits are what the head's dtype leaves of them; the log-sum-exp is in float32
+    blocks, head = random_blocks(), random_head().bfloat16()
+    hidden = random_hidden(blocks).detach()
+    states = hidden.unflatten(1, (A, K))[:, :, 1:].bfloat16()
+    nll = F.cross_entropy((states @ head.T).float().flatten(0, 2), blocks.labels.flatten(), reduction="none")
+    expected = (nll * blocks.weights.flatten()).sum().item()
+    assert fused_loss(hidden, head, blocks).item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_autocast_around_the_loss_changes_nothing():
     # the head's dtype alone decides about the products
     blocks, head = random_blocks(), random_head()

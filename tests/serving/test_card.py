@@ -78,12 +78,20 @@ def test_the_table_says_how_it_was_trained(tmp_path):
     assert table["draft"] == [f"1 layers, {768 + 12 * 4 * 16 + 3 * 16 * 24 + 4 * 16 + 2 * 4:,} parameters, bfloat16"]
 
 
-def test_nothing_of_the_machine_is_in_the_card(tmp_path):
+def test_nothing_of_the_machine_is_in_the_card(tmp_path, monkeypatch):
     (tmp_path / "chats.jsonl").write_text("")
-    config = Config(target=TargetConfig(path=str(tmp_path)), data=DataConfig(path=str(tmp_path / "chats.jsonl")))
-    make_card(tmp_path, config)
-    text = (tmp_path / "my-draft/README.md").read_text()
-    assert str(tmp_path) not in text and "chats.jsonl" in text
+    here = str(tmp_path / "chats.jsonl")
+    monkeypatch.chdir(tmp_path.parent)
+    for source in (here, {f"{tmp_path.name}/chats.jsonl": 1.0, "/mnt/elsewhere/more.jsonl": 2.0}):
+        config = Config(
+            target=TargetConfig(path=str(tmp_path)),
+            data=DataConfig(path=source),
+            draft=DraftConfig(init=str(tmp_path / "first-draft")),
+        )
+        make_card(tmp_path, config)
+        text = (tmp_path / "my-draft/README.md").read_text()
+        assert f"{tmp_path.name}/" not in text and "/mnt" not in text
+        assert "chats.jsonl" in rows(text)["data"][0] and rows(text)["begun from"] == ["first-draft"]
 
 
 def test_the_commands_have_each_engines_count(tmp_path):

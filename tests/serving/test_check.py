@@ -199,6 +199,9 @@ NOTES = {
     "variant": [
         (lambda d: d.speculators(sample_from_anchor=True), "sample_from_anchor True"),
         (lambda d: d.config(is_causal=True), "is_causal True"),
+        (lambda d: d.config(attention_bias=True), "attention_bias True"),
+        (lambda d: d.config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_scaling .*yarn"),
+        (lambda d: d.config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type yarn"),
         (lambda d: d.inner(attention_value_scale=0.7), "attention_value_scale 0.7"),
         (lambda d: d.config(layer_types=["sliding_attention", "full_attention"], **WINDOW), "layer_types .*sliding"),
     ],

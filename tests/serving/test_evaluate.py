@@ -4,10 +4,12 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from dflash_dist.contract.folder import write_draft
@@ -16,6 +18,7 @@ from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.ranks import World
 from dflash_dist.serving import evaluate as program
 from dflash_dist.serving.evaluate import main
+from dflash_dist.target.load import read_info
 from tests.data.files import chat, write_rows
 from tests.ranks import run_ranks
 from tests.tiny import lively_target, tiny_shape
@@ -151,16 +154,23 @@ def test_the_prompt_is_the_conversation_before_its_last_answer(monkeypatch, eval
 
 def test_prompts_are_rendered_as_in_training_unless_asked_otherwise(monkeypatch, evaluate, export, target, capsys):
     record = {"chat_template": "{{ mark }}{{ messages[0].content }}", "template_args": {"mark": "+"}}
+    record |= {"drop_reasoning": True, "step": 7}
     folder = export()
-    (folder / "training.json").write_text(json.dumps(record | {"drop_reasoning": False}))
+    (folder / "training.json").write_text(json.dumps(record))
+    drawn: list[tuple] = []
+    monkeypatch.setattr(program, "to_tensorboard", lambda report, *place: drawn.append(place))
     asked, plain = [], Decoder.plain
     monkeypatch.setattr(Decoder, "plain", lambda self, *args: (asked.append(args[0]), plain(self, *args))[1])
-    assert evaluate("--limit", "1")["template_args"] == {"mark": "+"}
+    assert evaluate("--limit", "1", "--tensorboard", "board")["template_args"] == {"mark": "+"}
+    assert drawn == [(Path("board"), 7)]  # the step that the draft was exported from
     assert "trained with" not in capsys.readouterr().out
     assert evaluate("--limit", "1", "--template-args", '{"mark": "-"}')["template_args"] == {"mark": "-"}
     assert 'was trained with the template arguments {"mark": "+"}' in capsys.readouterr().out
     tokenizer = AutoTokenizer.from_pretrained(target)
     assert asked == [tokenizer(mark + QUESTIONS[0]).input_ids for mark in "+-"]
+    thought = [{"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}]
+    encoder = program.make_encoder(read_info(str(target)), record, None)
+    assert encoder.prompt_ids(thought) == tokenizer("+Yes.").input_ids
 
 
 def test_prompts_have_the_day_of_the_training_or_of_the_evaluations_beginning(monkeypatch, arguments, export, target):
@@ -379,6 +389,43 @@ def test_an_interrupted_evaluation_decodes_only_what_is_missing(monkeypatch, arg
     assert _evaluate(alone, argv) == 0  # and then it only reports
     with pytest.raises(ValueError, match="belongs to a run with other prompts or settings"):
         _evaluate(alone, [*argv, "--limit", "2"])
+
+
+def test_an_evaluation_continues_only_under_the_same_settings(monkeypatch, arguments, target, tmp_path):
+    def begun(*options: str) -> list[str]:
+        argv, _ = arguments("--limit", "1", *options)
+        main(argv)
+        return argv
+
+    def assert_refused(argv: list[str]) -> None:
+        with pytest.raises(ValueError, match=r"\.settings\.json belongs to a run with other prompts or settings"):
+            main(argv)
+
+    monkeypatch.setattr(program.Evaluation, "load", lambda self: None)  # what is decoded does not matter here
+    decoded = {"tokens": [7], "seconds": 1.0, "emitted": [], "accepted": []}
+    answer = {"suite": "chats", "prompt": 0, "turn": 0, "plain": decoded, "fast": decoded, "difference": None}
+    monkeypatch.setattr(program.Evaluation, "decode", lambda *_: {"answers": [answer], "evidence": {}})
+    argv = begun("--temperature", "1")
+    main(argv)  # nothing changed
+    changes = ["--dtype bfloat16", "--seed 1", "--temperature 0.5", "--top-p 0.9", "--top-k 5", "--max-new-tokens 12"]
+    for change in [*changes, "--rejection", "--limit 2", '--template-args {"a":1}']:
+        assert_refused([*argv, *change.split()])
+    assert_refused([*argv[:-2], "--temperature", "0", "--diagnose"])
+    other = tmp_path / "other"
+    shutil.copytree(target, other)
+    weights = load_file(other / "model.safetensors")
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
+    assert_refused([*argv, "--target", str(other)])
+    file, config = tmp_path / "draft/model.safetensors", tmp_path / "draft/config.json"
+    content, text = file.read_bytes(), config.read_text()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert_refused(argv)
+    file.write_bytes(content)
+    config.write_text(text.replace('"mask_token_id": 3', '"mask_token_id": 4'))  # the same weights, served otherwise
+    assert_refused(argv)
+    config.write_text(text)
+    main(argv)
 
 
 def test_several_ranks_need_a_place_to_meet(arguments):

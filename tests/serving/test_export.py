@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dflash_dist.config import Config, DataConfig
+from dflash_dist.config import Config, DataConfig, TargetConfig
 from dflash_dist.contract.folder import read_draft
 from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.serving.export import main
@@ -53,6 +53,34 @@ def test_step_picks_a_kept_checkpoint(tmp_path):
         out = tmp_path / f"draft-{step}"
         main(["--run", str(tmp_path / "run"), "--out", str(out), "--step", str(step), "--dtype", "float32"])
         _assert_equal(out, drafts[step])
+
+
+def test_best_is_the_checkpoint_that_decoded_best(tmp_path):
+    drafts = save_run(tmp_path / "run", [10, 20, 30])
+    command = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft"), "--step", "best", "--dtype", "float32"]
+    with pytest.raises(ValueError, match=r"has no best checkpoint: eval\.every decodes while training"):
+        main(command)
+    for step, tau in ((10, 2.0), (20, 3.0), (30, 2.5)):
+        file = tmp_path / f"run/checkpoints/step-{step:08d}/state.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tau": tau}))
+    main(command)
+    _assert_equal(tmp_path / "draft", drafts[20])
+    assert json.loads((tmp_path / "draft/training.json").read_text())["step"] == 20
+
+
+def test_a_damaged_checkpoint_is_refused_and_another_is_exported(tmp_path):
+    drafts = save_run(tmp_path / "run", [20, 30])
+    weights = tmp_path / "run/checkpoints/step-00000030/draft.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # as many bytes, and still a safetensors file
+    weights.write_bytes(content)
+    command = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft"), "--dtype", "float32"]
+    told = r"step-00000030 cannot be exported: draft.safetensors is cut or damaged; choose another --step of 20, 30"
+    with pytest.raises(ValueError, match=told):
+        main(command)
+    assert not (tmp_path / "draft").exists()
+    main([*command, "--step", "20"])
+    _assert_equal(tmp_path / "draft", drafts[20])
 
 
 def test_the_export_is_bfloat16_unless_asked_otherwise(tmp_path):
@@ -125,17 +153,21 @@ def test_tokenizer_and_generation_config_stay_with_the_target(tmp_path):
 
 
 def test_the_export_says_how_the_chats_were_rendered(tmp_path):
-    save_run(tmp_path / "run", [4, 8])
+    data = DataConfig(template_args={"enable_thinking": False}, drop_reasoning=True, seq_len=256)
+    config = Config(
+        output_dir=str(tmp_path / "run"), target=TargetConfig(path="org/Target-8B", revision="abc"), data=data
+    )
+    save_run(tmp_path / "run", [4, 8], config=config)
     main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft"), "--step", "4"])
     record = json.loads((tmp_path / "draft/training.json").read_text())
     assert record == {
-        "target": "",
-        "revision": "main",
+        "target": "org/Target-8B",
+        "revision": "abc",
         "chat_template": None,
         "template_args": {"enable_thinking": False},
         "date": None,
-        "drop_reasoning": False,
-        "seq_len": 3072,
+        "drop_reasoning": True,
+        "seq_len": 256,
         "step": 4,
     }
 

@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dflash_dist.decoding.speculative import Decoded
-from dflash_dist.serving.report import Answer, summarise, tau_interval, to_tensorboard
+from dflash_dist.serving.report import Answer, summarise, table, tau_interval, to_tensorboard
 
 
 def answer(tokens: int, plain_seconds: float, seconds: float, emitted: list[int], **changes) -> Answer:
@@ -84,6 +84,19 @@ def test_the_interval_is_that_of_all_ways_to_draw_the_prompts_anew():
     assert interval == tau_interval(emitted, passes)
     assert interval[0] < 214 / 100 < interval[1]
     assert tau_interval(emitted[:1], passes[:1]) is None
+
+
+def test_the_table_has_a_column_for_each_suite_and_one_for_all():
+    one, other = answer(5, 1.0, 0.5, [4]), answer(5, 1.0, 0.5, [1, 3], suite="t")
+    lines = {line[:22].rstrip(): line[22:].split() for line in table(summarise([one, other], block_size=4))}
+    assert lines[""] == ["s", "t", "all"]
+    assert lines["acceptance length"] == ["4.00", "2.00", "2.67"]
+    assert lines["tokens/s plain"] == ["5.0", "5.0", "5.0"]
+    assert lines["tokens/s speculative"] == ["10.0", "10.0", "10.0"]
+    assert lines["speed-up"] == ["2.00x"] * 3
+    assert [lines[f"slot {k} accepted"][2] for k in (1, 2, 3)] == ["0.667", "0.667", "0.333"]
+    assert [lines[f"passes that accept {k}"][2] for k in range(4)] == ["33.3%", "0.0%", "33.3%", "33.3%"]
+    assert "passes that accept 4" not in lines
 
 
 # ---- TensorBoard ----

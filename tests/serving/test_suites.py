@@ -102,6 +102,13 @@ def test_files_are_suites_of_their_name_and_keep_the_datas_answer(write_chats):
     assert asked.answered is None and more.answered is None and len(more.messages) == 3
 
 
+def test_a_prompt_of_a_file_keeps_its_tools(tmp_path):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    file = write_file(tmp_path / "calls.jsonl", {"messages": [{"role": "user", "content": "Hi"}], "tools": tools})
+    (prompt,) = read_prompts([], [str(file)])
+    assert prompt.tools == tools
+
+
 def test_limit_counts_in_each_suite(tmp_path, write_chats):
     row = LINES["gsm8k"][0]
     file = write_file(tmp_path / "cases.jsonl", row, row, row)

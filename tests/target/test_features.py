@@ -184,5 +184,7 @@ def test_every_key_that_differs_is_named_with_both_values(tmp_path: Path) -> Non
     make(tmp_path)
     with pytest.raises(ValueError, match=r"Changed: target: 'some/model@abc' -> 'b'; rows per shard: 2 -> 3\. Restore"):
         refuse_other(read_index(tmp_path), {"target": "b", "rows per shard": 3}, tmp_path)
+    with pytest.raises(ValueError, match=r"Changed: layers: None -> \[1\]\."):  # of before the key was there
+        refuse_other(read_index(tmp_path), {"layers": [1]}, tmp_path)
     with pytest.raises(ValueError, match=r"nowhere holds no features: make them with `python -m dflash_dist capture`"):
         read_index(tmp_path / "nowhere")

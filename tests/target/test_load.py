@@ -12,7 +12,7 @@ from dflash_dist.config import Config
 from dflash_dist.data.packing import PackedBatch
 from dflash_dist.ranks import World
 from dflash_dist.target.attention import suit_device
-from dflash_dist.target.load import check_capture, check_mask_token, load_target, read_info
+from dflash_dist.target.load import check_capture, check_mask_token, digest_weights, load_target, read_info
 from dflash_dist.target.tiny import tiny_tokenizer
 from dflash_dist.training.trainer import Trainer
 from tests.ranks import run_ranks
@@ -135,6 +135,29 @@ def test_a_tied_head_is_the_embedding_itself(folders, alone) -> None:
 def test_full_depth_loads_every_layer(folders, alone) -> None:
     target = load_target(read_info(str(folders["llama"])), [0], torch.float32, alone, full_depth=True)
     assert len(target.model._get_transformer_layers()) == 5
+    assert not any(parameter.requires_grad for parameter in target.model.model.parameters())  # it is frozen
+
+
+def test_weights_are_named_by_what_is_in_them_wherever_they_lie(tmp_path: Path) -> None:
+    content = bytes(5 * 2**20)  # more than is read at once
+    names = set()
+    for n, place in enumerate((None, 0, 5 * 2**19, 5 * 2**20 - 1)):
+        (folder := tmp_path / str(n)).mkdir()
+        changed = content if place is None else content[:place] + b"1" + content[place + 1 :]
+        (folder / "model.safetensors").write_bytes(changed)
+        names.add(digest_weights(folder))
+    assert len(names) == 4
+    assert digest_weights((tmp_path / "0").rename(tmp_path / "elsewhere")) in names
+
+
+def test_any_token_of_the_generation_config_ends_an_answer(folders, tmp_path: Path) -> None:
+    (folder := tmp_path / "target").mkdir()
+    for file in folders["qwen3"].iterdir():
+        (folder / file.name).symlink_to(file)
+    info = read_info(str(folder))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 77]}')
+    assert read_info(str(folder)).stop_ids == sorted({*info.stop_ids, 2, 77}) and 77 not in info.stop_ids
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
