@@ -18,7 +18,8 @@ import jinja2
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dflash_dist.data.sources import BadRow, Conversation, Message, Rendered, digest
+from dflash_dist.data.files import BadRow
+from dflash_dist.data.sources import Conversation, Message, Rendered, digest
 
 Spans = list[tuple[int, int]]  # ranges [begin, end), ascending
 

@@ -28,7 +28,8 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from dflash_dist.data.chat import ChatEncoder, Document, Text
-from dflash_dist.data.sources import BadRow, BadRows, Chunk, Source, digest, read_row, shape_of
+from dflash_dist.data.files import BadRow, Chunk, Source
+from dflash_dist.data.sources import BadRows, digest, read_row, shape_of
 
 # What is known of each document, in one small file that opening reads; the tokens lie in another, read where needed.
 INDEX = pa.schema(
@@ -236,7 +237,9 @@ def entry_folder(folder: Path, source: Source, encoder: ChatEncoder) -> Path:
 @cache
 def _code_version() -> str:
     """Changes with the code that makes documents and with the libraries it stands on."""
-    code = [(Path(__file__).parent / name).read_bytes() for name in ("sources.py", "chat.py", "documents.py")]
+    code = [
+        (Path(__file__).parent / name).read_bytes() for name in ("files.py", "sources.py", "chat.py", "documents.py")
+    ]
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
     return hashlib.sha256(b"".join(code)).hexdigest() + str(versions)
 

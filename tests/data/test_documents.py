@@ -13,10 +13,11 @@ from unittest import mock
 import pytest
 
 from dflash_dist.data import documents as module
-from dflash_dist.data import sources
+from dflash_dist.data import files
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.documents import NO_ANCHOR, Documents, Summary, encode_chunk, open_documents
-from dflash_dist.data.sources import Chunk, FileSource, read_row
+from dflash_dist.data.files import Chunk, FileSource
+from dflash_dist.data.sources import read_row
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import CHATML
 from tests.data.files import CHANGING, NO_ANSWER, chat, chats, make_encoder, write_rows
@@ -56,7 +57,7 @@ def entries(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def short_chunks(monkeypatch) -> None:
-    monkeypatch.setattr(sources, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(files, "CHUNK_ROWS", 3)
     monkeypatch.setattr(module, "CHUNKS_ALONE", 2)
 
 
@@ -234,7 +235,7 @@ class Killed(ChatEncoder):
 
 
 def open_until_killed(path: Path) -> None:
-    sources.CHUNK_ROWS = 3
+    files.CHUNK_ROWS = 3
     opened(path, Killed(make_encoder().tokenizer, [2]))
 
 

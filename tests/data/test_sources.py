@@ -10,17 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dflash_dist.data import sources
-from dflash_dist.data.sources import (
-    BadRow,
-    Conversation,
-    FileSource,
-    HubSource,
-    Rendered,
-    find_sources,
-    read_conversations,
-    read_row,
-)
+from dflash_dist.data import files
+from dflash_dist.data.files import BadRow, FileSource, HubSource
+from dflash_dist.data.sources import Conversation, Rendered, find_sources, read_conversations, read_row
 from tests.data.files import chat, chats, write_rows
 
 
@@ -147,7 +139,7 @@ def test_only_a_line_feed_ends_a_row(tmp_path):
     ids=["lines", "array", "Parquet"],
 )
 def test_rows_are_numbered_over_all_chunks(tmp_path, monkeypatch, name, content):
-    monkeypatch.setattr(sources, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(files, "CHUNK_ROWS", 2)
     (tmp_path / name).write_bytes(content)
     assert [(chunk.first, len(chunk.rows)) for chunk in FileSource(tmp_path / name).chunks()] == [
         (1, 2),
@@ -158,7 +150,7 @@ def test_rows_are_numbered_over_all_chunks(tmp_path, monkeypatch, name, content)
 
 
 def test_a_chunk_of_long_rows_has_fewer_of_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 2 * len(json.dumps(ROWS[0])))
+    monkeypatch.setattr(files, "CHUNK_BYTES", 2 * len(json.dumps(ROWS[0])))
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     assert [(chunk.first, len(chunk.rows)) for chunk in FileSource(path).chunks()] == [(1, 2), (3, 2), (5, 1)]
     assert numbered(path) == list(enumerate(ROWS, 1))
@@ -166,7 +158,7 @@ def test_a_chunk_of_long_rows_has_fewer_of_them(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("length", [101, 199, 200, 201, 202, 1000])
 def test_a_row_that_is_too_long_is_bad_and_the_next_one_is_read(tmp_path, monkeypatch, length):
-    monkeypatch.setattr(sources, "LONGEST_ROW", 100)
+    monkeypatch.setattr(files, "LONGEST_ROW", 100)
     path = write_rows(tmp_path / "rows.jsonl", [ROWS[0], "x" * length, ROWS[1], "x" * length])
     expected = [(1, ROWS[0]), (2, "too long"), (3, ROWS[1]), (4, "too long")]
     assert numbered(path) == expected
@@ -251,7 +243,7 @@ def test_what_cannot_be_a_hub_dataset_is_a_missing_file(hub, name):
 
 
 def test_rows_of_a_hub_dataset_are_numbered_over_all_chunks(hub, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(files, "CHUNK_ROWS", 2)
     assert [(chunk.first, len(chunk.rows)) for chunk in HubSource("org/name").chunks()] == [(1, 2), (3, 2), (5, 1)]
     assert numbered("org/name") == list(enumerate(ROWS, 1))
 
