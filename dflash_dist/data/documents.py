@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from dflash_dist.data.chat import ChatEncoder, Document, Text
 from dflash_dist.data.files import BadRow, Chunk, Source
+from dflash_dist.data.padding import Padding
 from dflash_dist.data.sources import BadRows, digest, read_row, shape_of
 
 # What is known of each document, in one small file that opening reads; the tokens lie in another, read where needed.
@@ -48,6 +50,8 @@ TOKENS_A_BATCH = 1 << 20
 AT_ONCE = 1 << 16  # documents that a sum over all of them looks at together: a bound on memory
 # A worker process imports the tokenizer's library first, which takes seconds: too long for less than this.
 CHUNKS_ALONE = 8
+# The modules that decide what documents say.
+CODE = ("padding", "files", "sources", "chat", "documents")
 
 
 @dataclass
@@ -58,6 +62,7 @@ class Summary:
     shape: str = ""
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # by cause
+    noted: Counter[str] = field(default_factory=Counter)  # what was read otherwise than it stands there, in words
     bad: dict[str, int] = field(default_factory=dict)  # by cause
     bad_listed: list[str] = field(default_factory=list)
     digest: str = ""  # of all documents
@@ -226,7 +231,7 @@ def open_documents(
                 except OSError as error:
                     raise ValueError(f"the cache of tokenised data in {folder} cannot be written: {error}") from error
     told = json.loads((made / "summary.json").read_text())
-    return read_entry(made), Summary(**(told | {"dropped": Counter(told["dropped"])}))
+    return read_entry(made), Summary(**(told | {name: Counter(told[name]) for name in ("dropped", "noted")}))
 
 
 def entry_folder(folder: Path, source: Source, encoder: ChatEncoder) -> Path:
@@ -237,9 +242,7 @@ def entry_folder(folder: Path, source: Source, encoder: ChatEncoder) -> Path:
 @cache
 def _code_version() -> str:
     """Changes with the code that makes documents and with the libraries it stands on."""
-    code = [
-        (Path(__file__).parent / name).read_bytes() for name in ("files.py", "sources.py", "chat.py", "documents.py")
-    ]
+    code = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in CODE]
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
     return hashlib.sha256(b"".join(code)).hexdigest() + str(versions)
 
@@ -269,7 +272,7 @@ def _make_entry(made: Path, source: Source, encoder: ChatEncoder, max_bad_rows: 
         EntryWriter(partial) as writer,
         tqdm(desc=f"tokenising {source.name}", unit=" rows", delay=3, leave=False) as progress,
     ):
-        for encoded in _encode_all(encoder, source.chunks(), workers):
+        for encoded in _encode_all(encoder, source, workers):
             if encoded.other_shape:
                 raise ValueError(f"{source.name}, {encoded.other_shape}")
             summary.shape = encoded.shape
@@ -279,6 +282,7 @@ def _make_entry(made: Path, source: Source, encoder: ChatEncoder, max_bad_rows: 
             if len(bad.listed) == bad.LISTED:
                 bad.refuse_above(max_bad_rows, None)
             summary.dropped += encoded.dropped
+            summary.noted += encoded.noted
             summary.rows = encoded.last_row
             progress.update(encoded.last_row - progress.n)
     summary.bad, summary.bad_listed, summary.digest = bad.by_cause, bad.listed, writer.content.hexdigest()
@@ -298,6 +302,7 @@ class Encoded:
     last_row: int
     bad: list[tuple[int, BadRow]]
     dropped: Counter[str]
+    noted: Counter[str]
     shape: str  # empty as long as no row had one
     other_shape: str = ""  # names a row that has another shape than the first
 
@@ -307,9 +312,9 @@ def encode_chunk(encoder: ChatEncoder, chunk: Chunk, shape: str) -> Encoded:
     rows: list[int] = []
     texts: list[Text] = []
     bad: list[tuple[int, BadRow]] = []
-    dropped = Counter[str]()
+    dropped, noted = Counter[str](), Counter[str]()
     other_shape = ""
-    for number, row in chunk.parsed():
+    for number, row in chunk.parsed(noted):
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -320,7 +325,8 @@ def encode_chunk(encoder: ChatEncoder, chunk: Chunk, shape: str) -> Encoded:
                     " or bring its rows to one shape"
                 )
                 break
-            made = encoder.texts(read_row(row))
+            read = read_row(row)
+            made = encoder.texts(read)
         except BadRow as error:
             bad.append((number, error))
             continue
@@ -329,41 +335,72 @@ def encode_chunk(encoder: ChatEncoder, chunk: Chunk, shape: str) -> Encoded:
             continue
         if not made:
             dropped["no assistant turn"] += 1
+        if encoder.goes_on(read):
+            noted["row with an answer that goes on behind its end of turn, and is taught up to that"] += 1
         rows += [number] * len(made)
         texts += made
     index, tokens = as_arrays(rows, encoder.tokenise(texts))
-    return Encoded(index, tokens, chunk.first + len(chunk.rows) - 1, bad, dropped, shape, other_shape)
+    return Encoded(index, tokens, chunk.first + len(chunk.rows) - 1, bad, dropped, noted, shape, other_shape)
 
 
-def _encode_all(encoder: ChatEncoder, chunks: Iterator[Chunk], workers: int) -> Iterator[Encoded]:
-    """Encodes chunks in their order; in other processes as soon as the shape is known and there is enough to do."""
-    shape = ""
-    while not shape and (chunk := next(chunks, None)):
-        encoded = encode_chunk(encoder, chunk, shape)
-        shape = encoded.shape
-        yield encoded
-    head = list(itertools.islice(chunks, CHUNKS_ALONE + 1))
-    if len(head) <= CHUNKS_ALONE or workers == 1:
-        for chunk in itertools.chain(head, chunks):
-            yield encode_chunk(encoder, chunk, shape)
-        return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy a process full of threads
-    with ProcessPoolExecutor(workers, spawn, _start_worker, (encoder, shape)) as pool:
-        waiting: deque[Future[Encoded]] = deque()
-        for chunk in itertools.chain(head, chunks):
-            waiting.append(pool.submit(_encode_in_worker, chunk))
-            if len(waiting) > 4 * workers:  # enough to keep all busy, and no more of the file in memory
+def _encode_all(encoder: ChatEncoder, source: Source, workers: int) -> Iterator[Encoded]:
+    """Encodes a source's chunks in their order."""
+    with _Workers(encoder, workers) as pool:
+        chunks = source.chunks(lambda lines: pool.map(_look, lines))
+        shape = ""
+        while not shape and (chunk := next(chunks, None)):  # the first row says the shape of all
+            encoded = encode_chunk(encoder, chunk, shape)
+            shape = encoded.shape
+            yield encoded
+        yield from pool.map(partial(encode_chunk, shape=shape), chunks)
+
+
+def _look(_: ChatEncoder, chunk: Chunk) -> Padding:
+    return chunk.look()
+
+
+T = TypeVar("T")
+
+
+class _Workers:
+    """Other processes, started as soon as there is enough to do for them."""
+
+    def __init__(self, encoder: ChatEncoder, count: int):
+        self.encoder, self.count = encoder, count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[ChatEncoder, Chunk], T], chunks: Iterator[Chunk]) -> Iterator[T]:
+        """What the function says of each chunk, in their order."""
+        head = list(itertools.islice(chunks, CHUNKS_ALONE + 1))
+        chunks = itertools.chain(head, chunks)
+        if self.count == 1 or (self._pool is None and len(head) <= CHUNKS_ALONE):
+            yield from (function(self.encoder, chunk) for chunk in chunks)
+            return
+        if self._pool is None:
+            spawn = multiprocessing.get_context("spawn")  # a fork would copy a process full of threads
+            self._pool = ProcessPoolExecutor(self.count, spawn, _start_worker, (self.encoder,))
+        waiting: deque[Future[T]] = deque()
+        for chunk in chunks:
+            waiting.append(self._pool.submit(_in_worker, function, chunk))
+            if len(waiting) > 4 * self.count:  # enough to keep all busy, and no more of the file in memory
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-_worker: tuple[ChatEncoder, str]
+_encoder: ChatEncoder
 
 
-def _start_worker(encoder: ChatEncoder, shape: str) -> None:
-    global _worker
-    _worker = encoder, shape
+def _start_worker(encoder: ChatEncoder) -> None:
+    global _encoder
+    _encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process on every core already
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -376,6 +413,5 @@ def _start_worker(encoder: ChatEncoder, shape: str) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _encode_in_worker(chunk: Chunk) -> Encoded:
-    encoder, shape = _worker
-    return encode_chunk(encoder, chunk, shape)
+def _in_worker(function: Callable[[ChatEncoder, Chunk], T], chunk: Chunk) -> T:
+    return function(_encoder, chunk)

@@ -5,12 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_dist.data.files import SUFFIXES, BadRow, FileSource, HubSource, Source
+from dflash_dist.data.files import (
+    DESCRIPTIONS,
+    LONGEST_ROW,
+    SAVED_BY_DATASETS,
+    SUFFIXES,
+    UNFINISHED,
+    BadRow,
+    FileSource,
+    HubSource,
+    Source,
+    arrow_files,
+)
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -56,18 +68,29 @@ class Rendered:
 # ------------------------------------------------------------------------------------------------ where rows lie
 
 
-def find_sources(path: str) -> list[Source]:
-    """The file at `path`, the files of the folder at `path` in order of their names, or the hub dataset of that name.
+def find_sources(path: str, passed_over: list[Path] | None = None) -> list[Source]:
+    """The file at `path`, the data files of the folder at `path` in order of their names, or the hub dataset of that
+    name.
+
+    Args:
+        passed_over: takes the files of the folder that end as data does and are none.
 
     Raises:
         ValueError: there is no such thing, or the folder holds no file of a known kind.
     """
     local = Path(path).expanduser()
     if local.is_dir():
-        files = sorted(file for file in local.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
-        if not files:
-            raise ValueError(f"data folder {path} holds no file ending in {', '.join(SUFFIXES)}")
-        return [FileSource(file) for file in files]
+        folder = _Folder()
+        try:
+            folder.look_into(local)
+        except OSError as error:
+            raise ValueError(f"data folder {path} cannot be read: {error}") from error
+        if not folder.data:
+            none = f" but {', '.join(file.name for file in folder.passed_over)}" if folder.passed_over else ""
+            raise ValueError(f"data folder {path} holds no file ending in {', '.join(SUFFIXES)}{none}")
+        if passed_over is not None:
+            passed_over += sorted(folder.passed_over)
+        return [FileSource(file) for file in sorted(folder.data)]
     if local.is_file():
         if not local.name.endswith(SUFFIXES):
             raise ValueError(f"data file {path} is of no known kind: its name must end in one of {', '.join(SUFFIXES)}")
@@ -75,6 +98,56 @@ def find_sources(path: str) -> list[Source]:
     if path.endswith(SUFFIXES) or not HubSource.PATTERN.fullmatch(path):
         raise ValueError(f"data file {path} does not exist")
     return [HubSource(path)]
+
+
+class _Folder:
+    """The data files of a folder and of the folders in it, each once, whatever links lead there."""
+
+    def __init__(self) -> None:
+        self.data: list[Path] = []
+        self.passed_over: list[Path] = []
+        self._seen: set[tuple[int, int]] = set()  # device and inode
+
+    def look_into(self, folder: Path) -> None:
+        if self._is_new(folder):
+            for path in sorted(folder.iterdir()):
+                if path.name.startswith("."):  # of notebooks, of downloads, of macOS
+                    continue
+                if path.is_dir():
+                    if not path.name.startswith("_") and not path.name.endswith(UNFINISHED):
+                        self.look_into(path)
+                elif path.name.endswith(SUFFIXES):
+                    self._add(path)
+                    if path.name == SAVED_BY_DATASETS:
+                        self.data += filter(self._is_new, arrow_files(path))
+
+    def _add(self, path: Path) -> None:
+        if path.name.startswith("_") or (path.suffix == ".json" and _describes(path)):
+            self.passed_over.append(path)
+        elif self._is_new(path):
+            self.data.append(path)
+
+    def _is_new(self, path: Path) -> bool:
+        stat = path.stat()  # a link that leads nowhere is an error
+        new = (stat.st_dev, stat.st_ino) not in self._seen
+        self._seen.add((stat.st_dev, stat.st_ino))
+        return new
+
+
+def _describes(path: Path) -> bool:
+    """Whether a file is one object that is no row and holds none. On a single line that could be a bad row, unless it
+    is known by its name."""
+    if path.stat().st_size > LONGEST_ROW:
+        return False
+    content = path.read_bytes().strip()
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(found, dict) or not (b"\n" in content or path.name in DESCRIPTIONS):
+        return False
+    inside = [value[0] for value in found.values() if isinstance(value, list) and value]
+    return not any(isinstance(row, dict) and _shapes(row) for row in (found, *inside))
 
 
 # ------------------------------------------------------------------------------------------------ shapes of rows
@@ -94,11 +167,14 @@ def shape_of(row: dict[str, Any]) -> str:
     Raises:
         BadRow: none of them.
     """
-    for shape, keys in SHAPES.items():
-        if all(key in row for key in keys):
-            return shape
+    if shapes := _shapes(row):
+        return shapes[0]
     expected = "; ".join(" and ".join(f"'{key}'" for key in keys) for keys in SHAPES.values())
     raise BadRow(f"unknown shape: expected {expected}, found the keys {', '.join(sorted(row)) or '(none)'}")
+
+
+def _shapes(row: dict[str, Any]) -> list[str]:
+    return [shape for shape, keys in SHAPES.items() if all(key in row for key in keys)]
 
 
 def read_row(row: dict[str, Any]) -> Conversation | Rendered:
@@ -184,7 +260,7 @@ def _message(raw: Any) -> Message:
         message["content"].strip() or "tool_calls" in message or "reasoning_content" in message
     ):
         raise BadRow(f"empty content: a message of role {role} says nothing")
-    for text in _strings(message):
+    for text in strings(message):
         _refuse_broken(text)
     return message
 
@@ -229,7 +305,7 @@ def _tools(tools: Any) -> list[Any] | None:
         tools = _json(tools, "tools") if tools.strip() else None
     if tools is not None and not isinstance(tools, list):
         raise BadRow("wrong tools: expected a list of tool descriptions")
-    for text in _strings(tools):
+    for text in strings(tools):
         _refuse_broken(text)
     return tools or None
 
@@ -241,16 +317,17 @@ def _json(text: Any, what: str) -> Any:
         raise BadRow(f"wrong {what}: not JSON ({error})") from error
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> Iterator[str]:
+    """All text in a value as JSON has it, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, item in value.items():
             yield key
-            yield from _strings(item)
+            yield from strings(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item)
+            yield from strings(item)
 
 
 # Half of a surrogate pair cannot be encoded; NUL ends the text in many a tokenizer.
@@ -277,7 +354,7 @@ def read_conversations(path: str | Path, max_bad_rows: float = 0) -> Iterator[tu
         last = 0
         for chunk in source.chunks():
             last = chunk.first + len(chunk.rows) - 1
-            for number, row in chunk.parsed():
+            for number, row in chunk.parsed(Counter()):
                 try:
                     if isinstance(row, BadRow):
                         raise row
@@ -293,6 +370,16 @@ def read_conversations(path: str | Path, max_bad_rows: float = 0) -> Iterator[tu
         before += last
     if not found:
         raise ValueError(f"{path} holds no conversation")
+
+
+def name_row(path: str | Path, number: int) -> str:
+    """File and row in it of a row's number, as `read_conversations` counts."""
+    for source in find_sources(str(path)):
+        rows = sum(len(chunk.rows) for chunk in source.chunks())
+        if number <= rows:
+            return f"{source.name}, row {number}"
+        number -= rows
+    raise AssertionError(f"{path} has no row {number}")
 
 
 class BadRows:

@@ -31,7 +31,7 @@ from dflash_dist.serving.diagnose import Examiner, add_up, judge
 from dflash_dist.serving.report import Answer, print_report, summarise, to_tensorboard
 from dflash_dist.serving.suites import SUITES, Prompt, read_prompts
 from dflash_dist.target.answers import as_message
-from dflash_dist.target.load import TargetInfo, digest_weights, load_whole, name_weights, read_info
+from dflash_dist.target.load import TargetInfo, check_room, digest_weights, load_whole, name_weights, read_info
 from dflash_dist.target.parts import Parts
 
 ANSWERED_WITH = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "rejection")
@@ -95,8 +95,8 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
         raise ValueError("--diagnose compares likeliest tokens: leave --temperature out")
     if world.size > 1 and not args.json:
         raise ValueError("--json is needed where several ranks evaluate: the answers meet beside it")
-    prompts = dict(enumerate(read_prompts(args.suite, args.prompts, args.limit), 1))
     evaluation = Evaluation(args, world.device)
+    prompts = dict(enumerate(read_prompts(args.suite, args.prompts, args.limit, evaluation.check), 1))
     with contextlib.ExitStack() as stack:
         report = args.json or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "report.json"
         report.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
         # Whether it is finished is asked after the parts were read: they go once it is there.
         todo = [] if parts.out.is_file() else [row for row in mine if row not in places]
         if todo:
-            evaluation.load()
+            evaluation.load(prompts[todo[0]])
             bar = tqdm(total=len(mine), initial=len(mine) - len(todo), unit="prompt", disable=not world.is_main)
             with bar, parts.append(world.rank) as append:
                 for row in todo:
@@ -130,6 +130,17 @@ class Evaluation:
         record = self.folder / TRAINING
         self.trained: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
         self.encoder = make_encoder(self.info, self.trained, args.template_args)
+        self.known = make_encoder(self.info, self.trained, None) if self.trained else None
+
+    def check(self, prompt: Prompt) -> None:
+        """Refuses a prompt that could not be decoded, before the first one is.
+
+        Raises:
+            ValueError: a chat template refuses it, or it leaves no room for an answer.
+        """
+        check_room(self.info, self.encoder.prompt_ids(prompt.messages, prompt.tools))
+        if self.args.diagnose and self.known:
+            self.known.prompt_ids(prompt.messages, prompt.tools)
 
     def settings(self, prompts: list[Prompt]) -> dict[str, Any]:
         """What the answers depend on; an evaluation continues only under the same."""
@@ -143,12 +154,11 @@ class Evaluation:
             "prompts": hashlib.sha256(asked.encode()).hexdigest()[:16],
         }
 
-    def load(self) -> None:
-        """Reads the target's weights, and warms both models up."""
+    def load(self, prompt: Prompt) -> None:
+        """Reads the target's weights, and warms both models up on a prompt."""
         self.decoder = Decoder(load_whole(self.info, self.dtype, self.device), self.draft, self.info.stop_ids)
-        self.decoder.speculative(self.encoder.prompt_ids([{"role": "user", "content": "Hi"}]), 4)
-        known = make_encoder(self.info, self.trained, None) if self.trained else None
-        self.examiner = Examiner(self.decoder, self.encoder, known) if self.args.diagnose else None
+        self.decoder.speculative(self.encoder.prompt_ids(prompt.messages, prompt.tools), 4)
+        self.examiner = Examiner(self.decoder, self.encoder, self.known) if self.args.diagnose else None
 
     def decode(self, row: int, prompt: Prompt) -> dict[str, Any]:
         """The answers to a prompt and to its later questions, and what they are evidence of. `row` numbers the prompt
@@ -166,6 +176,8 @@ class Evaluation:
                 assert isinstance(asked, Conversation)
                 messages = asked.messages
             ids = self.encoder.prompt_ids(messages, prompt.tools)
+            if turn and len(ids) >= self.decoder.positions:  # the answers so far took all the room
+                break
             plain = self.decoder.plain(ids, self.args.max_new_tokens)
             fast = self.decoder.speculative(ids, self.args.max_new_tokens)
             difference = None if self.args.rejection else _difference(self.decoder, ids, plain, fast)

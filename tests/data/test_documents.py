@@ -16,7 +16,7 @@ from dflash_dist.data import documents as module
 from dflash_dist.data import files
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.documents import NO_ANCHOR, Documents, Summary, encode_chunk, open_documents
-from dflash_dist.data.files import Chunk, FileSource
+from dflash_dist.data.files import Chunk, FileSource, Look
 from dflash_dist.data.sources import read_row
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import CHATML
@@ -345,8 +345,8 @@ class Counted:
     def identity(self) -> str:
         return self.file.identity()
 
-    def chunks(self) -> Iterator[Chunk]:
-        for chunk in self.file.chunks():
+    def chunks(self, look: Look) -> Iterator[Chunk]:
+        for chunk in self.file.chunks(look):
             self.taken += 1
             yield chunk
 

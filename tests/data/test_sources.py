@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.data.files import chat, chats, write_rows
 def numbered(path: Path | str) -> list[tuple[int, Any]]:
     """Row numbers with rows, or with the cause for which a row is bad; over all files."""
     chunks = [chunk for source in find_sources(str(path)) for chunk in source.chunks()]
-    parsed = [pair for chunk in chunks for pair in chunk.parsed()]
+    parsed = [pair for chunk in chunks for pair in chunk.parsed(Counter())]
     return [(number, row.cause if isinstance(row, BadRow) else row) for number, row in parsed]
 
 
