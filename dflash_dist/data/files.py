@@ -26,6 +26,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst
 SAVED_BY_DATASETS = "state.json"  # beside the Arrow files of a dataset's `save_to_disk`, which it names
 DESCRIPTIONS = (SAVED_BY_DATASETS, "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 UNFINISHED = (".partial", ".parts", ".tmp", ".incomplete")  # folders that somebody still writes, such as `regenerate`
+BLOCK = 1 << 20  # [bytes] that are read at once
 CHUNK_ROWS = 512
 CHUNK_BYTES = 8 << 20
 LONGEST_ROW = 4 << 20  # [bytes]; a million tokens: no packed row holds that, and it is most often a broken export
@@ -165,14 +166,14 @@ def _may_be_padded(path: Path) -> bool:
     null = free = False
     block = b""
     with _opened(path) as stream:
-        while not (null and free) and (more := stream.read(1 << 20)):
+        while not (null and free) and (more := stream.read(BLOCK)):
             block = block[-16:] + more  # a word may lie across the edge
             null, free = null or b"null" in block, free or _FREE_JSON.search(block) is not None
     return null and free
 
 
 def _line_chunks(path: Path) -> Iterator[Chunk]:
-    with _opened(path) as stream, io.BufferedReader(stream, 1 << 20) as lines:
+    with _opened(path) as stream, io.BufferedReader(stream, BLOCK) as lines:
         if lines.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[" and ".json" in path.suffixes:
             yield from _array_chunks(path, lines)
             return

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dflash_dist.config import TrainConfig
 from dflash_dist.contract.folder import TRAINING, find_draft, read_draft, target_faults
 from dflash_dist.data.chat import ChatEncoder
-from dflash_dist.data.sources import BadRow, Conversation, read_row
+from dflash_dist.data.sources import Conversation, read_row
 from dflash_dist.decoding.sampling import Sampling
 from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_difference
 from dflash_dist.ranks import World, join_world
@@ -171,13 +171,12 @@ class Evaluation:
             if question is not None:
                 try:
                     asked = read_row({"messages": [*messages, {"role": "user", "content": question}]})
-                except BadRow:  # nothing can follow an answer that says nothing
+                    assert isinstance(asked, Conversation)
+                    messages = asked.messages
+                    check_room(self.info, self.encoder.prompt_ids(messages, prompt.tools))
+                except ValueError:  # nothing can follow an answer that says nothing, or one that took all the room
                     break
-                assert isinstance(asked, Conversation)
-                messages = asked.messages
             ids = self.encoder.prompt_ids(messages, prompt.tools)
-            if turn and len(ids) >= self.decoder.positions:  # the answers so far took all the room
-                break
             plain = self.decoder.plain(ids, self.args.max_new_tokens)
             fast = self.decoder.speculative(ids, self.args.max_new_tokens)
             difference = None if self.args.rejection else _difference(self.decoder, ids, plain, fast)

@@ -15,6 +15,8 @@ from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.ranks import World
 from dflash_dist.serving import evaluate as program
 from dflash_dist.serving.evaluate import main
+from dflash_dist.target.tiny import CHATML
+from tests.data.files import chat, chats, write_rows
 from tests.ranks import run_ranks
 from tests.tiny import lively_target, tiny_shape
 
@@ -334,6 +336,30 @@ def test_an_interrupted_evaluation_decodes_only_what_is_missing(monkeypatch, arg
     assert _evaluate(alone, argv) == 0  # and then it only reports
     with pytest.raises(ValueError, match="belongs to a run with other prompts or settings"):
         _evaluate(alone, [*argv, "--limit", "2"])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("x" * 2048, r"its 2\d+ tokens leave no room for an answer in the 2048 positions of "),
+        ("no", "refused by the chat template: never no"),
+    ],
+)
+def test_a_prompt_that_cannot_be_used_is_named_before_the_first_is_decoded(
+    monkeypatch, tmp_path, arguments, export, content, reason
+):
+    draft = export()
+    refusing = "{% if messages[-1].content == 'no' %}{{ raise_exception('never no') }}{% endif %}" + CHATML
+    (draft / program.TRAINING).write_text(json.dumps({"chat_template": refusing, "template_args": {}}))
+    (tmp_path / "asked").mkdir()
+    write_rows(tmp_path / "asked/a.jsonl", [*chats(3), ""])
+    write_rows(tmp_path / "asked/b.jsonl", [*chats(2), chat(content, "a")])
+    argv, _ = arguments("--prompts", str(tmp_path / "asked"))
+    monkeypatch.setattr(program.Evaluation, "load", None)
+    with pytest.raises(ValueError, match=rf"asked/b\.jsonl, row 3: {reason}"):
+        main(argv)
+    with pytest.raises(TypeError, match="not callable"):  # the first five are loaded for
+        main([*argv, "--limit", "5"])
 
 
 def test_several_ranks_need_a_place_to_meet(arguments):
