@@ -55,7 +55,8 @@ class Chunk:
             noted: counts what was assumed of nulls, as `Padding.without` does.
         """
         if isinstance(self.rows, pa.Table):
-            padding, raw = Padding.of_schema(self.rows.schema), _table_rows(self.rows)
+            padding = Padding.of_schema(self.rows.schema)
+            raw: Iterator[dict[str, Any] | BadRow | None] = _table_rows(self.rows)
         else:
             padding, raw = self.padding, map(_parse_line, self.rows)
         for number, row in enumerate(raw, self.first):

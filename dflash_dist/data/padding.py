@@ -3,11 +3,14 @@
 Arrow gives every object of a column the keys of all of them, null where an object has none: in Parquet, and in JSON
 written from it. Messages and calls have fields of their own, where null and absent mean the same. What a call's
 arguments and a tool's description hold is free JSON, which templates write out with its nulls. There a null is padding
-if all objects of its place have the same keys and some have a value under this one.
+if all objects of its place have the same keys and some have a value under this one. Where the row describes the tool
+that is called, this says more: what the tool requires is there, null or not, and what it does not know is padding.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 FREE_JSON = ("arguments", "tools", "functions")  # under these keys stands whatever the tools ask for
+SCHEMA_NULLS = ("default", "const")  # what may be null in a tool's description; nothing else says anything by it
 ITEM = "[]"  # step from a list to what it holds
 
 Path = tuple[str, ...]  # from a row down to a value
@@ -85,28 +89,72 @@ class Padding:
         Raises:
             ValueError: the free JSON holds something that JSON does not have.
         """
-        return self._without(row, (), False, noted)
+        return _Cleaner(self, _tools(row) if self.keys else {}, noted).clean(row, (), False)
 
-    def _without(self, value: Any, path: Path, free: bool, noted: Counter[str]) -> Any:
+
+@dataclass(frozen=True)
+class Tool:
+    """What a call of it may have."""
+
+    known: frozenset[str]
+    required: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Cleaner:
+    """Leaves the padding out of a row."""
+
+    padding: Padding
+    tools: dict[str, Tool]
+    noted: Counter[str]
+
+    def clean(self, value: Any, path: Path, free: bool, tool: Tool | None = None) -> Any:
         if isinstance(value, list):
-            return [self._without(item, (*path, ITEM), free, noted) for item in value]
+            return [self.clean(item, (*path, ITEM), free) for item in value]
         if not isinstance(value, dict):
             if free and not isinstance(value, str | int | float | None):
                 raise ValueError(f"{name(path)} is a {type(value).__name__}, which JSON does not have")
             return value
-        if free and self.keys.get(path) is None:
+        if free and self.padding.keys.get(path) is None:
             return value
+        called = None if free else self.tools.get(str(value.get("name")))
         made = {}
         for key, item in value.items():
             place = (*path, key)
             if item is not None:
-                made[key] = self._without(item, place, free or key in FREE_JSON, noted)
-            elif free and place in self.valued:
-                noted[f"null left out as padding, since other rows have a value there: {name(place)}"] += 1
-            elif free:
-                noted[f"null kept, since no row has a value there: {name(place)}"] += 1
+                made[key] = self.clean(item, place, free or key in FREE_JSON, called if key == "arguments" else None)
+            elif free and self._is_own(place, tool):
                 made[key] = None
         return made
+
+    def _is_own(self, place: Path, tool: Tool | None) -> bool:
+        if tool and (place[-1] in tool.required or place[-1] not in tool.known):
+            return place[-1] in tool.required
+        valued = place in self.padding.valued
+        in_schema = "arguments" not in place and place[-1] not in SCHEMA_NULLS
+        if not (valued and in_schema):
+            because = "left out as padding, since other rows have" if valued else "kept, since no row has"
+            self.noted[f"null {because} a value there: {name(place)}"] += 1
+        return not valued
+
+
+def _tools(row: dict[str, Any]) -> dict[str, Tool]:
+    """By name, as far as they are described."""
+    tools = row.get("tools") or row.get("functions")
+    if isinstance(tools, str):
+        with contextlib.suppress(ValueError):
+            tools = json.loads(tools)
+    found = {}
+    for tool in tools if isinstance(tools, list) else ():
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        parameters = function.get("parameters") if isinstance(function, dict) else None
+        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        if isinstance(properties, dict) and isinstance(function.get("name"), str):
+            known = frozenset(key for key, schema in properties.items() if schema is not None)
+            required = parameters.get("required")
+            names = required if isinstance(required, list) else []
+            found[function["name"]] = Tool(known, frozenset(key for key in names if isinstance(key, str)))
+    return found
 
 
 def name(path: Path) -> str:

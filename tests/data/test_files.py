@@ -240,6 +240,41 @@ def test_a_null_that_other_rows_explain_is_left_out_and_noted(tmp_path, write):
     assert read(write(tmp_path, EITHER)) == (expected, Counter({LEFT_OUT + UNIT: 1}))
 
 
+def strict(*required: str, **properties: Any) -> dict[str, Any]:
+    """A tool whose calls have every required key, null or not."""
+    made = tool("weather", **properties)
+    made["function"]["parameters"]["required"] = list(required)
+    return made
+
+
+UNIT_OR_NONE = {"type": ["string", "null"]}
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__.removeprefix("write_"))
+def test_a_tools_description_tells_what_its_calls_have_in_every_kind_of_file(tmp_path, write):
+    """Required, so the target wrote the null; unknown to the tool, so another tool's call has it."""
+    weather = strict("city", "unit", city=CITY, unit=UNIT_OR_NONE)
+    stock = tool("stock", symbol=CITY)
+    rows = [
+        asked(call("weather", city="Oslo", unit=None), tools=[weather]),
+        asked(call("weather", city="Rome", unit="C"), tools=[weather]),
+        asked(call("stock", symbol="A"), tools=[stock, weather]),
+        asked(call("stock", symbol="B"), call("weather", city="Bonn", unit=None), tools=[weather, stock]),
+    ]
+    assert read(write(tmp_path, rows)) == (rows, Counter())
+
+
+@pytest.mark.parametrize(
+    "tools", [[strict("city", city=CITY, unit=UNIT_OR_NONE)], json.dumps([strict("unit")]), "[", "5", [5]]
+)
+def test_where_the_description_leaves_it_open_the_other_rows_decide(tmp_path, tools):
+    known = {UNIT: 1} if tools != json.dumps([strict("unit")]) else {}
+    rows, noted = read(write_jsonl(tmp_path, [row | {"tools": tools} for row in EITHER]))
+    kept = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in rows]
+    assert kept == [{"city": "Oslo"} if known else {"city": "Oslo", "unit": None}, {"city": "Rome", "unit": "C"}]
+    assert noted == Counter({LEFT_OUT + place: count for place, count in known.items()})
+
+
 def test_nulls_outside_of_free_json_say_nothing_in_any_file(tmp_path):
     row = {"messages": [{"role": "user", "content": "q", "name": None, "tool_calls": None}], "tools": None, "id": None}
     for write in (write_jsonl, write_structs, write_json_columns):
