@@ -9,20 +9,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
-import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +27,7 @@ from dflash_dist.data.chat import ChatEncoder, Document, Text
 from dflash_dist.data.files import BadRow, Chunk, Source
 from dflash_dist.data.padding import Padding
 from dflash_dist.data.sources import BadRows, digest, read_row, shape_of
+from dflash_dist.data.workers import Workers
 
 # What is known of each document, in one small file that opening reads; the tokens lie in another, read where needed.
 INDEX = pa.schema(
@@ -51,7 +47,7 @@ AT_ONCE = 1 << 16  # documents that a sum over all of them looks at together: a 
 # A worker process imports the tokenizer's library first, which takes seconds: too long for less than this.
 CHUNKS_ALONE = 8
 # The modules that decide what documents say.
-CODE = ("padding", "files", "sources", "chat", "documents")
+CODE = ("padding", "files", "sources", "chat", "workers", "documents")
 
 
 @dataclass
@@ -345,7 +341,7 @@ def encode_chunk(encoder: ChatEncoder, chunk: Chunk, shape: str) -> Encoded:
 
 def _encode_all(encoder: ChatEncoder, source: Source, workers: int) -> Iterator[Encoded]:
     """Encodes a source's chunks in their order."""
-    with _Workers(encoder, workers) as pool:
+    with Workers(encoder, workers, CHUNKS_ALONE) as pool:
         chunks = source.chunks(lambda lines: pool.map(_look, lines))
         shape = ""
         while not shape and (chunk := next(chunks, None)):  # the first row says the shape of all
@@ -357,61 +353,3 @@ def _encode_all(encoder: ChatEncoder, source: Source, workers: int) -> Iterator[
 
 def _look(_: ChatEncoder, chunk: Chunk) -> Padding:
     return chunk.look()
-
-
-T = TypeVar("T")
-
-
-class _Workers:
-    """Other processes, started as soon as there is enough to do for them."""
-
-    def __init__(self, encoder: ChatEncoder, count: int):
-        self.encoder, self.count = encoder, count
-        self._pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-
-    def map(self, function: Callable[[ChatEncoder, Chunk], T], chunks: Iterator[Chunk]) -> Iterator[T]:
-        """What the function says of each chunk, in their order."""
-        head = list(itertools.islice(chunks, CHUNKS_ALONE + 1))
-        chunks = itertools.chain(head, chunks)
-        if self.count == 1 or (self._pool is None and len(head) <= CHUNKS_ALONE):
-            yield from (function(self.encoder, chunk) for chunk in chunks)
-            return
-        if self._pool is None:
-            spawn = multiprocessing.get_context("spawn")  # a fork would copy a process full of threads
-            self._pool = ProcessPoolExecutor(self.count, spawn, _start_worker, (self.encoder,))
-        waiting: deque[Future[T]] = deque()
-        for chunk in chunks:
-            waiting.append(self._pool.submit(_in_worker, function, chunk))
-            if len(waiting) > 4 * self.count:  # enough to keep all busy, and no more of the file in memory
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-_encoder: ChatEncoder
-
-
-def _start_worker(encoder: ChatEncoder) -> None:
-    global _encoder
-    _encoder = encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process on every core already
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    # A pool's workers would wait for work forever if their parent was killed.
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _in_worker(function: Callable[[ChatEncoder, Chunk], T], chunk: Chunk) -> T:
-    return function(_encoder, chunk)

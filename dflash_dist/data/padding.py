@@ -146,15 +146,19 @@ def _tools(row: dict[str, Any]) -> dict[str, Tool]:
             tools = json.loads(tools)
     found = {}
     for tool in tools if isinstance(tools, list) else ():
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        parameters = function.get("parameters") if isinstance(function, dict) else None
-        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        function = _object(_object(tool).get("function", tool))
+        parameters = _object(function.get("parameters"))
+        properties = parameters.get("properties")
         if isinstance(properties, dict) and isinstance(function.get("name"), str):
             known = frozenset(key for key, schema in properties.items() if schema is not None)
             required = parameters.get("required")
             names = required if isinstance(required, list) else []
             found[function["name"]] = Tool(known, frozenset(key for key in names if isinstance(key, str)))
     return found
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def name(path: Path) -> str:
