@@ -22,8 +22,8 @@ from transformers import AutoTokenizer
 from dflash_dist.config import DataConfig
 from dflash_dist.data.chat import ChatEncoder, Document
 from dflash_dist.data.documents import EntryWriter, Summary, as_arrays, entry_folder
+from dflash_dist.data.files import CHUNK_ROWS, FileSource
 from dflash_dist.data.rows import cache_folder, load_data, make_encoder
-from dflash_dist.data.sources import CHUNK_ROWS, FileSource
 
 WORDS = (
     "the",

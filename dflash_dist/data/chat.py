@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ import jinja2
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dflash_dist.data.sources import BadRow, Conversation, Message, Rendered, digest, is_context
+from dflash_dist.data.files import BadRow
+from dflash_dist.data.sources import Conversation, Message, Rendered, digest, is_context, strings
 from dflash_dist.data.template import arguments_of, has_clock, on_day, refuse_unknown_args, today
 
 Spans = list[tuple[int, int]]  # ranges [begin, end), ascending
@@ -211,11 +213,7 @@ class ChatEncoder:
 
     def _texts(self, row: Conversation) -> list[Text]:
         messages = [self._as_trained(message) for message in row.messages]
-        asked = next((k for k, message in enumerate(messages) if message["role"] in ("user", "tool")), len(messages))
-        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant" and k > asked]
-        if self.last_turn_only:
-            turns = turns[-1:]
-        turns = [k for k in turns if not is_context(row.messages[k])]
+        turns = self._taught(row)
         if not turns:
             return []
         cut = not row.finished and turns[-1] == len(messages) - 1
@@ -233,6 +231,28 @@ class ChatEncoder:
             if all(last.startswith(answer.text) for answer in answers):
                 answers = [Text(last, [answer.answers[0] for answer in answers])]
         return [*answers[:-1], _cut(answers[-1])] if cut else answers
+
+    def _taught(self, row: Conversation) -> list[int]:
+        """The turns that answer somebody and are supervised."""
+        asked = next((k for k, message in enumerate(row.messages) if message["role"] in ("user", "tool")), math.inf)
+        turns = [k for k, message in enumerate(row.messages) if message["role"] == "assistant" and k > asked]
+        turns = turns[-1:] if self.last_turn_only else turns
+        return [k for k in turns if not is_context(row.messages[k])]
+
+    def goes_on(self, row: Conversation | Rendered) -> bool:
+        """Whether an answer of the row goes on behind a token that ends a turn, up to which it is supervised."""
+        if isinstance(row, Rendered):
+            written = [row.text[row.prompt_length :]]
+        else:
+            messages = [self._as_trained(message) for message in row.messages]
+            fields = ("reasoning_content", "content", "tool_calls")
+            written = ["".join(strings([messages[k].get(field) for field in fields])) for k in self._taught(row)]
+        return any(self._stop_and_more.search(text) for text in written)
+
+    @cached_property
+    def _stop_and_more(self) -> re.Pattern[str]:
+        tokens = [token.content for k, token in self.tokenizer.added_tokens_decoder.items() if k in self.stop_ids]
+        return re.compile(rf"({'|'.join(map(re.escape, tokens)) or '(?!)'})\s*\S")
 
     def _as_trained(self, message: Message) -> Message:
         if is_context(message):
@@ -362,11 +382,11 @@ class ChatEncoder:
         return ids, np.concatenate(offsets)
 
     def _end_at_stop(self, ids: np.ndarray, span: tuple[int, int]) -> tuple[int, int]:
-        """Leaves out what a template writes after the token that ends a turn, such as ChatML's line break: the model
-        never emits it."""
+        """Leaves out what stands behind the first token that ends a turn: the model stops there, so it emits neither
+        what a template writes next, such as ChatML's line break, nor the rest of an answer that goes on."""
         begin, end = span
         stops = np.flatnonzero(np.isin(ids[begin:end], self.stop_ids))
-        return (begin, begin + int(stops[-1]) + 1) if len(stops) else span
+        return (begin, begin + int(stops[0]) + 1) if len(stops) else span
 
 
 @contextlib.contextmanager

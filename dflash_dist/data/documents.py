@@ -9,18 +9,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
-import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +24,10 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from dflash_dist.data.chat import ChatEncoder, Document, Text
-from dflash_dist.data.sources import BadRow, BadRows, Chunk, Source, digest, read_row, shape_of
+from dflash_dist.data.files import BadRow, Chunk, Source
+from dflash_dist.data.padding import Padding
+from dflash_dist.data.sources import BadRows, digest, read_row, shape_of
+from dflash_dist.data.workers import Workers
 
 # What is known of each document, in one small file that opening reads; the tokens lie in another, read where needed.
 INDEX = pa.schema(
@@ -47,6 +46,8 @@ TOKENS_A_BATCH = 1 << 20
 AT_ONCE = 1 << 16  # documents that a sum over all of them looks at together: a bound on memory
 # A worker process imports the tokenizer's library first, which takes seconds: too long for less than this.
 CHUNKS_ALONE = 8
+# The modules that decide what documents say.
+CODE = ("padding", "files", "keys", "sources", "template", "chat", "workers", "documents")
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Summary:
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # by cause
     unread: Counter[str] = field(default_factory=Counter)  # rows by a key that nothing reads
+    noted: Counter[str] = field(default_factory=Counter)  # what was read otherwise than it stands there, in words
     bad: dict[str, int] = field(default_factory=dict)  # by cause
     bad_listed: list[str] = field(default_factory=list)
     digest: str = ""  # of all documents
@@ -226,7 +228,8 @@ def open_documents(
                 except OSError as error:
                     raise ValueError(f"the cache of tokenised data in {folder} cannot be written: {error}") from error
     told = json.loads((made / "summary.json").read_text())
-    return read_entry(made), Summary(**(told | {name: Counter(told[name]) for name in ("dropped", "unread")}))
+    counters = {name: Counter(told[name]) for name in ("dropped", "unread", "noted")}
+    return read_entry(made), Summary(**(told | counters))
 
 
 def entry_folder(folder: Path, source: Source, encoder: ChatEncoder) -> Path:
@@ -237,10 +240,7 @@ def entry_folder(folder: Path, source: Source, encoder: ChatEncoder) -> Path:
 @cache
 def _code_version() -> str:
     """Changes with the code that makes documents and with the libraries it stands on."""
-    code = [
-        (Path(__file__).parent / name).read_bytes()
-        for name in ("sources.py", "keys.py", "template.py", "chat.py", "documents.py")
-    ]
+    code = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in CODE]
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers")]
     return hashlib.sha256(b"".join(code)).hexdigest() + str(versions)
 
@@ -270,7 +270,7 @@ def _make_entry(made: Path, source: Source, encoder: ChatEncoder, max_bad_rows: 
         EntryWriter(partial) as writer,
         tqdm(desc=f"tokenising {source.name}", unit=" rows", delay=3, leave=False) as progress,
     ):
-        for encoded in _encode_all(encoder, source.chunks(), workers):
+        for encoded in _encode_all(encoder, source, workers):
             if encoded.other_shape:
                 raise ValueError(f"{source.name}, {encoded.other_shape}")
             summary.shape = encoded.shape
@@ -281,6 +281,7 @@ def _make_entry(made: Path, source: Source, encoder: ChatEncoder, max_bad_rows: 
                 bad.refuse_above(max_bad_rows, None)
             summary.dropped += encoded.dropped
             summary.unread += encoded.unread
+            summary.noted += encoded.noted
             summary.rows = encoded.last_row
             progress.update(encoded.last_row - progress.n)
     summary.bad, summary.bad_listed, summary.digest = bad.by_cause, bad.listed, writer.content.hexdigest()
@@ -301,6 +302,7 @@ class Encoded:
     bad: list[tuple[int, BadRow]]
     dropped: Counter[str]
     unread: Counter[str]
+    noted: Counter[str]
     shape: str  # empty as long as no row had one
     other_shape: str = ""  # names a row that has another shape than the first
 
@@ -310,9 +312,9 @@ def encode_chunk(encoder: ChatEncoder, chunk: Chunk, shape: str) -> Encoded:
     rows: list[int] = []
     texts: list[Text] = []
     bad: list[tuple[int, BadRow]] = []
-    dropped, unread = Counter[str](), Counter[str]()
+    dropped, unread, noted = Counter[str](), Counter[str](), Counter[str]()
     other_shape = ""
-    for number, row in chunk.parsed():
+    for number, row in chunk.parsed(noted):
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -323,8 +325,8 @@ def encode_chunk(encoder: ChatEncoder, chunk: Chunk, shape: str) -> Encoded:
                     " or bring its rows to one shape"
                 )
                 break
-            conversation = read_row(row)
-            made = encoder.texts(conversation)
+            read = read_row(row)
+            made = encoder.texts(read)
         except BadRow as error:
             bad.append((number, error))
             continue
@@ -333,7 +335,9 @@ def encode_chunk(encoder: ChatEncoder, chunk: Chunk, shape: str) -> Encoded:
             continue
         if not made:
             dropped["no assistant turn"] += 1
-        unread.update(encoder.unread(conversation))
+        unread.update(encoder.unread(read))
+        if encoder.goes_on(read):
+            noted["row with an answer that goes on behind its end of turn, and is taught up to that"] += 1
         rows += [number] * len(made)
         texts += made
     documents, unknown = encoder.tokenise(texts), dict[int, BadRow]()
@@ -347,50 +351,20 @@ def encode_chunk(encoder: ChatEncoder, chunk: Chunk, shape: str) -> Encoded:
         documents = [document for number, document in zip(rows, documents) if number not in unknown]
         rows = [number for number in rows if number not in unknown]
     index, tokens = as_arrays(rows, documents)
-    return Encoded(index, tokens, chunk.first + len(chunk.rows) - 1, bad, dropped, unread, shape, other_shape)
+    return Encoded(index, tokens, chunk.first + len(chunk.rows) - 1, bad, dropped, unread, noted, shape, other_shape)
 
 
-def _encode_all(encoder: ChatEncoder, chunks: Iterator[Chunk], workers: int) -> Iterator[Encoded]:
-    """Encodes chunks in their order; in other processes as soon as the shape is known and there is enough to do."""
-    shape = ""
-    while not shape and (chunk := next(chunks, None)):
-        encoded = encode_chunk(encoder, chunk, shape)
-        shape = encoded.shape
-        yield encoded
-    head = list(itertools.islice(chunks, CHUNKS_ALONE + 1))
-    if len(head) <= CHUNKS_ALONE or workers == 1:
-        for chunk in itertools.chain(head, chunks):
-            yield encode_chunk(encoder, chunk, shape)
-        return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy a process full of threads
-    with ProcessPoolExecutor(workers, spawn, _start_worker, (encoder, shape)) as pool:
-        waiting: deque[Future[Encoded]] = deque()
-        for chunk in itertools.chain(head, chunks):
-            waiting.append(pool.submit(_encode_in_worker, chunk))
-            if len(waiting) > 4 * workers:  # enough to keep all busy, and no more of the file in memory
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def _encode_all(encoder: ChatEncoder, source: Source, workers: int) -> Iterator[Encoded]:
+    """Encodes a source's chunks in their order."""
+    with Workers(encoder, workers, CHUNKS_ALONE) as pool:
+        chunks = source.chunks(lambda lines: pool.map(_look, lines))
+        shape = ""
+        while not shape and (chunk := next(chunks, None)):  # the first row says the shape of all
+            encoded = encode_chunk(encoder, chunk, shape)
+            shape = encoded.shape
+            yield encoded
+        yield from pool.map(partial(encode_chunk, shape=shape), chunks)
 
 
-_worker: tuple[ChatEncoder, str]
-
-
-def _start_worker(encoder: ChatEncoder, shape: str) -> None:
-    global _worker
-    _worker = encoder, shape
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process on every core already
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    # A pool's workers would wait for work forever if their parent was killed.
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _encode_in_worker(chunk: Chunk) -> Encoded:
-    encoder, shape = _worker
-    return encode_chunk(encoder, chunk, shape)
+def _look(_: ChatEncoder, chunk: Chunk) -> Padding:
+    return chunk.look()

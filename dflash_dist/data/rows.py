@@ -20,6 +20,7 @@ from dflash_dist.data.sources import BadRows, describe_unread, find_sources
 from dflash_dist.data.template import today
 
 LEAST_SUPERVISED = 0.01
+NOTED = 10  # notes that are said of a source, the most frequent ones
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Loaded:
     path: np.ndarray  # [documents] number of the path that each came from
     learnable: np.ndarray  # [documents] whether it holds an anchor
     summaries: list[Summary]
+    passed_over: list[Path]  # files that end as data does and are none
 
     def of_row(self, row: int) -> list[Document]:
         """The documents that came from a row of the data."""
@@ -87,6 +89,7 @@ class Data:
     held_out: Part | None
     loaded: Loaded  # what `data.path` gives, before anything is held out, repeated or packed
     summaries: list[Summary]
+    passed_over: list[Path]  # files that end as data does and are none
     dropped: Counter[str]  # rows and documents that taught nothing, by cause
     cut: int  # documents that were longer than a row
 
@@ -94,6 +97,12 @@ class Data:
         """What became of the data, a line a fact."""
         for summary in self.summaries:
             yield f"{summary.source}: {summary.rows:,} rows, read as '{summary.shape}'"
+            for noted, count in summary.noted.most_common(NOTED):
+                yield f"{summary.source}: {count:,} x {noted}"
+            if len(summary.noted) > NOTED:
+                yield f"{summary.source}: and {len(summary.noted) - NOTED:,} further notes like these"
+        if self.passed_over:
+            yield "no data, and passed over: " + ", ".join(map(str, self.passed_over))
         yield self.train.describe()
         if self.held_out:
             yield self.held_out.describe()
@@ -158,7 +167,16 @@ def load_data(config: DataConfig, encoder: ChatEncoder, seed: int, pack: bool) -
             dropped += Counter(summary.bad) + summary.dropped
         dropped["no answer within a row"] += int((~part.learnable).sum())
         cut += int((part.documents.length[part.learnable] > config.seq_len).sum())
-    return Data(config.path, train, held_out, loaded, [s for part in all_loaded for s in part.summaries], +dropped, cut)
+    return Data(
+        config.path,
+        train,
+        held_out,
+        loaded,
+        [summary for part in all_loaded for summary in part.summaries],
+        [file for part in all_loaded for file in part.passed_over],
+        +dropped,
+        cut,
+    )
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -192,8 +210,9 @@ def make_encoder(config: DataConfig, tokenizer: Any, stop_ids: list[int], vocab_
 def _load(paths: dict[str, float], config: DataConfig, encoder: ChatEncoder) -> Loaded:
     entries, summaries, bad, rows = [], [], BadRows(), 0
     conversations, weights, numbers_of_paths = [], [], []
+    passed_over: list[Path] = []
     for number, (path, weight) in enumerate(paths.items()):
-        for source in find_sources(path):
+        for source in find_sources(path, passed_over):
             entry, summary = open_documents(source, encoder, cache_folder(config), config.max_bad_rows)
             bad.merge(summary.bad, summary.bad_listed)
             conversations.append(rows + entry.column("row"))
@@ -219,6 +238,7 @@ def _load(paths: dict[str, float], config: DataConfig, encoder: ChatEncoder) -> 
         np.concatenate(numbers_of_paths),
         learnable,
         summaries,
+        passed_over,
     )
 
 

@@ -1,14 +1,8 @@
-"""Files and hub datasets -> conversations, whatever shape their rows have.
-
-A source is a JSONL file (plain, .gz or .zst), a JSON array, a Parquet file, a folder of these, or a split of a Hugging
-Face dataset. Its rows come in chunks of raw bytes or Arrow tables, which other processes can parse.
-"""
+"""Files, folders of them and hub datasets -> conversations, whatever shape their rows have."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import itertools
 import json
 import re
 from collections import Counter
@@ -17,9 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
-
+from dflash_dist.data.files import (
+    DESCRIPTIONS,
+    LONGEST_ROW,
+    SAVED_BY_DATASETS,
+    SUFFIXES,
+    UNFINISHED,
+    BadRow,
+    FileSource,
+    HubSource,
+    Source,
+    arrow_files,
+)
 from dflash_dist.data.keys import (
     BEGUN_KEYS,
     REASONING_KEYS,
@@ -52,11 +55,6 @@ SHAREGPT_ROLES = {
 }
 TEXT_PARTS = ("text", "input_text", "output_text")
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
-CHUNK_ROWS = 512
-CHUNK_BYTES = 8 << 20
-LONGEST_ROW = 4 << 20  # [bytes]; a million tokens: no packed row holds that, and it is most often a broken export
-
 
 @dataclass(frozen=True)
 class Conversation:
@@ -84,110 +82,32 @@ class Rendered:
     unread: tuple[str, ...] = field(default=(), compare=False)
 
 
-class BadRow(ValueError):
-    """A row that cannot be used; the text up to the first colon is the cause under which it is counted."""
-
-    @property
-    def cause(self) -> str:
-        return str(self).split(":")[0]
-
-
 # ------------------------------------------------------------------------------------------------ where rows lie
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive rows of a source, not parsed yet."""
+def find_sources(path: str, passed_over: list[Path] | None = None) -> list[Source]:
+    """The file at `path`, the data files of the folder at `path` in order of their names, or the hub dataset of that
+    name.
 
-    first: int  # number of the first row, from 1
-    rows: list[bytes | None] | pa.Table  # lines, None for one that is too long; or an Arrow table
-
-    def parsed(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        """Row numbers with rows, or with what is wrong with them. Blank lines count but give nothing."""
-        if isinstance(self.rows, pa.Table):
-            for number, row in enumerate(self.rows.to_pylist(), self.first):
-                yield number, _without_nulls(row)
-            return
-        for number, line in enumerate(self.rows, self.first):
-            if line is None or line.strip():
-                try:
-                    yield number, _parse_line(line)
-                except BadRow as error:
-                    yield number, error
-
-
-@dataclass(frozen=True)
-class FileSource:
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    def identity(self) -> str:
-        """Changes when the file does."""
-        stat = self.path.stat()
-        return f"{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-
-    def chunks(self) -> Iterator[Chunk]:
-        try:
-            if self.path.suffix == ".parquet":
-                yield from _parquet_chunks(self.path)
-            else:
-                yield from _line_chunks(self.path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(f"{self.path} cannot be read to its end: {error}") from error
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """A split of a Hugging Face dataset: `org/name[/subset][:split][@revision]`."""
-
-    name: str
-
-    PATTERN = re.compile(
-        r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<subset>[\w.-]+))?(:(?P<split>[^@]+))?(@(?P<revision>[\w./-]+))?"
-    )
-
-    def identity(self) -> str:
-        return f"{self.name} {self._dataset()._fingerprint}"
-
-    def chunks(self) -> Iterator[Chunk]:
-        first = 1
-        for table in self._dataset().with_format("arrow").iter(CHUNK_ROWS):
-            yield Chunk(first, table)
-            first += table.num_rows
-
-    def _dataset(self) -> Any:
-        import datasets  # slow to import, and only needed here
-
-        parts = self.PATTERN.fullmatch(self.name)
-        assert parts, f"find_sources made a hub source of {self.name}"
-        try:
-            return datasets.load_dataset(
-                parts["id"], parts["subset"], split=parts["split"] or "train", revision=parts["revision"]
-            )
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(
-                f"{self.name} is neither a file or folder here nor a dataset that the hub gives: {error}"
-            ) from error
-
-
-Source = FileSource | HubSource
-
-
-def find_sources(path: str) -> list[Source]:
-    """The file at `path`, the files of the folder at `path` in order of their names, or the hub dataset of that name.
+    Args:
+        passed_over: takes the files of the folder that end as data does and are none.
 
     Raises:
         ValueError: there is no such thing, or the folder holds no file of a known kind.
     """
     local = Path(path).expanduser()
     if local.is_dir():
-        files = sorted(file for file in local.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
-        if not files:
-            raise ValueError(f"data folder {path} holds no file ending in {', '.join(SUFFIXES)}")
-        return [FileSource(file) for file in files]
+        folder = _Folder()
+        try:
+            folder.look_into(local)
+        except OSError as error:
+            raise ValueError(f"data folder {path} cannot be read: {error}") from error
+        if not folder.data:
+            none = f" but {', '.join(file.name for file in folder.passed_over)}" if folder.passed_over else ""
+            raise ValueError(f"data folder {path} holds no file ending in {', '.join(SUFFIXES)}{none}")
+        if passed_over is not None:
+            passed_over += sorted(folder.passed_over)
+        return [FileSource(file) for file in sorted(folder.data)]
     if local.is_file():
         if not local.name.endswith(SUFFIXES):
             raise ValueError(f"data file {path} is of no known kind: its name must end in one of {', '.join(SUFFIXES)}")
@@ -197,69 +117,54 @@ def find_sources(path: str) -> list[Source]:
     return [HubSource(path)]
 
 
-def _line_chunks(path: Path) -> Iterator[Chunk]:
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
-    with pa.input_stream(str(path), compression=compression) as stream, io.BufferedReader(stream, 1 << 20) as lines:
-        if lines.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[" and ".json" in path.suffixes:
-            yield from _array_chunks(path, lines)
-            return
-        number, first, size, rows = 0, 1, 0, []
-        while line := lines.readline(LONGEST_ROW + 2):
-            number += 1
-            too_long = len(line.rstrip(b"\n")) > LONGEST_ROW
-            rows.append(None if too_long else line)
-            size += len(line)
-            while too_long and line and not line.endswith(b"\n"):
-                line = lines.readline(LONGEST_ROW)
-            if len(rows) == CHUNK_ROWS or size > CHUNK_BYTES:
-                yield Chunk(first, rows)
-                first, size, rows = number + 1, 0, []
-        if rows:
-            yield Chunk(first, rows)
+class _Folder:
+    """The data files of a folder and of the folders in it, each once, whatever links lead there."""
+
+    def __init__(self) -> None:
+        self.data: list[Path] = []
+        self.passed_over: list[Path] = []
+        self._seen: set[tuple[int, int]] = set()  # device and inode
+
+    def look_into(self, folder: Path) -> None:
+        if self._is_new(folder):
+            for path in sorted(folder.iterdir()):
+                if path.name.startswith("."):  # of notebooks, of downloads, of macOS
+                    continue
+                if path.is_dir():
+                    if not path.name.startswith("_") and not path.name.endswith(UNFINISHED):
+                        self.look_into(path)
+                elif path.name.endswith(SUFFIXES):
+                    self._add(path)
+                    if path.name == SAVED_BY_DATASETS:
+                        self.data += filter(self._is_new, arrow_files(path))
+
+    def _add(self, path: Path) -> None:
+        if path.name.startswith("_") or (path.suffix == ".json" and _describes(path)):
+            self.passed_over.append(path)
+        elif self._is_new(path):
+            self.data.append(path)
+
+    def _is_new(self, path: Path) -> bool:
+        stat = path.stat()  # a link that leads nowhere is an error
+        new = (stat.st_dev, stat.st_ino) not in self._seen
+        self._seen.add((stat.st_dev, stat.st_ino))
+        return new
 
 
-def _array_chunks(path: Path, stream: io.BufferedReader) -> Iterator[Chunk]:
-    """A JSON array, as ShareGPT is published: read whole, since nothing marks its rows."""
+def _describes(path: Path) -> bool:
+    """Whether a file is one object that is no row and holds none. On a single line that could be a bad row, unless it
+    is known by its name."""
+    if path.stat().st_size > LONGEST_ROW:
+        return False
+    content = path.read_bytes().strip()
     try:
-        rows = iter(json.load(stream))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} begins as a JSON array but is not one: {error}") from error
-    for first in itertools.count(1, CHUNK_ROWS):
-        lines: list[bytes | None] = [json.dumps(row).encode() for row in itertools.islice(rows, CHUNK_ROWS)]
-        if not lines:
-            return
-        yield Chunk(first, lines)
-
-
-def _parquet_chunks(path: Path) -> Iterator[Chunk]:
-    first = 1
-    with pa.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(CHUNK_ROWS):
-            yield Chunk(first, pa.Table.from_batches([batch]))
-            first += batch.num_rows
-
-
-def _without_nulls(value: Any) -> Any:
-    """Arrow gives every struct the keys of all structs in its column; those that a row does not have are null."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def _parse_line(line: bytes | None) -> dict[str, Any]:
-    if line is None:
-        raise BadRow(f"too long: above {LONGEST_ROW >> 20} MiB")
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadRow(f"not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"malformed JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise BadRow(f"no object: expected {{...}}, found {type(row).__name__}")
-    return row
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(found, dict) or not (b"\n" in content or path.name in DESCRIPTIONS):
+        return False
+    inside = [value[0] for value in found.values() if isinstance(value, list) and value]
+    return not any(isinstance(row, dict) and _shapes(row) for row in (found, *inside))
 
 
 # ------------------------------------------------------------------------------------------------ shapes of rows
@@ -279,11 +184,14 @@ def shape_of(row: dict[str, Any]) -> str:
     Raises:
         BadRow: none of them.
     """
-    for shape, keys in SHAPES.items():
-        if all(key in row for key in keys):
-            return shape
+    if shapes := _shapes(row):
+        return shapes[0]
     expected = "; ".join(" and ".join(f"'{key}'" for key in keys) for keys in SHAPES.values())
     raise BadRow(f"unknown shape: expected {expected}, found the keys {', '.join(sorted(row)) or '(none)'}")
+
+
+def _shapes(row: dict[str, Any]) -> list[str]:
+    return [shape for shape, keys in SHAPES.items() if all(key in row for key in keys)]
 
 
 def read_row(row: dict[str, Any]) -> Conversation | Rendered:
@@ -380,7 +288,7 @@ def _template_args(row: dict[str, Any]) -> dict[str, Any]:
         stated = _json(stated, "chat_template_kwargs")
     if not isinstance(stated, dict):
         raise BadRow("wrong chat_template_kwargs: expected an object with the chat template's arguments")
-    for text in _strings(stated):
+    for text in strings(stated):
         _refuse_broken(text)
     switches = {key: row[key] for key in THINKING_SWITCHES if isinstance(row.get(key), bool)}
     return switches | {key: value for key, value in stated.items() if value is not None}
@@ -405,7 +313,7 @@ def _message(raw: Any) -> Message:
         message["content"].strip() or "tool_calls" in message or "reasoning_content" in message
     ):
         raise BadRow(f"empty content: a message of role {role} says nothing")
-    for text in _strings(message):
+    for text in strings(message):
         _refuse_broken(text)
     return message
 
@@ -480,7 +388,7 @@ def _tools(row: dict[str, Any]) -> list[Any] | None:
     found = [tools for key in TOOL_KEYS if (tools := _tool_list(key, row.get(key)))]
     if len(found) > 1 and found[0] != found[1]:
         raise BadRow(f"wrong tools: {' and '.join(map(repr, TOOL_KEYS))} describe different ones")
-    for text in _strings(found):
+    for text in strings(found):
         _refuse_broken(text)
     return found[0] if found else None
 
@@ -510,16 +418,17 @@ def _json(text: Any, what: str) -> Any:
         raise BadRow(f"wrong {what}: not JSON ({error})") from error
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> Iterator[str]:
+    """All text in a value as JSON has it, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, item in value.items():
             yield key
-            yield from _strings(item)
+            yield from strings(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item)
+            yield from strings(item)
 
 
 # Half of a surrogate pair cannot be encoded; NUL ends the text in many a tokenizer.
@@ -546,7 +455,7 @@ def read_conversations(path: str | Path, max_bad_rows: float = 0) -> Iterator[tu
         last = 0
         for chunk in source.chunks():
             last = chunk.first + len(chunk.rows) - 1
-            for number, row in chunk.parsed():
+            for number, row in chunk.parsed(Counter()):
                 try:
                     if isinstance(row, BadRow):
                         raise row
@@ -562,6 +471,16 @@ def read_conversations(path: str | Path, max_bad_rows: float = 0) -> Iterator[tu
         before += last
     if not found:
         raise ValueError(f"{path} holds no conversation")
+
+
+def name_row(path: str | Path, number: int) -> str:
+    """File and row in it of a row's number, as `read_conversations` counts."""
+    for source in find_sources(str(path)):
+        rows = sum(len(chunk.rows) for chunk in source.chunks())
+        if number <= rows:
+            return f"{source.name}, row {number}"
+        number -= rows
+    raise AssertionError(f"{path} has no row {number}")
 
 
 class BadRows:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dflash_dist.config import TrainConfig
 from dflash_dist.contract.folder import TRAINING, find_draft, read_draft, target_faults
 from dflash_dist.data.chat import ChatEncoder
-from dflash_dist.data.sources import BadRow, Conversation, read_row
+from dflash_dist.data.sources import Conversation, read_row
 from dflash_dist.data.template import today
 from dflash_dist.decoding.sampling import Sampling
 from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_difference
@@ -33,7 +33,15 @@ from dflash_dist.serving.report import Answer, print_report, summarise, to_tenso
 from dflash_dist.serving.suites import SUITES, Prompt, read_prompts
 from dflash_dist.target.answers import as_message, json_object
 from dflash_dist.target.head import check_head
-from dflash_dist.target.load import TargetInfo, digest_weights, load_ends, load_whole, name_weights, read_info
+from dflash_dist.target.load import (
+    TargetInfo,
+    check_room,
+    digest_weights,
+    load_ends,
+    load_whole,
+    name_weights,
+    read_info,
+)
 from dflash_dist.target.parts import Parts, stored_settings
 
 ANSWERED_WITH = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "rejection")
@@ -97,8 +105,8 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
         raise ValueError("--diagnose compares likeliest tokens: leave --temperature out")
     if world.size > 1 and not args.json:
         raise ValueError("--json is needed where several ranks evaluate: the answers meet beside it")
-    prompts = dict(enumerate(read_prompts(args.suite, args.prompts, args.limit), 1))
     evaluation = Evaluation(args, world)
+    prompts = dict(enumerate(read_prompts(args.suite, args.prompts, args.limit, evaluation.check), 1))
     with contextlib.ExitStack() as stack:
         report = args.json or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "report.json"
         report.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +116,7 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
         # Whether it is finished is asked after the parts were read: they go once it is there.
         todo = [] if parts.out.is_file() else [row for row in mine if row not in places]
         if todo:
-            evaluation.load()
+            evaluation.load(prompts[todo[0]])
             bar = tqdm(total=len(mine), initial=len(mine) - len(todo), unit="prompt", disable=not world.is_main)
             with bar, parts.append(world.rank) as append:
                 for row in todo:
@@ -136,6 +144,17 @@ class Evaluation:
             stored = stored_settings(answers_file(args.json)) if args.json else {}
             day = self.trained.get("date") or stored.get("date") or today()
             self.encoder = dataclasses.replace(self.encoder, date=world.agree_on_day(day))
+        self.known = make_encoder(self.info, self.trained, None, self.encoder.date) if self.trained else None
+
+    def check(self, prompt: Prompt) -> None:
+        """Refuses a prompt that could not be decoded, before the first one is.
+
+        Raises:
+            ValueError: a chat template refuses it, or it leaves no room for an answer.
+        """
+        check_room(self.info, self.encoder.prompt_of(prompt.asked))
+        if self.args.diagnose and self.known:
+            self.known.prompt_of(prompt.asked)
 
     def settings(self, prompts: list[Prompt]) -> dict[str, Any]:
         """What the answers depend on; an evaluation continues only under the same."""
@@ -150,8 +169,8 @@ class Evaluation:
             "prompts": hashlib.sha256(asked.encode()).hexdigest()[:16],
         }
 
-    def load(self) -> None:
-        """Reads the target's weights, and warms both models up.
+    def load(self, prompt: Prompt) -> None:
+        """Reads the target's weights, and warms both models up on a prompt.
 
         Raises:
             ValueError: the LM head that a training takes is not the one that the target answers with.
@@ -159,26 +178,25 @@ class Evaluation:
         model = load_whole(self.info, self.dtype, self.device)
         check_head(self.info.path, model, load_ends(self.info, self.dtype, self.device).head)
         self.decoder = Decoder(model, self.draft, self.info.stop_ids)
-        self.decoder.speculative(self.encoder.prompt_ids([{"role": "user", "content": "Hi"}]), 4)
-        known = make_encoder(self.info, self.trained, None, self.encoder.date) if self.trained else None
-        self.examiner = Examiner(self.decoder, self.encoder, known) if self.args.diagnose else None
+        self.decoder.speculative(self.encoder.prompt_of(prompt.asked), 4)
+        self.examiner = Examiner(self.decoder, self.encoder, self.known) if self.args.diagnose else None
 
     def decode(self, row: int, prompt: Prompt) -> dict[str, Any]:
         """The answers to a prompt and to its later questions, and what they are evidence of. `row` numbers the prompt
         among all: sampling depends on it and on the seed, not on who decodes what else."""
         self.decoder.sampling = dataclasses.replace(self.sampling, seed=self.args.seed * 1_000_003 + row)
-        messages, answers, evidence = prompt.messages, [], []
+        asked, answers, evidence = prompt.asked, [], []
         if self.examiner and prompt.answered:
             evidence.append(self.examiner.examine_data(prompt.answered))
         for turn, question in enumerate([None, *prompt.later]):
             if question is not None:
                 try:
-                    read = read_row({"messages": [*messages, {"role": "user", "content": question}]})
-                except BadRow:  # nothing can follow an answer that says nothing
+                    read = read_row({"messages": [*asked.messages, {"role": "user", "content": question}]})
+                    assert isinstance(read, Conversation)
+                    asked = dataclasses.replace(asked, messages=read.messages)
+                    check_room(self.info, self.encoder.prompt_of(asked))
+                except ValueError:  # nothing can follow an answer that says nothing, or one that took all the room
                     break
-                assert isinstance(read, Conversation)
-                messages = read.messages
-            asked = Conversation(messages, prompt.tools, template_args=prompt.template_args)
             ids = self.encoder.prompt_of(asked)
             plain = self.decoder.plain(ids, self.args.max_new_tokens)
             fast = self.decoder.speculative(ids, self.args.max_new_tokens)
@@ -188,7 +206,8 @@ class Evaluation:
                 evidence.append(self.examiner.examine(ids, asked, fast))
             finished = plain.tokens[-1] in self.decoder.stop_ids
             text = self.encoder.tokenizer.decode(plain.tokens[:-1] if finished else plain.tokens)
-            messages = [*messages, as_message(self.encoder, ids, text, finished)]
+            answer = as_message(self.encoder, ids, text, finished)
+            asked = dataclasses.replace(asked, messages=[*asked.messages, answer])
         return {"answers": [dataclasses.asdict(answer) for answer in answers], "evidence": add_up(evidence)}
 
     def report(self, rows: list[dict[str, Any]]) -> None:

@@ -14,13 +14,14 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dflash_dist.config import DataConfig
 from dflash_dist.data.rows import cache_folder
-from dflash_dist.data.sources import Conversation, Message, read_conversations
+from dflash_dist.data.sources import Conversation, name_row, read_conversations
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,12 @@ class Prompt:
 
     suite: str
     number: int  # in its suite, from 0
-    messages: list[Message]
+    asked: Conversation  # ends with a question
     later: Sequence[str] = ()  # further questions, each asked after the target's own answer to the one before
-    tools: list[Any] | None = None
-    template_args: dict[str, Any] = field(default_factory=dict)  # its own
     answered: Conversation | None = None  # as the data has it, with the data's answer
+
+
+Check = Callable[[Prompt], None]
 
 
 @dataclass(frozen=True)
@@ -76,34 +78,48 @@ SUITES = {
 }
 
 
-def read_prompts(suites: Sequence[str], files: Sequence[str], limit: int | None = None) -> list[Prompt]:
+def read_prompts(
+    suites: Sequence[str], files: Sequence[str], limit: int | None = None, check: Check | None = None
+) -> list[Prompt]:
     """The prompts of built-in suites and of files of conversations, each suite named once.
 
     Args:
         suites: of `SUITES`; `name=FILE` where the package's file lies here already.
         files: as the training data, each a suite called by its name; a conversation is cut before its last answer.
         limit: of each, the first N only.
+        check: refuses a prompt with a ValueError.
 
     Raises:
-        ValueError: there is no such suite, its prompts cannot be had, or two have one name.
+        ValueError: there is no such suite, its prompts cannot be had, two have one name, or one is refused; names file
+            and row.
     """
-    asked: dict[str, Iterator[Prompt]] = {}
+    asked: dict[str, Iterator[tuple[int, Prompt]]] = {}
+    where: dict[str, Callable[[int], str]] = {}
     for text in suites:
         name, _, file = text.partition("=")
         if name not in SUITES:
             raise ValueError(
                 f"there is no suite {name!r}, only {', '.join(SUITES)}; name files of your own by --prompts"
             )
-        asked[name] = _of_suite(name, file)
+        asked[name], where[name] = _of_suite(name, file), partial("suite {}, row {}".format, name)
     for file in files:
         name = Path(file).name.split(".")[0]
         if name in asked:
             raise ValueError(f"two suites are called {name}, and their figures would mix: rename {file}")
-        asked[name] = _of_file(name, file)
-    return [prompt for prompts in asked.values() for prompt in itertools.islice(prompts, limit)]
+        asked[name], where[name] = _of_file(name, file), partial(name_row, file)
+    taken = []
+    for name, prompts in asked.items():
+        for row, prompt in itertools.islice(prompts, limit):
+            try:
+                if check:
+                    check(prompt)
+            except ValueError as error:
+                raise ValueError(f"{where[name](row)}: {error}") from error
+            taken.append(prompt)
+    return taken
 
 
-def _of_suite(name: str, file: str) -> Iterator[Prompt]:
+def _of_suite(name: str, file: str) -> Iterator[tuple[int, Prompt]]:
     suite = SUITES[name]
     for number, line in enumerate(_lines(name, file)):
         try:
@@ -113,15 +129,16 @@ def _of_suite(name: str, file: str) -> Iterator[Prompt]:
                 f"suite {name}, row {number + 1} of {file or suite.file} is not as in {suite.package}'s {suite.file}:"
                 f" {error!r}"
             ) from error
-        yield Prompt(name, number, [{"role": "user", "content": first}], later)
+        yield number + 1, Prompt(name, number, Conversation([{"role": "user", "content": first}]), later)
 
 
-def _of_file(name: str, file: str) -> Iterator[Prompt]:
+def _of_file(name: str, file: str) -> Iterator[tuple[int, Prompt]]:
     for number, (line, row) in enumerate(read_conversations(file)):
         asked = row.asked
         if all(message["role"] not in ("user", "tool") for message in asked):
-            raise ValueError(f"{file}, row {line}: nothing to answer, since nobody asks anything")
-        yield Prompt(name, number, asked, (), row.tools, row.template_args, row if asked != row.messages else None)
+            raise ValueError(f"{name_row(file, line)}: nothing to answer, since nobody asks anything")
+        question = replace(row, messages=asked)
+        yield line, Prompt(name, number, question, answered=row if asked != row.messages else None)
 
 
 def _lines(name: str, file: str) -> list[str]:

@@ -136,6 +136,19 @@ def check_rollback(text_config: Any) -> None:
         )
 
 
+def check_room(info: TargetInfo, prompt: Sequence[int]) -> None:
+    """Refuses a prompt behind which no answer could be written.
+
+    Raises:
+        ValueError: naming both lengths.
+    """
+    positions = info.text.max_position_embeddings
+    if len(prompt) >= positions:
+        raise ValueError(
+            f"its {len(prompt)} tokens leave no room for an answer in the {positions} positions of {info.path}"
+        )
+
+
 def _layer_kinds(text_config: Any) -> set[str]:
     """The kinds of a decoder's layers that its config names; attention goes without saying."""
     kinds = [getattr(text_config, name, None) or [] for name in ("layer_types", "layers_block_type", "block_types")]

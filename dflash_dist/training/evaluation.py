@@ -21,11 +21,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dflash_dist.config import Config, EvalConfig
 from dflash_dist.data.rows import Data, make_encoder
-from dflash_dist.data.sources import BadRow, read_conversations
+from dflash_dist.data.sources import name_row, read_conversations
 from dflash_dist.decoding.speculative import Decoder
 from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.ranks import World
-from dflash_dist.target.load import TargetInfo, check_rollback
+from dflash_dist.target.load import TargetInfo, check_rollback, check_room
 
 
 class Stopped(Exception):
@@ -150,13 +150,9 @@ def find_prompts(config: Config, info: TargetInfo, data: Data) -> list[list[int]
         for row, conversation in itertools.islice(read_conversations(config.eval.prompts), count):
             try:
                 prompt = encoder.prompt_of(dataclasses.replace(conversation, messages=conversation.asked))
-            except BadRow as error:
-                raise ValueError(f"eval.prompts {config.eval.prompts}, row {row}: {error}") from error
-            if len(prompt) >= info.text.max_position_embeddings:
-                raise ValueError(
-                    f"eval.prompts {config.eval.prompts}, row {row}: its {len(prompt)} tokens leave no room for an"
-                    f" answer in the {info.text.max_position_embeddings} positions of {info.path}"
-                )
+                check_room(info, prompt)
+            except ValueError as error:
+                raise ValueError(f"eval.prompts {name_row(config.eval.prompts, row)}: {error}") from error
             prompts.append(prompt)
     if not prompts:
         raise ValueError("no held-out conversation has a prompt before its answer: set eval.prompts to a file of some")

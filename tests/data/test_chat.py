@@ -249,6 +249,55 @@ def test_of_a_rendered_text_what_follows_the_prompt_is_supervised_up_to_the_end_
     assert supervised(encoder, document) == [expected]
 
 
+@pytest.mark.parametrize("more", ["", " more", "<|im_start|>user\nnext", "<|im_end|>"])
+def test_an_answer_is_supervised_up_to_its_first_end_token(more):
+    """There the target stops. For later turns the rest is context, as an engine would prefill it."""
+    encoder = make_encoder(CHATML)
+    (document,) = encode(encoder, turns("q", f"one<|im_end|>{more}", "r", "two"))
+    assert supervised(encoder, document) == ["one<|im_end|>", "two<|im_end|>"]
+    assert f"one<|im_end|>{more}<|im_end|>\n<|im_start|>user\nr" in text_of(encoder, document.input_ids)
+    before = encoder.prompt_ids(turns("q", f"one<|im_end|>{more}", "r"))
+    assert document.input_ids[: document.supervised[1][0]].tolist() == before
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, FORCED_MARKED, FORGETFUL])
+def test_an_answer_that_goes_on_behind_its_end_is_cut_there_under_every_template(template):
+    messages = turns("q", "one<|im_end|>\nmore", "r", "two<|im_end|>more")
+    found = answers(make_encoder(template), messages)
+    assert [text for document in found for text in document] == ["one<|im_end|>", "two<|im_end|>"]
+    assert answers(make_encoder(template), messages[:2], finished=False) == [["one<|im_end|>"]]
+
+
+def test_any_token_that_ends_a_turn_ends_an_answer():
+    encoder = ChatEncoder(tiny_tokenizer(), [0, STOP], chat_template=CHATML)
+    assert answers(encoder, turns("q", "one<pad>two")) == [["one<pad>"]]
+
+
+def test_of_a_rendered_text_only_the_first_turn_behind_the_prompt_is_supervised():
+    """What a user wrote later is not the target's."""
+    encoder = make_encoder(CHATML)
+    text = encoder.render(turns("q", "one", "r", "two"))
+    (document,) = encoder.encode(Rendered(text, text.index("one")))
+    assert supervised(encoder, document) == ["one<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("row", "goes_on"),
+    [
+        (Conversation(turns("q", "one<|im_end|>two")), True),
+        (Conversation(turns("q", "one", "r", "two<|im_end|>\n.")), True),
+        (Conversation(turns("q", "one<|im_end|>\n")), False),  # the template's own follows, and nothing is lost
+        (Conversation(turns("q<|im_end|>q", "one")), False),
+        (Conversation([{"role": "assistant", "content": "Hi<|im_end|>!"}, *turns("q", "one")]), False),
+        (Conversation([*turns("q"), {"role": "assistant", "content": "a", "reasoning_content": "<|im_end|>"}]), True),
+        (Rendered("q:one<|im_end|>two", 2), True),
+        (Rendered("<|im_end|>q:one<|im_end|>\n", 12), False),
+    ],
+)
+def test_it_is_known_whether_an_answer_goes_on_behind_its_end(row, goes_on):
+    assert make_encoder(CHATML).goes_on(row) == goes_on
+
+
 # Templates that render a turn differently once others follow it
 
 THOUGHTS = turns("one", "<think>hm</think>first", "two", "<think>ah</think>second", "three", "third")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import ast
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,11 +16,12 @@ import pytest
 
 from dflash_dist.config import DataConfig
 from dflash_dist.data import documents as module
-from dflash_dist.data import sources
+from dflash_dist.data import files
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.documents import NO_ANCHOR, Documents, Summary, encode_chunk, open_documents
+from dflash_dist.data.files import Chunk, FileSource, Look
 from dflash_dist.data.rows import load_data
-from dflash_dist.data.sources import Chunk, FileSource, read_row
+from dflash_dist.data.sources import read_row
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import CHATML
 from tests.data.files import CHANGING, NO_ANSWER, chat, chats, make_encoder, write_rows
@@ -48,6 +51,7 @@ def encoded_one_by_one(rows: list[dict[str, Any]], encoder: ChatEncoder) -> list
     return [
         (number, document.input_ids.tolist(), document.supervised)
         for number, row in enumerate(rows, 1)
+        if row["messages"]
         for document in encoder.encode(read_row(row))
     ]
 
@@ -58,7 +62,7 @@ def entries(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def short_chunks(monkeypatch) -> None:
-    monkeypatch.setattr(sources, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(files, "CHUNK_ROWS", 3)
     monkeypatch.setattr(module, "CHUNKS_ALONE", 2)
 
 
@@ -84,15 +88,31 @@ def test_an_entry_holds_the_documents_of_all_rows_in_their_order(tmp_path, short
     assert (summary.rows, summary.shape, summary.dropped) == (24, "messages", Counter({"no assistant turn": 8}))
 
 
+def calling(**arguments: Any) -> dict[str, Any]:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    return {"messages": [{"role": "user", "content": "q"}, call]}
+
+
+CALLS = CHATML.replace(
+    "{{ message.content }}", "{{ message.tool_calls | tojson if message.tool_calls }}{{ message.content }}"
+)
+
+
 def test_worker_processes_make_the_same_entry(tmp_path, short_chunks):
-    rows = [*ROWS, {"messages": []}, *ROWS]  # more chunks than wait at a time
-    path, encoder = write_rows(tmp_path / "rows.jsonl", rows), make_encoder(chat_template=CHANGING)
+    """Also of nulls, about which only the last row tells."""
+    rows = [calling(x="1", y=None), *ROWS, {"messages": []}, *ROWS]  # more chunks than wait at a time
+    rows += [calling(x=None, y=None), calling(x="2", y="3")]
+    path, encoder = write_rows(tmp_path / "rows.jsonl", rows), make_encoder(chat_template=CALLS)
     made = [
         open_documents(FileSource(path), encoder, tmp_path / f"{workers} workers", 0, workers) for workers in (1, 2)
     ]
     (alone, summary), (shared, other_summary) = [(told(Documents([entry])), summary) for entry, summary in made]
     assert shared == alone
     assert other_summary == summary
+    rows[0], rows[-2] = calling(x="1"), calling()
+    assert alone == encoded_one_by_one(rows, encoder)
+    places = {cause.split(".")[-1]: count for cause, count in summary.noted.items()}
+    assert places == {"x": 1, "y": 2}
 
 
 def test_documents_are_found_across_batches_with_and_without_any(tmp_path, short_chunks):
@@ -197,12 +217,30 @@ def test_another_entry_is_made_after_a_change_of(tmp_path, change):
     assert len(entries(tmp_path)) == 2
 
 
-def test_another_entry_is_made_after_a_change_of_the_code(tmp_path, monkeypatch):
+def code_behind(name: str) -> set[str]:
+    """The modules of data/ that this one imports, and those that they import."""
+    tree = ast.parse((Path(module.__file__).parent / f"{name}.py").read_text())
+    imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    direct = {found.split(".")[-1] for found in imported if found.startswith("dflash_dist.data.")}
+    return {name}.union(*map(code_behind, direct))
+
+
+@pytest.mark.parametrize("name", sorted(code_behind("documents")))
+def test_another_entry_is_made_after_a_change_of_the_code(tmp_path, monkeypatch, name):
     path = write_rows(tmp_path / "rows.jsonl", chats(2))
     opened(path)
-    monkeypatch.setattr(module, "_code_version", lambda: "the next one")
+    code = Path(module.__file__).parent
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "code/documents.py"))
+    shutil.copytree(code, tmp_path / "code")
+    module._code_version.cache_clear()
+    opened(path)
+    assert len(entries(tmp_path)) == 1
+    (tmp_path / f"code/{name}.py").write_text((code / f"{name}.py").read_text() + "# a changed rule\n")
+    module._code_version.cache_clear()
     opened(path)
     assert len(entries(tmp_path)) == 2
+    monkeypatch.undo()
+    module._code_version.cache_clear()
 
 
 def test_nothing_else_makes_another_entry(tmp_path, monkeypatch, no_tokenising):
@@ -241,7 +279,7 @@ class Killed(ChatEncoder):
 
 
 def open_until_killed(path: Path) -> None:
-    sources.CHUNK_ROWS = 3
+    files.CHUNK_ROWS = 3
     opened(path, Killed(make_encoder().tokenizer, [2]))
 
 
@@ -367,8 +405,8 @@ class Counted:
     def identity(self) -> str:
         return self.file.identity()
 
-    def chunks(self) -> Iterator[Chunk]:
-        for chunk in self.file.chunks():
+    def chunks(self, look: Look) -> Iterator[Chunk]:
+        for chunk in self.file.chunks(look):
             self.taken += 1
             yield chunk
 

@@ -201,6 +201,30 @@ def test_every_row_is_accounted_for(tmp_path):
     ]
 
 
+def test_what_was_read_otherwise_than_it_stands_there_is_said(tmp_path):
+    """The most frequent notes of a source, and what was passed over."""
+    calls = [
+        {"function": {"name": "f", "arguments": {f"k{n:02}": n if n >= row else None for n in range(15)}}}
+        for row in range(15)
+    ]
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]} for call in calls
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, chat("q", "one<|im_end|>two", "r", "three")])
+    (tmp_path / "dataset_info.json").write_text("{}")
+    told = list(load(tmp_path).describe())
+    place = "messages[].tool_calls[].function.arguments"
+    counts = [
+        (14 - n, f"null left out as padding, since other rows have a value there: {place}.k{n:02}") for n in range(10)
+    ]
+    assert told[:13] == [
+        f"{path}: 16 rows, read as 'messages'",
+        *(f"{path}: {count} x {note}" for count, note in counts),
+        f"{path}: and 5 further notes like these",
+        f"no data, and passed over: {tmp_path}/dataset_info.json",
+    ]
+
+
 def test_of_many_bad_rows_the_first_ten_are_named(tmp_path):
     paths = [write_rows(tmp_path / f"{name}.jsonl", [*chats(3), *["{"] * 7]) for name in "ab"]
     told = [line for line in load(*paths, weights=[1, 1], max_bad_rows=14).describe() if line.startswith("bad row")]

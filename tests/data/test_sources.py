@@ -3,6 +3,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dflash_dist.data import sources
-from dflash_dist.data.sources import (
-    BadRow,
-    Conversation,
-    FileSource,
-    HubSource,
-    Rendered,
-    find_sources,
-    read_conversations,
-    read_row,
-)
+from dflash_dist.data import files
+from dflash_dist.data.files import BadRow, FileSource, HubSource
+from dflash_dist.data.sources import Conversation, Rendered, find_sources, read_conversations, read_row
 from tests.data.files import chat, chats, write_rows
 
 
 def numbered(path: Path | str) -> list[tuple[int, Any]]:
     """Row numbers with rows, or with the cause for which a row is bad; over all files."""
     chunks = [chunk for source in find_sources(str(path)) for chunk in source.chunks()]
-    parsed = [pair for chunk in chunks for pair in chunk.parsed()]
+    parsed = [pair for chunk in chunks for pair in chunk.parsed(Counter())]
     return [(number, row.cause if isinstance(row, BadRow) else row) for number, row in parsed]
 
 
@@ -79,6 +73,76 @@ def test_a_folder_gives_all_its_files_in_order_of_their_names(tmp_path):
     (tmp_path / "a.parquet").write_bytes(parquet([{"from": "a"}]))
     (tmp_path / "README.md").write_text("about the data")
     assert [row["from"] for _, row in numbered(tmp_path)] == ["a", "b/a", "b/deeper/z", "c"]
+
+
+NOTES = {"description": "", "features": {"messages": [{"role": {"dtype": "string"}}]}, "splits": ["train"]}
+
+
+def test_what_lies_in_a_folder_beside_its_data_is_no_data(tmp_path):
+    """Hidden files and what notebooks, downloads, macOS, Spark and `datasets` leave there."""
+    write_rows(tmp_path / "rows.jsonl", [{"from": "rows"}])
+    others = [".rows.jsonl", "._rows.jsonl", ".ipynb_checkpoints/rows-checkpoint.jsonl", ".cache/huggingface/x.json"]
+    others += ["b/.git/x.json", "__MACOSX/rows.jsonl", "_temporary/0/part-0.jsonl", "_committed.json"]
+    others += ["rows.jsonl.partial", "rows.jsonl~", "answers.jsonl.parts/rank-00000.jsonl", "x.incomplete/a.jsonl"]
+    for name in others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(tmp_path / name, [{"from": name}])
+    for name in ("dataset_info.json", "b/dataset_infos.json", "dataset_dict.json"):
+        (tmp_path / name).write_text(json.dumps(NOTES))
+    for name in ("about.json", "answers.jsonl.settings.json"):
+        (tmp_path / name).write_text(json.dumps(NOTES, indent=2))
+    assert numbered(tmp_path) == [(1, {"from": "rows"})]
+    passed_over: list[Path] = []
+    find_sources(str(tmp_path), passed_over)
+    names = ["_committed.json", "about.json", "answers.jsonl.settings.json", "b/dataset_infos.json"]
+    assert passed_over == [tmp_path / name for name in (*names, "dataset_dict.json", "dataset_info.json")]
+    assert numbered(tmp_path / "_committed.json") == [(1, {"from": "_committed.json"})], "named, it is data"
+    assert numbered(tmp_path / ".cache") == [(1, {"from": ".cache/huggingface/x.json"})]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(json.dumps(chats(1)[0], indent=2), id="one row"),
+        pytest.param(json.dumps({"rows": chats(2)}, indent=2), id="rows inside an object"),
+        pytest.param(json.dumps({"prompt": "q", "answer": "a"}), id="one row of unknown shape"),
+        pytest.param('{"messages": [\n', id="a row that was cut"),
+        pytest.param("{}\n{}\n", id="two rows"),
+        pytest.param("[]", id="no rows"),
+        pytest.param("[" * 20_000, id="nested too deeply"),
+    ],
+)
+def test_whatever_could_be_data_is_data(tmp_path, content):
+    """Else rows would be lost without a word."""
+    (tmp_path / "rows.json").write_text(content)
+    assert find_sources(str(tmp_path)) == [FileSource(tmp_path / "rows.json")]
+
+
+def test_a_file_counts_once_whatever_links_lead_to_it(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    (data / "sub").mkdir(parents=True)
+    elsewhere.mkdir()
+    write_rows(data / "sub/rows.jsonl", [{"from": "sub"}])
+    write_rows(elsewhere / "far.jsonl", [{"from": "far"}])
+    (data / "a.jsonl").symlink_to(data / "sub/rows.jsonl")
+    os.link(data / "sub/rows.jsonl", data / "z.jsonl")
+    (data / "again").symlink_to(data / "sub")
+    (data / "loop").symlink_to(data)
+    (data / "further").symlink_to(elsewhere)
+    assert [row["from"] for _, row in numbered(data)] == ["sub", "far"]
+
+
+def test_a_link_that_leads_nowhere_is_refused(tmp_path):
+    write_rows(tmp_path / "a.jsonl", chats(1))
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "absent.jsonl")
+    with pytest.raises(ValueError, match=r"data folder .* cannot be read: .*b\.jsonl"):
+        find_sources(str(tmp_path))
+
+
+def test_a_folder_of_descriptions_alone_is_refused_and_names_them(tmp_path):
+    (tmp_path / "dataset_info.json").write_text(json.dumps(NOTES))
+    with pytest.raises(ValueError, match=r"holds no file ending in .* but dataset_info\.json"):
+        find_sources(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +211,7 @@ def test_only_a_line_feed_ends_a_row(tmp_path):
     ids=["lines", "array", "Parquet"],
 )
 def test_rows_are_numbered_over_all_chunks(tmp_path, monkeypatch, name, content):
-    monkeypatch.setattr(sources, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(files, "CHUNK_ROWS", 2)
     (tmp_path / name).write_bytes(content)
     assert [(chunk.first, len(chunk.rows)) for chunk in FileSource(tmp_path / name).chunks()] == [
         (1, 2),
@@ -158,7 +222,7 @@ def test_rows_are_numbered_over_all_chunks(tmp_path, monkeypatch, name, content)
 
 
 def test_a_chunk_of_long_rows_has_fewer_of_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 2 * len(json.dumps(ROWS[0])))
+    monkeypatch.setattr(files, "CHUNK_BYTES", 2 * len(json.dumps(ROWS[0])))
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     assert [(chunk.first, len(chunk.rows)) for chunk in FileSource(path).chunks()] == [(1, 2), (3, 2), (5, 1)]
     assert numbered(path) == list(enumerate(ROWS, 1))
@@ -166,7 +230,7 @@ def test_a_chunk_of_long_rows_has_fewer_of_them(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("length", [101, 199, 200, 201, 202, 1000])
 def test_a_row_that_is_too_long_is_bad_and_the_next_one_is_read(tmp_path, monkeypatch, length):
-    monkeypatch.setattr(sources, "LONGEST_ROW", 100)
+    monkeypatch.setattr(files, "LONGEST_ROW", 100)
     path = write_rows(tmp_path / "rows.jsonl", [ROWS[0], "x" * length, ROWS[1], "x" * length])
     expected = [(1, ROWS[0]), (2, "too long"), (3, ROWS[1]), (4, "too long")]
     assert numbered(path) == expected
@@ -251,7 +315,7 @@ def test_what_cannot_be_a_hub_dataset_is_a_missing_file(hub, name):
 
 
 def test_rows_of_a_hub_dataset_are_numbered_over_all_chunks(hub, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(files, "CHUNK_ROWS", 2)
     assert [(chunk.first, len(chunk.rows)) for chunk in HubSource("org/name").chunks()] == [(1, 2), (3, 2), (5, 1)]
     assert numbered("org/name") == list(enumerate(ROWS, 1))
 

@@ -19,7 +19,8 @@ from dflash_dist.ranks import World
 from dflash_dist.serving import evaluate as program
 from dflash_dist.serving.evaluate import main
 from dflash_dist.target.load import read_info
-from tests.data.files import chat, write_rows
+from dflash_dist.target.tiny import CHATML
+from tests.data.files import chat, chats, write_rows
 from tests.ranks import run_ranks
 from tests.tiny import lively_target, tiny_shape
 
@@ -401,14 +402,14 @@ def test_an_evaluation_continues_only_under_the_same_settings(monkeypatch, argum
         with pytest.raises(ValueError, match=r"\.settings\.json belongs to a run with other prompts or settings"):
             main(argv)
 
-    monkeypatch.setattr(program.Evaluation, "load", lambda self: None)  # what is decoded does not matter here
+    monkeypatch.setattr(program.Evaluation, "load", lambda *_: None)  # what is decoded does not matter here
     decoded = {"tokens": [7], "seconds": 1.0, "emitted": [], "accepted": []}
     answer = {"suite": "chats", "prompt": 0, "turn": 0, "plain": decoded, "fast": decoded, "difference": None}
     monkeypatch.setattr(program.Evaluation, "decode", lambda *_: {"answers": [answer], "evidence": {}})
     argv = begun("--temperature", "1")
     main(argv)  # nothing changed
     changes = ["--dtype bfloat16", "--seed 1", "--temperature 0.5", "--top-p 0.9", "--top-k 5", "--max-new-tokens 12"]
-    for change in [*changes, "--rejection", "--limit 2", '--template-args {"a":1}']:
+    for change in [*changes, "--rejection", "--limit 2"]:
         assert_refused([*argv, *change.split()])
     assert_refused([*argv[:-2], "--temperature", "0", "--diagnose"])
     other = tmp_path / "other"
@@ -426,6 +427,30 @@ def test_an_evaluation_continues_only_under_the_same_settings(monkeypatch, argum
     assert_refused(argv)
     config.write_text(text)
     main(argv)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("x" * 2048, r"its 2\d+ tokens leave no room for an answer in the 2048 positions of "),
+        ("no", "refused by the chat template: never no"),
+    ],
+)
+def test_a_prompt_that_cannot_be_used_is_named_before_the_first_is_decoded(
+    monkeypatch, tmp_path, arguments, export, content, reason
+):
+    draft = export()
+    refusing = "{% if messages[-1].content == 'no' %}{{ raise_exception('never no') }}{% endif %}" + CHATML
+    (draft / program.TRAINING).write_text(json.dumps({"chat_template": refusing, "template_args": {}}))
+    (tmp_path / "asked").mkdir()
+    write_rows(tmp_path / "asked/a.jsonl", [*chats(3), ""])
+    write_rows(tmp_path / "asked/b.jsonl", [*chats(2), chat(content, "a")])
+    argv, _ = arguments("--prompts", str(tmp_path / "asked"))
+    monkeypatch.setattr(program.Evaluation, "load", None)
+    with pytest.raises(ValueError, match=rf"asked/b\.jsonl, row 3: {reason}"):
+        main(argv)
+    with pytest.raises(TypeError, match="not callable"):  # the first five are loaded for
+        main([*argv, "--limit", "5"])
 
 
 def test_several_ranks_need_a_place_to_meet(arguments):

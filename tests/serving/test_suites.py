@@ -57,15 +57,15 @@ def test_a_suite_is_read_from_its_wheel(name, cache, tmp_path):
         wheel.writestr(suite.member, content)
     first, second = read_prompts([name], [])
     assert (first.suite, first.number, second.number) == (name, 0, 1)
-    assert [first.messages[0]["content"], *first.later] == questions
-    assert first.messages[0]["role"] == "user" and len(first.messages) == 1
+    assert [first.asked.messages[0]["content"], *first.later] == questions
+    assert first.asked.messages[0]["role"] == "user" and len(first.asked.messages) == 1
 
 
 @pytest.mark.parametrize("name", SUITES)
 def test_a_suite_is_read_from_a_file(name, cache, tmp_path):
     line, questions = LINES[name]
     (prompt,) = read_prompts([f"{name}={write_file(tmp_path / SUITES[name].file, line)}"], [])
-    assert [prompt.messages[0]["content"], *prompt.later] == questions
+    assert [prompt.asked.messages[0]["content"], *prompt.later] == questions
 
 
 def test_pip_fetches_a_wheel_alone_and_once(cache, tmp_path, monkeypatch):
@@ -97,16 +97,16 @@ def test_files_are_suites_of_their_name_and_keep_the_datas_answer(write_chats):
     others = write_chats([("user", "A"), ("assistant", "B"), ("user", "C")], name="others.jsonl")
     answered, asked, more = read_prompts([], [str(chats), str(others)])
     assert [(p.suite, p.number) for p in (answered, asked, more)] == [("chats", 0), ("chats", 1), ("others", 0)]
-    assert [m["content"] for m in answered.messages] == ["Hi"]
+    assert [m["content"] for m in answered.asked.messages] == ["Hi"]
     assert [m["content"] for m in answered.answered.messages] == ["Hi", "Hello"]
-    assert asked.answered is None and more.answered is None and len(more.messages) == 3
+    assert asked.answered is None and more.answered is None and len(more.asked.messages) == 3
 
 
 def test_a_prompt_of_a_file_keeps_its_tools(tmp_path):
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
     file = write_file(tmp_path / "calls.jsonl", {"messages": [{"role": "user", "content": "Hi"}], "tools": tools})
     (prompt,) = read_prompts([], [str(file)])
-    assert prompt.tools == tools
+    assert prompt.asked.tools == tools
 
 
 def test_limit_counts_in_each_suite(tmp_path, write_chats):
@@ -119,7 +119,7 @@ def test_limit_counts_in_each_suite(tmp_path, write_chats):
 def test_a_text_may_hold_what_python_takes_for_a_line_end(tmp_path):
     file = write_file(tmp_path / "question.jsonl", {"turns": ["one\u2028two", "three\x85"]})
     (prompt,) = read_prompts([f"mtbench={file}"], [])
-    assert (prompt.messages[0]["content"], list(prompt.later)) == ("one\u2028two", ["three\x85"])
+    assert (prompt.asked.messages[0]["content"], list(prompt.later)) == ("one\u2028two", ["three\x85"])
 
 
 def test_what_cannot_be_asked_is_refused(tmp_path, write_chats):
