@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from dflash_dist.data.chat import ChatEncoder, Document, Text
 from dflash_dist.data.sources import BadRow, BadRows, Chunk, Source, digest, read_row, shape_of
+from dflash_dist.reading import reading
 
 # What is known of each document, in one small file that opening reads; the tokens lie in another, read where needed.
 INDEX = pa.schema(
@@ -225,8 +226,9 @@ def open_documents(
                     _make_entry(made, source, encoder, max_bad_rows, workers or len(os.sched_getaffinity(0)))
                 except OSError as error:
                     raise ValueError(f"the cache of tokenised data in {folder} cannot be written: {error}") from error
-    told = json.loads((made / "summary.json").read_text())
-    return read_entry(made), Summary(**(told | {name: Counter(told[name]) for name in ("dropped", "unread")}))
+    with reading(f"the cache of tokenised data {made}", "delete this folder, which the next start makes anew"):
+        told = json.loads((made / "summary.json").read_text())
+        return read_entry(made), Summary(**(told | {name: Counter(told[name]) for name in ("dropped", "unread")}))
 
 
 def entry_folder(folder: Path, source: Source, encoder: ChatEncoder) -> Path:
