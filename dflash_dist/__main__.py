@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
 import traceback
+
+from dflash_dist.reading import is_ours
 
 # command -> (module with a `main(argv)`, what it does); modules load when called, so that --help is instant
 COMMANDS = {
@@ -28,6 +31,9 @@ COMMANDS = {
     "demo": ("dflash_dist.demo", "all of it on a real small target: answers, training, export, evaluation"),
 }
 
+# Of the system and not of the program: no right to a file, no room, no disk.
+OUTSIDE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE}
+
 
 def main() -> None:
     argv = sys.argv[1:]
@@ -48,27 +54,22 @@ def main() -> None:
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         if rank and _is_loss_of_a_peer(error):
             sys.exit(f"{rank}ended because another rank did: look for what that one said, or torchrun below ({error})")
-        ours = isinstance(error, (ValueError, FloatingPointError, RuntimeError)) and _is_ours(error)
+        told = isinstance(error, (ValueError, FloatingPointError, RuntimeError)) and is_ours(error)
+        told = told or (isinstance(error, OSError) and error.errno in OUTSIDE)
         if rank:
             from dflash_dist.watchdog import tell_torchrun  # imports torch, which took part in this by now
 
-            tell_torchrun(f"error: {error}" if ours else traceback.format_exc())
-        if not ours:
+            tell_torchrun(f"error: {error}" if told else traceback.format_exc())
+        if not told:
             raise
         sys.exit(f"{rank}error: {error}")
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised the error, for a user to read: the message says what to do, a traceback would bury
-    it. What a library raises is a bug, and shown whole."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and frame.tb_frame.f_globals.get("__name__", "").startswith("dflash_dist.")
-
-
 def _is_loss_of_a_peer(error: BaseException) -> bool:
-    """Whether gloo or NCCL report the end of another rank. A hub's lost connection is no RuntimeError."""
+    """Whether gloo or NCCL report the end of another rank, maybe in the middle of loading. A hub's lost connection is
+    no RuntimeError."""
+    if isinstance(error, ValueError) and error.__cause__ is not None:
+        error = error.__cause__
     return isinstance(error, RuntimeError) and any(
         text in str(error) for text in ("closed by peer", "reset by peer", "remote process exited")
     )

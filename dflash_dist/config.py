@@ -38,6 +38,9 @@ class TargetConfig:
         "", "Hugging Face folder or hub id of the frozen target, or builtin:tiny (random, made on the spot)"
     )
     revision: str = knob("main", "branch, tag or commit when path is a hub id")
+    trust_remote_code: bool = knob(
+        False, "run Python code that the model brings: for architectures that transformers does not know"
+    )
     layer_ids: list[int] = knob(
         [], "decoder layers whose outputs are captured, strictly increasing, never the last layer"
     )
@@ -194,13 +197,27 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     Raises:
         ValueError: naming the file and the key, and what to write instead.
     """
-    path = Path(path)
+    config = _read(Path(path), overrides)
+    _refuse_impossible(config)
+    return config
+
+
+def load_written(path: Path) -> Config:
+    """Reads the config that a run wrote into its folder. Whether it is possible was asked when the run began.
+
+    Raises:
+        ValueError: naming the file, and what in it is damaged.
+    """
+    return _read(path)
+
+
+def _read(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, ValueError) as error:  # ValueError: also of a day that no month has
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected sections such as 'target:', found {type(tree).__name__}")
     for override in overrides:
@@ -210,10 +227,10 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         try:
             _put(tree, key, yaml.safe_load(text) if text else None)
         except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    config = _build(Config, tree, str(path))
-    _refuse_impossible(config)
-    return config
+            raise ValueError(
+                f"override {override!r}: the value is not valid YAML: {' '.join(str(error).split())}"
+            ) from error
+    return _build(Config, tree, str(path))
 
 
 def to_tree(config: Config) -> dict[str, Any]:

@@ -12,6 +12,7 @@ FLOORS = {
     "config": 0,
     "watchdog": 0,
     "files": 0,
+    "reading": 0,
     "ranks": 1,
     "data": 1,
     "draft": 1,

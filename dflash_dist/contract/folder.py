@@ -9,23 +9,40 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import typing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dflash_dist.contract.speculators import METHOD, from_speculators, to_speculators
+from dflash_dist.data.template import check_day
 from dflash_dist.draft.model import DFlashDraftModel, DraftShape
-from dflash_dist.target.load import looks_like_hub_id
+from dflash_dist.reading import check_fields, parse, read_object, read_shards, reading, shown
+from dflash_dist.target.folder import looks_like_hub_id
 
 WEIGHTS, CONFIG, TRAINING = "model.safetensors", "config.json", "training.json"
 INDEX = f"{WEIGHTS}.index.json"
 MASK_EMBEDDING = "mask_embedding.pt"  # of some published drafts; none of ours has one
+AGAIN = "export or download the draft again"
 SHAPE = "dflash_shape"  # in the metadata of the weights: the shape they were trained in, as JSON
 
 Sizes = dict[str, list[int]]  # tensor name -> shape
+
+KINDS = typing.get_type_hints(DraftShape)
+# What rules of their own are about may be any number.
+SIZES = [name for name, kind in KINDS.items() if kind is int and name != "mask_token_id"]
+RECORD = {
+    "template_args": dict[str, Any],
+    "chat_template": str | None,
+    "drop_reasoning": bool | None,
+    "step": int | None,
+}
+MOST = {"num_layers": 1000}  # its tensors are listed by name
 
 
 def tensor_shapes(shape: DraftShape, attention_bias: bool = False) -> Sizes:
@@ -88,8 +105,8 @@ def to_config(shape: DraftShape, dtype: str) -> dict[str, Any]:
     }
 
 
-def from_config(config: dict[str, Any]) -> DraftShape:
-    """The shape that a draft's `config.json` describes.
+def from_config(config: dict[str, Any], where: str = f"the draft's {CONFIG}") -> DraftShape:
+    """The shape that a draft's `config.json` describes; `where` names it.
 
     What `dflash_config` holds may stand at the top level instead, as published drafts have it.
 
@@ -98,24 +115,17 @@ def from_config(config: dict[str, Any]) -> DraftShape:
     """
     inner, rope = config.get("dflash_config") or {}, config.get("rope_parameters") or {}
     if not isinstance(inner, dict) or not isinstance(rope, dict):
-        raise ValueError(f"dflash_config and rope_parameters in the draft's {CONFIG} must be JSON objects")
-    values = {}
+        raise ValueError(f"dflash_config and rope_parameters in {where} must be JSON objects")
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(DraftShape):
         key = "num_hidden_layers" if field.name == "num_layers" else field.name
         place = next((place for place in (inner, rope) if key in place), config)
-        if key not in place:
-            raise ValueError(f"the draft's {CONFIG} has no key {key!r}")
-        value = values[field.name] = place[key]
-        if not _is(value, str(field.type)):
-            raise ValueError(f"{key} in the draft's {CONFIG} is {value!r}, which is no {field.type}")
+        check_fields(place, {key: KINDS[field.name]}, where, AGAIN)
+        values[field.name] = place[key]
+    for name in SIZES:
+        if not 1 <= values[name] <= MOST.get(name, 2**31 - 1):
+            raise ValueError(f"{name} in {where} is {shown(values[name])}, which is no size: {AGAIN}")
     return DraftShape(**values)
-
-
-def _is(value: Any, kind: str) -> bool:
-    """Whether a value from JSON has the type that `DraftShape` states."""
-    if kind == "list[int]":
-        return isinstance(value, list) and all(_is(item, "int") for item in value)
-    return isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)
 
 
 # ---- what must hold of tensors and shape: each rule returns what breaks it ----
@@ -167,17 +177,21 @@ def variants(config: dict[str, Any], shape: DraftShape) -> list[str]:
     return [f"{key} {value}" for key, value in found.items()]
 
 
-def refuse_mismatch(tensors: dict[str, torch.Tensor], shape: DraftShape) -> None:
+def refuse_mismatch(tensors: dict[str, torch.Tensor], shape: DraftShape, where: str = "these tensors") -> None:
     """Refuses a set of tensors that is not exactly a draft's.
 
     Raises:
         ValueError: naming what is missing, left over or of another shape.
     """
-    expected, found = tensor_shapes(shape), {name: list(tensor.shape) for name, tensor in tensors.items()}
+    _refuse_other({name: list(tensor.shape) for name, tensor in tensors.items()}, shape, where)
+
+
+def _refuse_other(found: Sizes, shape: DraftShape, where: str) -> None:
+    expected = tensor_shapes(shape)
     faults = [fault for rule in (missing, foreign, misshapen) for fault in rule(found, expected)]
     faults += layer_faults(shape) + mask_faults(shape)
     if faults:
-        raise ValueError(f"not a draft that engines can serve: {'; '.join(sorted(faults))}")
+        raise ValueError(f"{where}: not a draft that engines can serve: {'; '.join(sorted(faults))}")
 
 
 def write_draft(
@@ -192,7 +206,7 @@ def write_draft(
     Args:
         speculators_of: name and architectures of the target, to write the speculators library's layout.
     """
-    refuse_mismatch(tensors, shape)
+    refuse_mismatch(tensors, shape, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", SHAPE: json.dumps(dataclasses.asdict(shape))}
@@ -213,7 +227,7 @@ def find_draft(name: str) -> Path:
         return Path(name)  # what it lacks is said by whoever reads it
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", MASK_EMBEDDING]))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no such name, or no network
         raise ValueError(f"draft {name} could not be read, neither as a folder nor from the hub: {error}") from error
 
 
@@ -228,21 +242,26 @@ def read_config(folder: Path, target_layers: int | None = None) -> dict[str, Any
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"draft folder {folder} holds no {CONFIG}: export a run there first")
-    config = _read_object(folder / CONFIG)
+    config = read_object(folder / CONFIG, AGAIN)
     if METHOD not in config:
         return config
     depth = {} if target_layers is None else {"num_target_layers": target_layers}
-    return depth | from_speculators(config)
+    return depth | from_speculators(config, str(folder / CONFIG))
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return content
+def read_record(folder: Path) -> dict[str, Any]:
+    """How a draft was trained, as `export` recorded it; empty where the draft comes without.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    file = folder / TRAINING
+    if not file.is_file():
+        return {}
+    record = read_object(file, AGAIN)
+    check_fields(record, RECORD, str(file), AGAIN)
+    check_day(record, "date", str(file), AGAIN)
+    return record
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -253,10 +272,39 @@ def weight_files(folder: Path) -> list[Path]:
     """
     names = {WEIGHTS}
     if (folder / INDEX).is_file():
-        names = set(_read_object(folder / INDEX).get("weight_map", {}).values())
+        names = set(read_shards(folder / INDEX, AGAIN).values())
     if lacking := sorted(name for name in names if not (folder / name).is_file()):
         raise ValueError(f"draft folder {folder} holds no {', '.join(lacking)}: export a run there first")
     return [folder / name for name in sorted(names)]
+
+
+def read_headers(folder: Path) -> tuple[dict[str, tuple[list[int], str]], dict[str, Any] | None]:
+    """Shapes and dtypes of the tensors, and the shape that they were trained in, from the weights' headers.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    tensors, trained = {}, None
+    for file in weight_files(folder):
+        with reading(str(file), AGAIN, partial(list, [file])), safe_open(file, "pt") as header:
+            for name in header.keys():  # noqa: SIM118, it is no dict
+                tensor = header.get_slice(name)
+                tensors[name] = (tensor.get_shape(), tensor.get_dtype())
+            if told := (header.metadata() or {}).get(SHAPE):
+                trained = parse(told)
+                check_fields({SHAPE: trained}, {SHAPE: dict[str, Any]}, str(file), AGAIN)
+    return tensors, trained
+
+
+def check_draft(folder: Path, target_layers: int | None = None) -> None:
+    """Refuses what `read_draft` could not load, from the config and the weights' headers alone.
+
+    Raises:
+        ValueError: as `read_draft`.
+    """
+    shape = read_shape(folder, target_layers)
+    tensors, _ = read_headers(folder)
+    _refuse_other({name: size for name, (size, _) in tensors.items()}, shape, str(folder))
 
 
 def read_shape(folder: Path, target_layers: int | None = None) -> DraftShape:
@@ -266,7 +314,7 @@ def read_shape(folder: Path, target_layers: int | None = None) -> DraftShape:
         ValueError: its config is none, or one of a draft that does not train here.
     """
     config = read_config(folder, target_layers)
-    shape = from_config(config)
+    shape = from_config(config, str(folder / CONFIG))
     if other := variants(config, shape):
         raise ValueError(f"{folder} is a draft that engines may serve but this program cannot: {'; '.join(other)}")
     return shape
@@ -280,9 +328,10 @@ def read_draft(
     Raises:
         ValueError: a file is missing, or what is there is not exactly a draft of the kind that trains here.
     """
+    check_draft(folder, target_layers)
     shape, files = read_shape(folder, target_layers), weight_files(folder)
-    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    refuse_mismatch(tensors, shape)
+    with reading(f"the weights in {folder}", AGAIN, lambda: files):
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     draft = DFlashDraftModel(shape)
     draft.load_state_dict(tensors)
     return draft.to(device, dtype).eval().requires_grad_(False)

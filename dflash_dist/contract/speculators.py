@@ -48,7 +48,7 @@ def to_speculators(config: dict[str, Any], target: str, architectures: list[str]
     }
 
 
-def from_speculators(config: dict[str, Any]) -> dict[str, Any]:
+def from_speculators(config: dict[str, Any], where: str = "a draft's config.json") -> dict[str, Any]:
     """The published config that says the same; what only this layout can say goes into `dflash_config`.
 
     Drafts of the library do not say how many layers their target has: `num_target_layers` is missing then.
@@ -57,11 +57,12 @@ def from_speculators(config: dict[str, Any]) -> dict[str, Any]:
         ValueError: it describes no DFlash draft.
     """
     if config[METHOD] != "dflash":
-        raise ValueError(f"the draft is a speculator of type {config[METHOD]!r}, not 'dflash'")
+        raise ValueError(f"the draft of {where} is a speculator of type {config[METHOD]!r}, not 'dflash'")
     decoder, ids = config.get("transformer_layer_config"), config.get("aux_hidden_state_layer_ids")
     if not isinstance(decoder, dict) or not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise ValueError(
-            "a speculator needs transformer_layer_config, an object, and aux_hidden_state_layer_ids, a list"
+            f"{where} of a speculator needs transformer_layer_config, an object, and aux_hidden_state_layer_ids, a list"
+            " of whole numbers"
         )
     inner: dict[str, Any] = {"target_layer_ids": [i - 1 for i in ids]}
     inner |= {key: config[key] for key in ("mask_token_id", "block_size") if key in config}

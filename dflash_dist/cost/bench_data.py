@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from dflash_dist.config import DataConfig
 from dflash_dist.data.chat import ChatEncoder, Document
 from dflash_dist.data.documents import EntryWriter, Summary, as_arrays, entry_folder
 from dflash_dist.data.files import CHUNK_ROWS, FileSource
 from dflash_dist.data.rows import cache_folder, load_data, make_encoder
+from dflash_dist.target.folder import read_tokenizer
 
 WORDS = (
     "the",
@@ -46,6 +46,7 @@ SHORT_ROW = 24  # tokens of a document in the cache that is opened
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="dflash_dist bench-data", description=__doc__)
     parser.add_argument("--target", required=True, help="model folder or hub id; only its tokenizer is read")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the target brings")
     parser.add_argument("--rows", type=int, default=20_000, help="conversations to tokenise")
     parser.add_argument("--rounds", type=int, default=2, help="times that each way is measured")
     parser.add_argument("--open-rows", type=int, default=1_000_000, help="short rows in the cache that is opened")
@@ -63,7 +64,7 @@ def time_tokenising(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Rows per second of both ways, the best of all rounds."""
     path = folder / "chats.jsonl"
     write_chats(path, args.rows)
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    tokenizer = read_tokenizer(args.target, trust_remote_code=args.trust_remote_code)
     loop: list[float] = []
     ours: list[float] = []
     for number in range(args.rounds):
@@ -145,7 +146,7 @@ def measure_opening(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 
 def _short_rows(folder: Path, args: argparse.Namespace) -> tuple[DataConfig, ChatEncoder]:
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    tokenizer = read_tokenizer(args.target, trust_remote_code=args.trust_remote_code)
     config = DataConfig(path=str(folder / "short.jsonl"), seq_len=args.seq_len, cache_dir=str(folder / "short"))
     return config, make_encoder(config, tokenizer, [tokenizer.eos_token_id])
 

@@ -7,12 +7,14 @@ Letters as everywhere: `B` rows, `S` packed length, `L` captured layers, `H` hid
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from dflash_dist.config import TargetConfig
 from dflash_dist.draft.model import DraftShape
+from dflash_dist.target.folder import CONFIG, check_decoder, find, looks_like_hub_id, read_config
 from dflash_dist.target.tiny import BUILTIN_TARGET, tiny_config, tiny_tokenizer
 
 
@@ -123,10 +125,12 @@ def target_config(like: str | None, target: TargetConfig) -> PretrainedConfig:
     if name == BUILTIN_TARGET:
         return tiny_config(tiny_tokenizer())
     if name:
-        try:  # a run's target may be on the hub
-            return AutoConfig.from_pretrained(name, revision=target.revision, local_files_only=like is not None)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{name} has no config.json to read, nor is it one of {', '.join(PUBLISHED)}") from error
+        here = Path(name).is_file() or find(name, target.revision, CONFIG)
+        if not here and (like or not looks_like_hub_id(name)):  # a run's target may be on the hub
+            raise ValueError(f"{name} has no {CONFIG} to read, nor is it one of {', '.join(PUBLISHED)}")
+        config = read_config(name, target.revision, target.trust_remote_code, local_files_only=like is not None)
+        check_decoder(config.get_text_config(), name)
+        return config
     return TargetShape(256, 8, 8, 4, 32, 768, 8192, False).config()
 
 

@@ -28,6 +28,7 @@ from dflash_dist.data.files import BadRow, Chunk, Source
 from dflash_dist.data.padding import Padding
 from dflash_dist.data.sources import BadRows, digest, read_row, shape_of
 from dflash_dist.data.workers import Workers
+from dflash_dist.reading import reading
 
 # What is known of each document, in one small file that opening reads; the tokens lie in another, read where needed.
 INDEX = pa.schema(
@@ -227,9 +228,10 @@ def open_documents(
                     _make_entry(made, source, encoder, max_bad_rows, workers or len(os.sched_getaffinity(0)))
                 except OSError as error:
                     raise ValueError(f"the cache of tokenised data in {folder} cannot be written: {error}") from error
-    told = json.loads((made / "summary.json").read_text())
-    counters = {name: Counter(told[name]) for name in ("dropped", "unread", "noted")}
-    return read_entry(made), Summary(**(told | counters))
+    with reading(f"the cache of tokenised data {made}", "delete this folder, which the next start makes anew"):
+        told = json.loads((made / "summary.json").read_text())
+        counters = {name: Counter(told[name]) for name in ("dropped", "unread", "noted")}
+        return read_entry(made), Summary(**(told | counters))
 
 
 def entry_folder(folder: Path, source: Source, encoder: ChatEncoder) -> Path:

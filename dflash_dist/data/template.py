@@ -13,6 +13,9 @@ import jinja2.meta
 import jinja2.nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from dflash_dist.config import is_day
+from dflash_dist.reading import check_fields
+
 CLOCK = "strftime_now"  # what transformers and engines give templates that write a date
 PASSED = {"messages", "tools", "add_generation_prompt"}  # arguments that every rendering passes itself
 
@@ -20,6 +23,17 @@ PASSED = {"messages", "tools", "add_generation_prompt"}  # arguments that every 
 def today() -> str:
     """YYYY-MM-DD, as this machine's clock has it."""
     return datetime.date.today().isoformat()
+
+
+def check_day(content: dict[str, Any], key: str, where: str, advice: str) -> None:
+    """Refuses a day on record that is none.
+
+    Raises:
+        ValueError: naming it, and `where` it stands.
+    """
+    check_fields(content, {key: str | None}, where, advice)
+    if (day := content.get(key)) is not None and not is_day(day):
+        raise ValueError(f"{key} in {where} is {day!r}, which is no day (YYYY-MM-DD): {advice}")
 
 
 @lru_cache

@@ -11,6 +11,7 @@ import yaml
 
 from dflash_dist import __version__
 from dflash_dist.draft.model import DraftShape
+from dflash_dist.reading import is_kind
 
 UNKNOWN = "–"
 
@@ -82,7 +83,7 @@ Not measured yet:
 ```bash
 python -m dflash_dist evaluate --target {self.target} --draft {self.name} --prompts prompts.jsonl --json report.json
 ```"""
-        suites = self.report.get("suites") or {}
+        suites = {name: suite for name, suite in (self.report.get("suites") or {}).items() if isinstance(suite, dict)}
         rows = [measured(name, suite) for name, suite in suites.items()]
         if "tau" in self.report:
             rows.append(measured("all" if suites else "prompts", self.report))
@@ -153,12 +154,13 @@ of z-lab/dflash, export with `--format dflash`."""
 
 
 def measured(name: str, result: dict[str, Any]) -> list[str]:
-    """A row of the table of acceptance; what the report does not say is left open."""
+    """A row of the table of acceptance; what the report does not say, or not in numbers, is left open."""
+    shares: Any = result.get("acceptance_by_slot")
 
     def number(key: str, form: str) -> str:
-        return form.format(result[key]) if isinstance(result.get(key), (int, float)) else UNKNOWN
+        return form.format(result[key]) if is_kind(result.get(key), float) else UNKNOWN
 
-    slots = " ".join(f"{share:.2f}" for share in result.get("acceptance_by_slot") or [])
+    slots = " ".join(f"{share:.2f}" for share in shares) if is_kind(shares, list[float]) else ""
     return [name, number("prompts", "{}"), number("tau", "{:.2f}"), number("speed_up", "{:.2f}x"), slots or UNKNOWN]
 
 

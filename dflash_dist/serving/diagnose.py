@@ -15,13 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dflash_dist.contract.folder import read_headers
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.sources import BadRow, Conversation
 from dflash_dist.decoding.speculative import Decoded, Decoder
 from dflash_dist.draft.attention import training_attention
 from dflash_dist.draft.blocks import build_blocks
 from dflash_dist.draft.model import DraftShape
-from dflash_dist.serving.check import read_headers
 from dflash_dist.target.capture import capture_layers
 from dflash_dist.target.load import TargetInfo, check_mask_token
 

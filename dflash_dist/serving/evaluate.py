@@ -21,20 +21,23 @@ import torch
 from tqdm import tqdm
 
 from dflash_dist.config import TrainConfig
-from dflash_dist.contract.folder import TRAINING, find_draft, read_draft, target_faults
+from dflash_dist.contract.folder import find_draft, read_draft, read_record, target_faults
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.sources import Conversation, read_row
 from dflash_dist.data.template import today
 from dflash_dist.decoding.sampling import Sampling
 from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_difference
+from dflash_dist.files import writing
 from dflash_dist.ranks import World, join_world
-from dflash_dist.serving.diagnose import Examiner, add_up, judge
+from dflash_dist.reading import check_fields, reading
+from dflash_dist.serving.diagnose import Evidence, Examiner, add_up, judge
 from dflash_dist.serving.report import Answer, print_report, summarise, to_tensorboard
 from dflash_dist.serving.suites import SUITES, Prompt, read_prompts
 from dflash_dist.target.answers import as_message, json_object
 from dflash_dist.target.head import check_head
 from dflash_dist.target.load import (
     TargetInfo,
+    check_loading_whole,
     check_room,
     digest_weights,
     load_ends,
@@ -59,6 +62,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--target", required=True, help="model folder or hub id")
     parser.add_argument("--revision", default="main", help="of a hub id of the target")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the target brings")
     parser.add_argument("--draft", required=True, help="draft folder, exported here or published, or hub id")
     parser.add_argument(
         *("--suite", "--suites"),
@@ -109,7 +113,8 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
     prompts = dict(enumerate(read_prompts(args.suite, args.prompts, args.limit, evaluation.check), 1))
     with contextlib.ExitStack() as stack:
         report = args.json or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "report.json"
-        report.parent.mkdir(parents=True, exist_ok=True)
+        with writing(report.parent):
+            report.parent.mkdir(parents=True, exist_ok=True)
         parts = Parts(answers_file(report), evaluation.settings(list(prompts.values())))
         places = parts.index()
         mine = [row for row in prompts if (row - 1) % world.size == world.rank]
@@ -123,7 +128,21 @@ def evaluate(args: argparse.Namespace, world: World) -> None:
                     append(evaluation.decode(row, prompts[row]) | {"row": row})
                     bar.update()
         if parts.merge(list(prompts)) is not None or (world.is_main and parts.out.is_file()):
-            evaluation.report([json.loads(line) for line in parts.out.read_bytes().splitlines()])
+            evaluation.report(read_answers(parts))
+
+
+def read_answers(parts: Parts) -> list[tuple[list[Answer], Evidence]]:
+    """The rows of `Evaluation.decode`, from the file that they were written to.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    rows, where, advice = parts.read(), str(parts.out), parts.advice
+    with reading(where, advice):
+        for row in rows:
+            check_fields(row, {"answers": list[dict[str, Any]], "evidence": Evidence}, where, advice)
+        add_up([row["evidence"] for row in rows])  # needs them to be equally long
+        return [([Answer.read(answer, where, advice) for answer in row["answers"]], row["evidence"]) for row in rows]
 
 
 class Evaluation:
@@ -131,14 +150,14 @@ class Evaluation:
 
     def __init__(self, args: argparse.Namespace, world: World):
         self.args, self.device, self.dtype = args, world.device, getattr(torch, args.dtype)
-        self.info = read_info(args.target, args.revision)
+        self.info = read_info(args.target, args.revision, args.trust_remote_code)
+        check_loading_whole(self.info)
         self.sampling = Sampling(args.temperature, args.top_p, args.top_k, rejection=args.rejection)
         self.folder = find_draft(args.draft)
         self.draft = read_draft(self.folder, self.dtype, self.device, self.info.text.num_hidden_layers)
         if faults := target_faults(self.draft.shape, self.info.text):
             raise ValueError(f"{args.draft} was trained for another target than {args.target}: {'; '.join(faults)}")
-        record = self.folder / TRAINING
-        self.trained: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
+        self.trained = read_record(self.folder)
         self.encoder = make_encoder(self.info, self.trained, args.template_args)
         if self.encoder.writes_date:
             stored = stored_settings(answers_file(args.json)) if args.json else {}
@@ -210,10 +229,10 @@ class Evaluation:
             asked = dataclasses.replace(asked, messages=[*asked.messages, answer])
         return {"answers": [dataclasses.asdict(answer) for answer in answers], "evidence": add_up(evidence)}
 
-    def report(self, rows: list[dict[str, Any]]) -> None:
-        """Writes and prints what the rows of `decode` show."""
+    def report(self, rows: list[tuple[list[Answer], Evidence]]) -> None:
+        """Writes and prints what the answers and the evidence of all rows show."""
         args = self.args
-        answers = [Answer.read(answer) for row in rows for answer in row["answers"]]
+        answers = [answer for of_row, _ in rows for answer in of_row]
         report = summarise(answers, self.draft.shape.block_size, equal=not args.rejection) | {
             **{name: getattr(args, name) for name in ("target", "revision", "draft")},
             "dtype": args.dtype,
@@ -223,11 +242,12 @@ class Evaluation:
         }
         verdicts = []
         if args.diagnose:
-            evidence = add_up([row["evidence"] for row in rows])
+            evidence = add_up([of_row for _, of_row in rows])
             verdicts = judge(evidence, self.folder, self.draft.shape, self.info, self.trained)
             report["diagnosis"] = [dataclasses.asdict(verdict) for verdict in verdicts]
         if args.json:
-            args.json.write_text(json.dumps(report, indent=2) + "\n")
+            with writing(args.json):
+                args.json.write_text(json.dumps(report, indent=2) + "\n")
         if args.tensorboard:
             to_tensorboard(report, args.tensorboard, self.trained.get("step", 0))
         if self.trained and self.encoder.template_args != self.trained["template_args"]:

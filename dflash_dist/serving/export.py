@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors.torch import load_file
 
+from dflash_dist.config import load_written, to_tree
 from dflash_dist.contract.folder import TRAINING, write_draft
 from dflash_dist.draft.model import DraftShape
+from dflash_dist.files import writing
+from dflash_dist.reading import check_fields, parse, reading
 from dflash_dist.serving.card import Card, shown
 from dflash_dist.target.load import looks_like_hub_id, read_info
 from dflash_dist.training.checkpoint import BEST, best_step, damage, read_state, step_folders
@@ -69,15 +72,17 @@ def export(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{folder} cannot be exported: {problem}; choose another --step of {', '.join(map(str, folders))}"
         )
-    shape, tensors = DraftShape(**read_state(folder)["shape"]), load_file(folder / "draft.safetensors")
-    config = yaml.safe_load((run / CONFIG).read_text())
+    another = f"choose another --step of {', '.join(map(str, folders))}"
+    with reading(str(folder), another):
+        saved, tensors = read_state(folder).get("shape") or {}, load_file(folder / "draft.safetensors")
+    check_fields(saved, typing.get_type_hints(DraftShape), f"shape in {folder / 'state.json'}", another)
+    shape = DraftShape(**{name: saved[name] for name in DraftShape.__dataclass_fields__})
+    config = to_tree(load_written(run / CONFIG))
     report = read_report(args.report) if args.report else None
     base_model = args.base_model or config["target"]["path"]
     speculators_of = (base_model, architectures(config)) if args.format == "speculators" else None
 
-    write_draft(out, shape, tensors, args.dtype, speculators_of)
     record = how_trained(run, config) | {"step": step}
-    (out / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
     card = Card(
         name=out.resolve().name,
         target=shown(base_model),
@@ -91,7 +96,10 @@ def export(args: argparse.Namespace) -> None:
         license=args.license,
         report=report,
     )
-    (out / CARD).write_text(card.text())
+    with writing(out):
+        write_draft(out, shape, tensors, args.dtype, speculators_of)
+        (out / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
+        (out / CARD).write_text(card.text())
     print(f"exported {folder} to {out} ({args.dtype}); serve it with blocks of {shape.block_size} tokens:")
     print(f"  vLLM    num_speculative_tokens={shape.block_size - 1}")
     if args.format == "dflash":
@@ -121,7 +129,8 @@ def architectures(config: dict[str, Any]) -> list[str]:
     Raises:
         ValueError: the target is not where the run read it.
     """
-    return read_info(config["target"]["path"], config["target"]["revision"]).config.architectures or []
+    target = config["target"]
+    return read_info(target["path"], target["revision"], target["trust_remote_code"]).config.architectures or []
 
 
 def read_report(file: Path) -> dict[str, Any]:
@@ -133,9 +142,10 @@ def read_report(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"--report {file} does not exist")
     try:
-        report = json.loads(file.read_text())
-    except ValueError as error:
+        report = parse(file.read_bytes())
+    except (OSError, ValueError) as error:
         raise ValueError(f"--report {file} is not JSON: {error}") from error
     if not isinstance(report, dict) or not {"tau", "suites"} & report.keys():
         raise ValueError(f"--report {file} holds neither tau nor suites: give what `evaluate --json` wrote")
+    check_fields(report, {"suites": dict[str, Any] | None}, f"--report {file}", "give what `evaluate --json` wrote")
     return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from dflash_dist.decoding.speculative import Decoded
+from dflash_dist.reading import check_fields
 
+DECODED = ("plain", "fast")
 RESAMPLES = 2000  # of the prompts, for the confidence interval
 
 
@@ -26,9 +29,20 @@ class Answer:
     difference: dict[str, Any] | None  # where the two outputs part: "token", "gap" and whether it is a "tie"
 
     @staticmethod
-    def read(row: dict[str, Any]) -> Answer:
-        """From its JSON."""
-        return Answer(**row | {name: Decoded(**row[name]) for name in ("plain", "fast")})
+    def read(row: dict[str, Any], where: str, advice: str) -> Answer:
+        """From its JSON, which stands in the file `where`.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        check_fields(row, typing.get_type_hints(Answer) | dict.fromkeys(DECODED, dict[str, Any]), where, advice)
+        if row["difference"] is not None:
+            check_fields(row["difference"], {"token": int, "gap": float, "tie": bool}, where, advice)
+        for decoded in (row[name] for name in DECODED):
+            check_fields(decoded, typing.get_type_hints(Decoded), where, advice)
+            if not decoded["tokens"] or decoded["seconds"] <= 0 or min(decoded["accepted"], default=0) < 0:
+                raise ValueError(f"{where} holds an answer without tokens, time or sensible counts: {advice}")
+        return Answer(**row | {name: Decoded(**row[name]) for name in DECODED})
 
 
 def summarise(answers: Sequence[Answer], block_size: int, equal: bool = True) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def model_type(draft: Draft) -> list[str]:
 def block_size(draft: Draft) -> list[str]:
     places = {"the top level": draft.config, "dflash_config": draft.config.get("dflash_config") or {}}
     stated = {place: values["block_size"] for place, values in places.items() if "block_size" in values}
-    if len(set(stated.values())) > 1:
+    if any(size != draft.shape.block_size for size in stated.values()):
         return [", ".join(f"{size} at {place}" for place, size in stated.items())]
     return [f"{draft.shape.block_size} leaves no slot to draft"] if draft.shape.block_size < 2 else []
 
@@ -87,8 +87,11 @@ def layer_types(draft: Draft) -> list[str]:
     types, config = draft.config.get("layer_types"), draft.config
     if types is None:
         return []
+    if not isinstance(types, list):
+        return [f"{types} is no list"]
     found = [] if len(types) == draft.shape.num_layers else [f"{len(types)} for {draft.shape.num_layers} layers"]
-    found += [f"no such type: {kind}" for kind in sorted({*types} - {"full_attention", "sliding_attention"}, key=str)]
+    kinds = dict.fromkeys(str(kind) for kind in types if kind not in ("full_attention", "sliding_attention"))
+    found += [f"no such type: {kind}" for kind in kinds]
     # Qwen3's config forgets the window unless use_sliding_window is set.
     window = config.get("sliding_window") and (config.get("use_sliding_window") or model_type(draft))
     return [*found, "sliding_attention without a window"] if "sliding_attention" in types and not window else found
@@ -111,7 +114,8 @@ def rope(draft: Draft) -> list[str]:
 
 
 def causality(draft: Draft) -> list[str]:
-    full = "full_attention" in (draft.config.get("layer_types") or ["full_attention"])
+    types = draft.config.get("layer_types")
+    full = "full_attention" in types if isinstance(types, list) and types else True
     if full and draft.config.get("sliding_window_non_causal") is False:
         return ["sliding_window_non_causal is false, though layers have full attention: set it to true"]
     return []

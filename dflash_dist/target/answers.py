@@ -35,13 +35,14 @@ from dflash_dist.data.sources import (
 )
 from dflash_dist.data.template import today
 from dflash_dist.ranks import World, join_world
-from dflash_dist.target.load import load_whole, read_info
+from dflash_dist.target.load import check_loading_whole, load_whole, read_info
 from dflash_dist.target.parts import Parts, Row, stored_settings
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="dflash_dist regenerate", description=__doc__)
     parser.add_argument("--target", required=True, help="model folder or hub id; with --endpoint its name there")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the target brings")
     parser.add_argument("--prompts", required=True, help="conversations; their answers are written again")
     parser.add_argument("--out", required=True, help="JSONL to write")
     parser.add_argument("--max-bad-rows", type=int, default=0, help="prompts that may be unusable, and are left out")
@@ -134,7 +135,7 @@ def _encoder(args: argparse.Namespace, world: World) -> ChatEncoder | None:
     if args.endpoint and not args.template_args:
         return None
     try:
-        info = read_info(args.target)
+        info = read_info(args.target, trust_remote_code=args.trust_remote_code)
     except ValueError as error:
         if not args.endpoint:
             raise
@@ -303,9 +304,11 @@ def _answer_here(
     device: torch.device,
     write: Callable[[Row], None],
 ) -> None:
+    info = read_info(args.target, trust_remote_code=args.trust_remote_code)
+    check_loading_whole(info)
     if encoder.knows_more:
         _refuse_unknown_tokens(todo, encoder, args)
-    model = load_whole(read_info(args.target), getattr(torch, args.dtype), device)
+    model = load_whole(info, getattr(torch, args.dtype), device)
     rows = list(todo)
     for start in range(0, len(rows), args.batch_size):
         batch = rows[start : start + args.batch_size]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import cached_file
+
+from dflash_dist.reading import read_shards, reading
+from dflash_dist.target.folder import AGAIN, INDEX, WEIGHTS, weight_files
 
 
 class Checkpoint:
@@ -29,7 +32,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str, revision: str, model: Any):
-        self.path = path
+        self.path, self.revision = path, revision
         self.files = _files_of_tensors(path, revision)
         self._tensors: dict[str, list[str]] = {}  # by parameter
         self._converted: set[str] = set()  # parameters that are made from several tensors, or from a part of one
@@ -56,7 +59,7 @@ class Checkpoint:
             raise ValueError(f"the checkpoint of {self.path} makes {parameter} from {', '.join(found)}")
         if not found:
             raise ValueError(f"the checkpoint of {self.path} has no tensor {parameter}")
-        with safe_open(self.files[found[0]], "pt") as file:
+        with _reading(self.path, self.revision), safe_open(self.files[found[0]], "pt") as file:
             tensor = file.get_tensor(found[0])
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"the checkpoint of {self.path} has {found[0]} quantised, as {tensor.dtype}")
@@ -69,11 +72,16 @@ def _files_of_tensors(path: str, revision: str) -> dict[str, str]:
     def file(name: str) -> str | None:
         return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
 
-    if index := file("model.safetensors.index.json"):
-        shards: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
-        places = {shard: str(file(shard)) for shard in set(shards.values())}
-        return {tensor: places[shard] for tensor, shard in shards.items()}
-    if single := file("model.safetensors"):
-        with safe_open(single, "pt") as opened:
-            return dict.fromkeys(opened.keys(), single)
+    with _reading(path, revision):
+        if single := file(WEIGHTS):
+            with safe_open(single, "pt") as opened:
+                return dict.fromkeys(opened.keys(), single)
+        if index := file(INDEX):
+            shards = read_shards(Path(index), AGAIN)
+            places = {shard: str(file(shard)) for shard in set(shards.values())}
+            return {tensor: places[shard] for tensor, shard in shards.items()}
     raise ValueError(f"the checkpoint of {path} has no safetensors files")
+
+
+def _reading(path: str, revision: str) -> contextlib.AbstractContextManager[None]:
+    return reading(f"the checkpoint of {path}", AGAIN, lambda: weight_files(path, revision))

@@ -23,10 +23,13 @@ import numpy as np
 import torch
 import xxhash
 
+from dflash_dist.data.template import check_day
 from dflash_dist.files import sync
+from dflash_dist.reading import check_fields, in_words, parse, read_object
 
 INDEX = "index.json"
 DATE = "data.date"  # its key for the day that the chat template wrote
+EACH = "rows per shard"
 PARTIAL = ".partial"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -57,7 +60,7 @@ class FeatureFolder:
         self, folder: Path, index: dict[str, Any], filled: dict[str, np.ndarray], width: int, dtype: torch.dtype
     ):
         self.folder, self.index, self.filled, self.width, self.dtype = folder, index, filled, width, dtype
-        self.each = index["rows per shard"]
+        self.each = index[EACH]
         self.shards = [
             Shard(part, begin // self.each, range(begin, min(begin + self.each, len(lengths))))
             for part, lengths in filled.items()
@@ -138,7 +141,7 @@ class FeatureFolder:
                 count = file.readinto(into)
             if count < len(into) or _hash(into) != checksums.get(str(row)):
                 raise ValueError("its checksum differs" if count == len(into) else "the file is cut")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{self.folder / shard.name}, row {row}, is damaged: {error}. Delete this file and run capture again,"
                 " which writes it anew"
@@ -156,7 +159,7 @@ class FeatureFolder:
             data = 8 + int.from_bytes(file.read(8), "little")
             if size != data + self.bytes_of([shard]):
                 raise ValueError(f"the file has {size:,} bytes, which is not what its rows take")
-            header = json.loads(file.read(data - 8))
+            header = parse(file.read(data - 8))
         try:
             checksums = header.pop("__metadata__")
             begins = {int(row): data + told["data_offsets"][0] for row, told in header.items()}
@@ -164,8 +167,8 @@ class FeatureFolder:
             expected = {row: (DTYPE_NAMES[self.dtype], int(self.filled[shard.part][row])) for row in shard.rows}
             if checksums["index"] != self._digest or shapes != expected:
                 raise ValueError("the file belongs to another capture")
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"its header lacks {error}") from error
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"its header is damaged: {in_words(error)}") from error
         return begins, checksums
 
     def _is_whole(self, shard: Shard) -> bool:
@@ -189,12 +192,17 @@ def read_index(folder: Path) -> dict[str, Any]:
     """What the features in `folder` are of.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or the index is damaged.
     """
-    try:
-        return json.loads((folder / INDEX).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no features: make them with `python -m dflash_dist capture`") from error
+    file, advice = folder / INDEX, "capture again, into another folder"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no features: make them with `python -m dflash_dist capture`")
+    index = read_object(file, advice)
+    check_fields(index, {EACH: int}, str(file), advice)
+    check_day(index, DATE, str(file), advice)
+    if index[EACH] < 1:
+        raise ValueError(f"{EACH} in {file} is {index[EACH]}, which is no number of rows: {advice}")
+    return index
 
 
 def refuse_other(stored: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:

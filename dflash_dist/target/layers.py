@@ -12,6 +12,7 @@ from torch import nn
 from dflash_dist.target.capture import decoder_layers
 from dflash_dist.target.checkpoint import Checkpoint
 from dflash_dist.target.load import TargetInfo, whole_class
+from dflash_dist.target.rehearsal import skeleton
 
 
 class DecoderParts:
@@ -26,8 +27,7 @@ class DecoderParts:
     def __init__(self, info: TargetInfo):
         config = copy.deepcopy(info.config)
         _unscale(getattr(config.get_text_config(), "rope_parameters", None) or {})
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            self.model = whole_class(config).from_config(config, dtype=torch.float32).eval()
+        self.model = skeleton(whole_class(config), config, info.trust_remote_code, dtype=torch.float32).eval()
         self.layers = decoder_layers(self.model)
         self.decoder, self.list_name = _owner(self.model, self.layers[0])
         self.checkpoint = Checkpoint(info.path, info.revision, self.model)

@@ -12,22 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
-    AutoTokenizer,
     GenerationConfig,
 )
 from transformers.distributed import DistributedConfig
+from transformers.utils import cached_file
 
 from dflash_dist.ranks import World
+from dflash_dist.reading import is_kind, shown
 from dflash_dist.target.attention import suit_device
 from dflash_dist.target.capture import HFDFlashTargetModel
+from dflash_dist.target.folder import AGAIN, CONFIG, looks_like_hub_id, read_config, read_tokenizer, reading_target
 from dflash_dist.target.head import check_head
+from dflash_dist.target.rehearsal import REPORTING, quiet, reading_model, refuse_gaps, rehearse
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TargetInfo:
     config: Any  # the Hugging Face config of the whole model
     tokenizer: Any
     stop_ids: list[int]  # tokens that end an assistant's turn
+    trust_remote_code: bool = False  # whether code that the target brings may run
 
     @property
     def text(self) -> Any:
@@ -65,27 +67,32 @@ class Ends:
     note: str  # what the target does to its logits besides; empty where it does nothing
 
 
-def read_info(path: str, revision: str = "main") -> TargetInfo:
+def read_info(path: str, revision: str = "main", trust_remote_code: bool = False) -> TargetInfo:
     """Reads config and tokenizer of a local folder or a hub id.
 
+    Args:
+        trust_remote_code: run code that the target brings, if it does.
+
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or what describes it is damaged or unknown here.
     """
-    if not (Path(path) / "config.json").is_file() and (Path(path).exists() or not looks_like_hub_id(path)):
-        raise ValueError(f"target model folder {path} does not exist or holds no config.json")
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-    except OSError as error:
-        raise ValueError(f"target {path} could not be read, neither as a folder nor from the hub: {error}") from error
-    stops = [tokenizer.eos_token_id, config.get_text_config().eos_token_id]
-    with contextlib.suppress(OSError):  # a model folder need not have a generation config
-        stops.append(GenerationConfig.from_pretrained(path, revision=revision).eos_token_id)
-    return TargetInfo(path, revision, config, tokenizer, sorted(set(_flat_ids(stops))))
-
-
-def looks_like_hub_id(path: str) -> bool:
-    return len(path.split("/")) == 2 and not path.startswith(("/", ".", "~"))
+    if not (Path(path) / CONFIG).is_file() and (Path(path).exists() or not looks_like_hub_id(path)):
+        raise ValueError(f"target model folder {path} does not exist or holds no {CONFIG}")
+    config = read_config(path, revision, trust_remote_code)
+    tokenizer = read_tokenizer(path, revision, trust_remote_code)
+    with reading_target("generation_config.json", path, revision):
+        generation = None
+        with contextlib.suppress(OSError):  # a model need not have a generation config
+            generation = cached_file(path, "generation_config.json", revision=revision)
+        stops = {"the tokenizer": tokenizer.eos_token_id, CONFIG: config.get_text_config().eos_token_id}
+        if generation:
+            told = GenerationConfig.from_pretrained(path, revision=revision)
+            stops["generation_config.json"] = told.eos_token_id
+    for place, ids in stops.items():
+        if not is_kind(ids, int | list[int] | None):
+            raise ValueError(f"eos_token_id in {place} of {path} is {shown(ids)}, which is no token's id: {AGAIN}")
+    stop_ids = sorted(set(_flat_ids(stops.values())))
+    return TargetInfo(path, revision, config, tokenizer, stop_ids, trust_remote_code)
 
 
 def _flat_ids(values: Iterable[Any]) -> Iterable[int]:
@@ -198,10 +205,7 @@ def load_target(
     """
     if world.size % replicas:
         raise ValueError(f"target.replicas {replicas} does not divide the {world.size} ranks of this run")
-    config = copy.deepcopy(info.config)
-    if not full_depth:
-        truncate(config.get_text_config(), max(layer_ids) + 1)
-    options: dict[str, Any] = {"config": config, "dtype": dtype}
+    options: dict[str, Any] = {"config": _shallow(info, layer_ids, full_depth), "dtype": dtype}
     if attention:
         options["attn_implementation"] = attention
     if world.size > 1:
@@ -229,8 +233,7 @@ def load_ends(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> End
     Raises:
         ValueError: the checkpoint lacks an end, or `check_head` refuses the target.
     """
-    config = copy.deepcopy(info.config)
-    truncate(config.get_text_config(), 0)
+    config = _shallow(info, [])
     model = _from_pretrained(whole_class(config), info, config=config, dtype=dtype, device_map=device).eval()
     embedding, head = (end.weight.detach() for end in (model.get_input_embeddings(), model.get_output_embeddings()))
     tied = head.data_ptr() == embedding.data_ptr()
@@ -271,23 +274,47 @@ def whole_class(config: Any) -> Any:
     return next(kinds, AutoModelForCausalLM)
 
 
+def check_loading(
+    info: TargetInfo, layer_ids: Sequence[int], full_depth: bool = False, attention: str | None = None
+) -> None:
+    """Refuses what `load_target` could not load, before anything long begins.
+
+    Raises:
+        ValueError: as `rehearse`.
+    """
+    place = (info.path, info.revision, info.trust_remote_code)
+    rehearse(AutoModel, _shallow(info, layer_ids, full_depth), *place, attention)
+    rehearse(whole_class(info.config), _shallow(info, []), *place)
+
+
+def check_loading_whole(info: TargetInfo) -> None:
+    """Refuses what `load_whole` could not load, before anything long begins.
+
+    Raises:
+        ValueError: as `rehearse`.
+    """
+    config = copy.deepcopy(info.config)
+    rehearse(whole_class(config), config, info.path, info.revision, info.trust_remote_code)
+
+
 def _from_pretrained(auto_class: Any, info: TargetInfo, **options: Any) -> Any:
     """Loads weights without the report of the layers that were left out on purpose, but never with missing ones."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
+    with quiet(), reading_model(info.path, info.revision):
         model, report = auto_class.from_pretrained(
-            info.path, revision=info.revision, output_loading_info=True, **options
+            info.path, revision=info.revision, trust_remote_code=info.trust_remote_code, **options, **REPORTING
         )
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
-    if report["missing_keys"]:
-        raise ValueError(f"the checkpoint of {info.path} lacks {', '.join(sorted(report['missing_keys']))}")
+    refuse_gaps(report, info.path)
     if "attn_implementation" not in options:
         suit_device(model)
     return model
+
+
+def _shallow(info: TargetInfo, layer_ids: Sequence[int], full_depth: bool = False) -> Any:
+    """The config of the target as deep as it is loaded; without any layer where none is captured."""
+    config = copy.deepcopy(info.config)
+    if not full_depth:
+        truncate(config.get_text_config(), max(layer_ids, default=-1) + 1)
+    return config
 
 
 def truncate(text_config: Any, layers: int) -> None:

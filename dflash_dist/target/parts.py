@@ -14,6 +14,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dflash_dist.data.template import check_day
+from dflash_dist.files import writing
+from dflash_dist.reading import check_fields, parse, read_object, reading, shown
+
 Row = dict[str, Any]
 
 
@@ -33,7 +37,13 @@ def settings_file(out: Path) -> Path:
 def stored_settings(out: Path) -> dict[str, Any]:
     """Those that an output was begun under; none where nothing was begun."""
     file = settings_file(out)
-    return json.loads(file.read_text()) if file.is_file() else {}
+    settings = read_object(file, _anew(out)) if file.is_file() else {}
+    check_day(settings, "date", str(file), _anew(out))
+    return settings
+
+
+def _anew(out: Path) -> str:
+    return f"delete it with {out.name} and {out.name}.parts beside it, and begin anew"
 
 
 class Parts:
@@ -44,7 +54,7 @@ class Parts:
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]):
-        self.out, self.folder = out, out.with_name(out.name + ".parts")
+        self.out, self.folder, self.advice = out, out.with_name(out.name + ".parts"), _anew(out)
         described = settings_file(out)
         if out.is_file() and not described.is_file():
             raise ValueError(f"{out} exists and was not written by this command: choose another output, or delete it")
@@ -53,9 +63,10 @@ class Parts:
                 f"{described} belongs to a run with other prompts or settings: choose another output,"
                 f" or delete it with {out} and {self.folder}"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not described.is_file():
-            _write_whole(described, [json.dumps(settings, indent=2).encode()])
+        with writing(out):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not described.is_file():
+                _write_whole(described, [json.dumps(settings, indent=2).encode()])
 
     def index(self) -> dict[int, Place]:
         """The finished rows, by number."""
@@ -77,15 +88,17 @@ class Parts:
             offset = 0
             with contextlib.suppress(FileNotFoundError), path.open("rb") as part:  # another rank may just have merged
                 for line in part:
-                    with contextlib.suppress(ValueError):  # bytes: a cut may fall inside a character
-                        row = json.loads(line)
+                    if (row := _parsed(line, path)) is not None:
                         yield row, Place(path, offset, len(line), row.get("error"))
                     offset += len(line)
 
     @contextlib.contextmanager
     def append(self, rank: int) -> Iterator[Callable[[Row], None]]:
         """Gives what writes a line: at once for a process that dies, within about a second for a machine that does."""
-        with (self.folder / f"rank-{rank:05d}.jsonl").open("a+b") as part:
+        path = self.folder / f"rank-{rank:05d}.jsonl"
+        with writing(path):
+            part = path.open("a+b", buffering=0)  # a buffer would try again to write where the disk is full
+        with part:
             if part.tell():
                 part.seek(-1, os.SEEK_END)
                 if part.read() != b"\n":
@@ -94,17 +107,28 @@ class Parts:
 
             def write(row: Row) -> None:
                 nonlocal synced
-                part.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                part.flush()
-                if time.monotonic() - synced > 1:
-                    os.fsync(part.fileno())
-                    synced = time.monotonic()
+                left = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                with writing(path):
+                    while left:
+                        left = left[part.write(left) :]
+                    if time.monotonic() - synced > 1:
+                        os.fsync(part.fileno())
+                        synced = time.monotonic()
 
             try:
                 yield write
             finally:
-                part.flush()
-                os.fsync(part.fileno())
+                with writing(path):
+                    os.fsync(part.fileno())
+
+    def read(self) -> list[Row]:
+        """The rows of the finished output.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        with reading(str(self.out), self.advice):
+            return [parse(line) for line in self.out.read_bytes().splitlines()]
 
     def merge(self, rows: list[int]) -> list[str] | None:
         """Writes the output in row order and removes the parts, if all rows are there and nobody else did; returns what
@@ -118,14 +142,35 @@ class Parts:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not self.out.is_file():
                 places = self.index()
-                if len(places) == len(rows):
+                if set(rows) <= places.keys():
                     ordered = [(row, places[row]) for row in rows]
-                    _write_whole(self.out, _lines([place for _, place in ordered if place.error is None]))
+                    with writing(self.out):
+                        _write_whole(self.out, _lines([place for _, place in ordered if place.error is None]))
                     refused = [f"row {row}: {place.error}" for row, place in ordered if place.error is not None]
             if self.out.is_file():
                 shutil.rmtree(self.folder, ignore_errors=True)
                 Path(lock.name).unlink(missing_ok=True)
         return refused
+
+
+def _parsed(line: bytes, path: Path) -> Row | None:
+    """A line of a part file; None where an interruption cut it short, maybe inside a character.
+
+    Raises:
+        ValueError: it is whole, and no row.
+    """
+    try:
+        row = parse(line)
+    except ValueError:
+        return None
+    advice = "delete this file and run the same command again, which writes its rows anew"
+    if not isinstance(row, dict):
+        raise ValueError(f"{path} holds {shown(row)}, which is no row: {advice}")
+    kinds: dict[str, Any] = {"row": int, "error": str | None}
+    if "turn" in row:
+        kinds |= {"turn": int, "message": dict[str, Any]}
+    check_fields(row, kinds, f"a line of {path}", advice)
+    return row
 
 
 def _lines(places: list[Place]) -> Iterator[bytes]:

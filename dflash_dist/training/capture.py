@@ -17,8 +17,8 @@ from tqdm import tqdm
 from dflash_dist.config import Config, load_config
 from dflash_dist.data.packing import PackedRows
 from dflash_dist.ranks import World, join_world
-from dflash_dist.target.features import DATE, INDEX, FeatureFolder, Shard, read_index, refuse_other
-from dflash_dist.target.load import load_target
+from dflash_dist.target.features import DATE, EACH, INDEX, FeatureFolder, Shard, read_index, refuse_other
+from dflash_dist.target.load import check_loading, load_target
 from dflash_dist.training import setup
 from dflash_dist.training.context import (
     ContextSource,
@@ -54,13 +54,14 @@ def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) ->
     """
     config = setup.make_builtins(config, world)
     info = setup.check_target(config)
+    check_loading(info, config.target.layer_ids, config.target.full_depth, config.target.attention)
     config = setup.fix_date(config, info, world, out)
     data = setup.make_data(config, info, world)
     data.refuse_unsupervised()
     target, dtype = config.target, getattr(torch, config.target.dtype)
     token_bytes = len(target.layer_ids) * info.text.hidden_size * dtype.itemsize
     rows_per_shard = max(1, int(shard_mib * 2**20) // (token_bytes * config.data.seq_len))
-    index = describe_features(config, info, data) | {"rows per shard": rows_per_shard}
+    index = describe_features(config, info, data) | {EACH: rows_per_shard}
     index["bytes"] = sum(part.tokens for part in parts_of(data).values()) * token_bytes
     stored = read_index(out) if (out / INDEX).exists() else None
     if config.data.date and (stored is None or DATE in stored):

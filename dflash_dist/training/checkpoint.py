@@ -28,10 +28,17 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from dflash_dist.files import sync
+from dflash_dist.reading import check_fields, read_object, reading
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 FILES = ("draft.safetensors", "optimizer.pt")
 BEST = "best"
+STATE = {
+    "checksums": dict[str, str],
+    "identity": dict[str, Any] | None,
+    "shape": dict[str, Any] | None,
+    "tau": float | None,
+}
 
 
 def step_folders(folder: Path) -> dict[int, Path]:
@@ -51,8 +58,8 @@ def damage(folder: Path) -> str | None:
         for name in FILES:
             if _checksum(folder / name) != checksums[name]:
                 return f"{name} is cut or damaged"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
+    except (OSError, ValueError) as error:
+        return str(error)
     return None
 
 
@@ -71,7 +78,7 @@ def best_step(folder: Path, up_to: float = math.inf) -> int | None:
     newest of equals."""
     measured = {}
     for step, path in step_folders(folder).items():
-        with contextlib.suppress(OSError, ValueError):  # damaged
+        with contextlib.suppress(ValueError):  # damaged
             if step <= up_to and (tau := read_state(path).get("tau")) is not None:
                 measured[step] = tau
     return max(measured, key=lambda step: (measured[step], step), default=None)
@@ -124,8 +131,9 @@ class Checkpoints:
     def load(self, step: int, draft: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Restores draft and optimiser in place, on any number of ranks."""
         folder = step_folders(self.folder)[step]
-        draft.load_state_dict(load_file(folder / "draft.safetensors"))
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        with reading(f"the checkpoint {folder}", "go on with the versions of torch and of this program that wrote it"):
+            draft.load_state_dict(load_file(folder / "draft.safetensors"))
+            optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], moments: Any, state: dict[str, Any]) -> None:
         final = self.folder / f"step-{step:08d}"
@@ -161,7 +169,16 @@ class Checkpoints:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text())
+    """What a checkpoint says of itself.
+
+    Raises:
+        ValueError: its state.json is missing or damaged.
+    """
+    file, advice = folder / "state.json", "delete this checkpoint, and take another"
+    state = read_object(file, advice)
+    check_fields(state, STATE, str(file), advice)
+    check_fields(state["checksums"], dict.fromkeys(FILES, str), f"checksums of {file}", advice)
+    return state
 
 
 def refuse_changed(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:

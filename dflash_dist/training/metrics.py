@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from dflash_dist.reading import parse
+
 
 class MetricLog:
     """Writes metrics of a run folder from `step` on; what an earlier run wrote beyond it is cut away first.
@@ -84,18 +86,19 @@ class MetricLog:
 
 
 def _cut_back(path: Path, step: int) -> None:
-    """Keeps the lines up to `step`; a line that an interruption cut short goes too."""
+    """Keeps the lines up to `step`; a line that an interruption cut short goes too, or a damaged one with
+    what follows it."""
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
+            if parse(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, TypeError, LookupError):
             break
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_bytes(b"".join(kept))
     os.replace(partial, path)
 
 

@@ -20,14 +20,23 @@ import torch
 import yaml
 
 from dflash_dist import __version__
-from dflash_dist.config import Config, to_tree
-from dflash_dist.contract.folder import find_draft, read_draft, read_shape
+from dflash_dist.config import Config, is_day, to_tree
+from dflash_dist.contract.folder import check_draft, find_draft, read_draft, read_shape
 from dflash_dist.data.rows import Data, load_data, make_encoder
 from dflash_dist.data.template import today
 from dflash_dist.draft.model import DFlashDraftModel, DraftShape
+from dflash_dist.files import writing
 from dflash_dist.ranks import World
 from dflash_dist.target.features import DATE, INDEX, read_index
-from dflash_dist.target.load import TargetInfo, check_capture, check_mask_token, packs_exactly, read_info
+from dflash_dist.target.folder import check_decoder
+from dflash_dist.target.load import (
+    TargetInfo,
+    check_capture,
+    check_loading,
+    check_mask_token,
+    packs_exactly,
+    read_info,
+)
 from dflash_dist.target.tiny import BUILTIN_CHAT, BUILTIN_TARGET, make_tiny_chats, make_tiny_target
 from dflash_dist.target.warm_start import warm_start
 
@@ -117,10 +126,26 @@ def check_world(config: Config, world: World) -> None:
 
 def check_target(config: Config) -> TargetInfo:
     """Reads what is known of the target without its weights, and refuses a config that does not fit it."""
-    info = read_info(config.target.path, config.target.revision)
-    check_capture(info, config.target.layer_ids)
+    target = config.target
+    info = read_info(target.path, target.revision, target.trust_remote_code)
+    check_capture(info, target.layer_ids)
     check_mask_token(info, config.mask_token_id)
     return info
+
+
+def check_models(config: Config, info: TargetInfo) -> None:
+    """Refuses weights of the target and of a draft to begin from that could not be loaded, before the data is read.
+
+    Raises:
+        ValueError: as `check_loading`, `draft_shape` and `check_draft`. Where stored features take the target's
+            place, a draft that does not begin as the target needs few of its weights.
+    """
+    target = config.target
+    if target.features is None or config.draft.init == "target":
+        check_loading(info, target.layer_ids, target.full_depth, target.attention)
+    shape = draft_shape(config, info.text, info.path)
+    if folder := draft_to_begin_from(config):
+        check_draft(folder, shape.num_target_layers)
 
 
 def fix_date(config: Config, info: TargetInfo, world: World, features: Path | None = None) -> Config:
@@ -149,7 +174,8 @@ def _date_of_run(folder: Path) -> str | None:
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # a run that was killed early may leave half of it
         tree = yaml.safe_load((folder / CONFIG).read_text())
         if isinstance(tree, dict) and isinstance(tree.get("data"), dict):
-            return tree["data"].get("date")
+            day = tree["data"].get("date")
+            return day if isinstance(day, str) and is_day(day) else None
     return None
 
 
@@ -190,12 +216,10 @@ def draft_shape(config: Config, text: Any, path: str) -> DraftShape:
     rotary scaling belongs into its config.
 
     Raises:
-        ValueError: the target is no Llama-like decoder, or the stated numbers do not fit it or the draft to begin from.
+        ValueError: as `check_decoder`, or the stated numbers do not fit it or the draft to begin from.
     """
     draft = config.draft
-    missing = [name for name in ("rms_norm_eps", "intermediate_size", "num_key_value_heads") if not hasattr(text, name)]
-    if missing:
-        raise ValueError(f"{path} is no Llama-like decoder: its config has no {', '.join(missing)}")
+    check_decoder(text, path)
     inherited: dict[str, Any] = {
         "num_attention_heads": text.num_attention_heads,
         "num_key_value_heads": text.num_key_value_heads,
@@ -291,13 +315,14 @@ def describe_run(config: Config) -> str:
     """Writes the resolved config, the versions and a chat template of the run's own into the run folder; returns the
     config as YAML."""
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(to_tree(config), sort_keys=False)
-    (folder / CONFIG).write_text(text)
-    if config.data.chat_template:
-        (folder / CHAT_TEMPLATE).write_text(Path(config.data.chat_template).read_text(encoding="utf-8"))
     packages = ("torch", "transformers", "tokenizers", "safetensors")
     versions = {"dflash_dist": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in packages}
-    (folder / "versions.json").write_text(json.dumps(versions, indent=2))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(text)
+        if config.data.chat_template:
+            (folder / CHAT_TEMPLATE).write_text(Path(config.data.chat_template).read_text(encoding="utf-8"))
+        (folder / "versions.json").write_text(json.dumps(versions, indent=2))
     return text

@@ -57,6 +57,7 @@ class Trainer:
         config = setup.make_builtins(config, world)
         self.world = world
         info = setup.check_target(config)
+        setup.check_models(config, info)
         self.config = config = setup.fix_date(config, info, world)
         data = setup.make_data(config, info, world)
         data.refuse_unsupervised()
@@ -164,7 +165,7 @@ class Trainer:
         step = int(self.world.sum_numbers(-1 if newest is None else newest)[0])
         if step < 0:
             return 0
-        refuse_changed(read_state(folders[step])["identity"], self.identity, folders[step])
+        refuse_changed(read_state(folders[step]).get("identity") or {}, self.identity, folders[step])
         self.checkpoints.load(step, self.training.draft, self.training.optimizer)
         restore_hyperparameters(self.training.optimizer, self.config.train)
         if self.world.is_main:

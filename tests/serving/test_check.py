@@ -99,8 +99,8 @@ BREAKS = {
         (lambda d: d.config(head_dim=None), "no key 'head_dim'"),
         (lambda d: d.config(num_target_layers=None), "no key 'num_target_layers'"),
         (lambda d: d.config(rope_theta=None, rope_parameters=None), "no key 'rope_theta'"),
-        (lambda d: d.inner(target_layer_ids=None), "target_layer_ids in the draft's config.json is None"),
-        (lambda d: d.config(hidden_size="64"), "hidden_size in the draft's config.json is '64'"),
+        (lambda d: d.inner(target_layer_ids=None), "target_layer_ids in .*config.json is None"),
+        (lambda d: d.config(hidden_size="64"), "hidden_size in .*config.json is '64'"),
     ],
     "class": [
         (lambda d: d.config(architectures=["Qwen3ForCausalLM"]), r"\['Qwen3ForCausalLM'\] should be"),
@@ -320,7 +320,7 @@ def test_notes_are_no_failure(monkeypatch, draft, capsys):
 def test_a_folder_that_is_no_draft_is_said_in_one_line(monkeypatch, draft, tmp_path):
     assert run(monkeypatch, tmp_path / "nowhere").startswith(f"error: draft folder {tmp_path / 'nowhere'} holds no")
     (draft.path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-    assert "is no whole safetensors file" in run(monkeypatch, draft.path)
+    assert "is cut or damaged" in run(monkeypatch, draft.path)
     (draft.path / "model.safetensors").unlink()
     assert "holds no model.safetensors" in run(monkeypatch, draft.path)
 

@@ -77,6 +77,7 @@ def arguments(tmp_path, target, write_chats):
             "dtype": "float32",
             "template_args": {},
             "date": None,
+            "trust_remote_code": False,
         }
         return Namespace(**{**settings, **changes})
 

@@ -145,6 +145,7 @@ def arguments(tmp_path, server):
             "seed": 0,
             "template_args": {},
             "date": None,
+            "trust_remote_code": False,
             "endpoint": server.url,
             "concurrency": 2,
             "timeout": 20.0,
