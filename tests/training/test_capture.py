@@ -269,6 +269,14 @@ def test_a_capture_killed_by_the_system_keeps_its_shards_and_goes_on_with_other_
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_the_watchdog_expects_the_forwards_of_a_capture(debug, tmp_path: Path, monkeypatch) -> None:
+    world, expected, of = World(0, 1, torch.device("cpu")), [], module.TargetContext.of
+    noted = lambda *args: (expected.append(world.activity.expects_progress), of(*args))[1]  # noqa: E731
+    monkeypatch.setattr(module.TargetContext, "of", noted)
+    captured_by(world, debug(tmp_path / "run", "data.seq_len=1024"), tmp_path / "out")
+    assert expected and all(expected) and not world.activity.expects_progress
+
+
 def test_a_finished_capture_loads_nothing(debug, features, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(module, "load_target", lambda *args: pytest.fail("the target was loaded"))
     captured_by(ALONE, debug(tmp_path / "run"), features["float32"])

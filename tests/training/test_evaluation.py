@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from dflash_dist.config import Config
 from dflash_dist.decoding.speculative import Decoder
@@ -26,6 +28,7 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny_shape
 from tests.training.test_trainer import ALONE, losses
 
+STOP = 227  # a token that some of the tiny target's answers contain
 SMALL = ("eval.every=2", "target.full_depth=true", "eval.count=5", "eval.max_new_tokens=12", "validate.every=0")
 
 
@@ -70,8 +73,12 @@ def restore_signals():
         signal.signal(number, handler)
 
 
-def test_ranks_that_share_a_sharded_target_decode_what_one_decodes_with_the_whole(debug_config, monkeypatch):
-    config = debug_config(*SMALL)  # five prompts: one rank has more to decode than the other
+def test_ranks_that_share_a_sharded_target_decode_what_one_decodes_with_the_whole(
+    debug_config, tiny_target, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(tiny_target, tmp_path / "stopping")
+    GenerationConfig(eos_token_id=[2, STOP]).save_pretrained(folder)
+    config = debug_config(*SMALL, f"target.path={folder}")  # five prompts: one rank has more to decode than the other
     # The obvious way: the whole model with its own head, one prompt after the other.
     info = read_info(config.target.path)
     target, prompts = load_whole(info, torch.float32, torch.device("cpu")), prompts_of(config)
@@ -82,6 +89,8 @@ def test_ranks_that_share_a_sharded_target_decode_what_one_decodes_with_the_whol
         for prompt, answer in zip(prompts, plain)
         for k, token in enumerate(answer)
     }
+    assert {len(answer) for answer in plain} == {12, 2}, "some end with a stop token"
+
     shown, same_prompts, hooks = decode(ALONE, config, following)
     assert same_prompts == prompts and len(prompts) == 5 and hooks == 0
     assert run_ranks(decode, 2, config, following) == [(shown, prompts, 0)] * 2

@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-<<<<<<< HEAD
-from transformers import AutoTokenizer
-=======
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
->>>>>>> 9868493 (Tests: weights that matter in every tiny target, ranks with several micro-batches, what a step and a checkpoint do in use)
+from transformers import AutoTokenizer
 
 from dflash_dist.config import Config
 from dflash_dist.data.chat import Document
@@ -328,6 +326,70 @@ def test_a_finished_run_started_again_does_nothing(debug_config) -> None:
     first = losses(config)
     assert run(ALONE, config) == []
     assert losses(config) == first
+
+
+def test_a_run_of_no_steps_saves_what_it_begins_with(debug_config) -> None:
+    config = debug_config("train.max_steps=0", "validate.every=0")
+    assert run(ALONE, config) == []
+    [(step, folder)] = step_folders(Path(config.output_dir) / "checkpoints").items()
+    begun = Trainer(debug_config("train.max_steps=0", "output_dir=" + config.output_dir + "-2"), ALONE).training.draft
+    saved = load_file(folder / "draft.safetensors")
+    assert step == 0 and all(torch.equal(tensor, saved[name]) for name, tensor in begun.state_dict().items())
+
+
+def build_with_other_data(world: World, config: Config, path: str) -> str:
+    if world.rank == 1:
+        config.data.path = path
+    with pytest.raises(ValueError, match="the ranks read different data") as refusal:
+        Trainer(config, world)
+    return str(refusal.value)
+
+
+def test_ranks_that_read_different_data_are_refused_together(debug_config, write_chats) -> None:
+    ours, theirs = (write_chats([("user", "Hi"), ("assistant", text)], name=f"{text}.jsonl") for text in ("ab", "abc"))
+    config = debug_config(f"data.path={ours}", "data.val_conversations=0", "validate.every=0")
+    for message in run_ranks(build_with_other_data, 2, config, str(theirs)):
+        assert "every node must see the same files under data.path" in message
+
+
+def test_the_watchdog_is_told_where_a_run_should_get_on(debug_config) -> None:
+    """In every step; but not while rank 0 may wait for a slow disk."""
+    world = World(0, 1, torch.device("cpu"))
+    short = ("train.max_steps=2", "train.micro_batch_size=1", "checkpoint.every=1", "validate.every=0")
+    trainer = Trainer(debug_config(*short), world)
+    told: list[tuple[str, bool]] = []
+
+    def telling(what: str, function: Any) -> Any:
+        return lambda *args: (told.append((what, world.activity.expects_progress)), function(*args))[1]
+
+    trainer.training.sample = telling("step", trainer.training.sample)  # type: ignore[method-assign]
+    trainer.checkpoints.save = telling("save", trainer.checkpoints.save)  # type: ignore[method-assign]
+    trainer.run()
+    assert told == [("step", True), ("save", False)] * 2 and not world.activity.expects_progress
+    assert world.activity.ticks == 2 * 4, "one for each micro-batch"
+    trainer.training.validate()
+    assert world.activity.ticks == 2 * 4 + len(trainer.training.sampler.held_out())
+
+
+def test_the_objective_of_the_config_is_what_a_step_minimises(debug_config) -> None:
+    def loss(*overrides: str) -> float:
+        training = Trainer(debug_config(*overrides), ALONE).training
+        micro = training.sample(0)[0]
+        return float(training.loss(training.propose(training.draft, micro, training.capture(micro)), micro)[0])
+
+    decay, half, tenth = loss("loss.objective=decay"), loss("loss.objective=dpace"), loss("loss.alpha=0.1")
+    assert decay == loss("loss.objective=decay", "loss.alpha=0.1") and len({decay, half, tenth}) == 3
+
+
+def test_a_seed_draws_rows_anchors_and_random_weights(debug_config) -> None:
+    first, same, other = (
+        Trainer(debug_config("draft.init=random", f"train.seed={seed}"), ALONE).training for seed in (0, 0, 1)
+    )
+    assert first.sample(3)[0].place == same.sample(3)[0].place != other.sample(3)[0].place
+    drawn = [training.sampler.held_out()[0].blocks.anchors for training in (first, same, other)]  # of the same rows
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    weights = [training.draft.fc.weight for training in (first, same, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 # ------------------------------------------------------------------------------------------------ faults
