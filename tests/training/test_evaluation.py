@@ -89,7 +89,7 @@ def test_ranks_that_share_a_sharded_target_decode_what_one_decodes_with_the_whol
         for prompt, answer in zip(prompts, plain)
         for k, token in enumerate(answer)
     }
-    assert {len(answer) for answer in plain} == {12, 2}, "some end with a stop token"
+    assert min(lengths := [len(answer) for answer in plain]) < max(lengths) == 12, "some end with a stop token"
 
     shown, same_prompts, hooks = decode(ALONE, config, following)
     assert same_prompts == prompts and len(prompts) == 5 and hooks == 0

@@ -263,8 +263,8 @@ def test_validating_changes_nothing_in_training(debug_config, tmp_path: Path) ->
 
 
 def test_validation_sees_every_row_whatever_the_ranks_and_leaves_the_draft_in_training(debug_config) -> None:
-    config = debug_config("data.val_conversations=40")
-    trainer = Trainer(debug_config("data.val_conversations=40", "train.micro_batch_size=1"), ALONE)
+    config = debug_config("data.val_conversations=36")
+    trainer = Trainer(debug_config("data.val_conversations=36", "train.micro_batch_size=1"), ALONE)
     assert len(trainer.training.sampler.held_out()) % 4 != 0  # rows that micro-batches of two and two ranks do not fit
     alone = trainer.training.validate()
     assert all(part.training for part in trainer.training.draft.modules())
@@ -375,7 +375,7 @@ def test_the_objective_of_the_config_is_what_a_step_minimises(debug_config) -> N
     def loss(*overrides: str) -> float:
         training = Trainer(debug_config(*overrides), ALONE).training
         micro = training.sample(0)[0]
-        return float(training.loss(training.propose(training.draft, micro, training.capture(micro)), micro)[0])
+        return training.loss(training.propose(training.draft, micro, training.capture(micro)), micro)[0].item()
 
     decay, half, tenth = loss("loss.objective=decay"), loss("loss.objective=dpace"), loss("loss.alpha=0.1")
     assert decay == loss("loss.objective=decay", "loss.alpha=0.1") and len({decay, half, tenth}) == 3
