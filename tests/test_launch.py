@@ -305,6 +305,20 @@ def shell(tmp_path: Path, command: list[str], **variables: str) -> subprocess.Po
     return subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
 
 
+def test_what_slurm_reads_of_the_batch_script() -> None:
+    lines = (REPOSITORY / "launch/slurm.sbatch").read_text().splitlines()
+    options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH"))
+    assert options == {
+        "job-name": "dflash",
+        "ntasks-per-node": "1",  # an agent
+        "cpus-per-task": "32",
+        "output": "slurm-%j.out",
+        "open-mode": "append",  # a job that comes back goes on in its file
+        "requeue": "",
+        "signal": "USR1@90",  # to the steps' processes; with B: to the batch script alone
+    }
+
+
 @pytest.mark.parametrize(("stopped", "failed"), [(False, 0), (True, 0), (True, 1), (False, 3)])
 def test_a_slurm_job_comes_back_only_if_it_was_stopped(tmp_path: Path, fake, stopped: bool, failed: int) -> None:
     script = str(REPOSITORY / "launch/slurm.sbatch")

@@ -277,6 +277,13 @@ def test_the_watchdog_expects_the_forwards_of_a_capture(debug, tmp_path: Path, m
     assert expected and all(expected) and not world.activity.expects_progress
 
 
+def test_data_that_teaches_almost_nothing_is_not_captured(debug, tmp_path: Path, write_chats) -> None:
+    chats = write_chats([("user", "q" * 210), ("assistant", "x")])
+    config = debug(tmp_path / "run", f"data.path={chats}", "data.val_conversations=0", "validate.every=0")
+    with pytest.raises(ValueError, match="supervised, under 1%"):
+        captured_by(ALONE, config, tmp_path / "out")
+
+
 def test_a_finished_capture_loads_nothing(debug, features, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(module, "load_target", lambda *args: pytest.fail("the target was loaded"))
     captured_by(ALONE, debug(tmp_path / "run"), features["float32"])

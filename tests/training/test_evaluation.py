@@ -103,6 +103,12 @@ def test_ranks_that_share_a_sharded_target_decode_what_one_decodes_with_the_whol
     assert 1.5 < shown.tau == shown.emitted / shown.passes < 3 and shown.by_slot[3] == 0
 
 
+def test_every_forward_tells_the_watchdog(debug_config):
+    trainer = Trainer(debug_config(*SMALL, "eval.count=1"), world := World(0, 1, torch.device("cpu")))
+    shown = trainer.evaluation.run(trainer.training.draft)
+    assert shown is not None and world.activity.ticks == 1 + shown.passes + 1  # the prompt, and that it is done
+
+
 def run(world: World, config: Config) -> None:
     Trainer(config, world).run()
 

@@ -23,7 +23,7 @@ from dflash_dist.ranks import World
 from dflash_dist.training import step as step_module
 from dflash_dist.training import trainer as module
 from dflash_dist.training.checkpoint import step_folders
-from dflash_dist.training.setup import PREEMPTED
+from dflash_dist.training.setup import PREEMPTED, planned_steps
 from dflash_dist.training.trainer import Trainer
 from tests.ranks import run_ranks
 
@@ -425,6 +425,17 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_and_is_never_saved(debug_
     for message in run_ranks(run_poisoned, 2, config, poisoned_step):
         assert f"step {poisoned_step}: the gradient norm is nan" in message
     assert max(step_folders(Path(config.output_dir) / "checkpoints")) == 3
+
+
+def test_epochs_are_counted_in_whole_steps(debug_config) -> None:
+    config = debug_config("train.max_steps=null", "train.epochs=1.5")  # of 79 rows, 4 a step
+    assert planned_steps(config, 79) == 30 and planned_steps(config, 80) == 30 and planned_steps(config, 81) == 31
+
+
+def test_data_that_teaches_almost_nothing_is_refused(debug_config, write_chats) -> None:
+    chats = write_chats([("user", "q" * 210), ("assistant", "x")])
+    with pytest.raises(ValueError, match="supervised, under 1%"):
+        Trainer(debug_config(f"data.path={chats}", "data.val_conversations=0", "validate.every=0"), ALONE)
 
 
 def test_a_world_that_the_batch_does_not_divide_by_is_refused(debug_config) -> None:
