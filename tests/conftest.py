@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, settings
 
 from dflash_dist.config import Config, load_config
 from dflash_dist.ranks import World
-from dflash_dist.target.tiny import make_tiny_target
 from tests.ranks import close_pools
+from tests.tiny import make_tiny_target
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -67,10 +67,11 @@ def write_chats(tmp_path: Path):
 
 
 @pytest.fixture
-def debug_config(tmp_path: Path):
-    """The debug preset with overrides, writing below `tmp_path`."""
+def debug_config(tmp_path: Path, tiny_target: Path):
+    """The debug preset with overrides, on the tiny target with lively weights, writing below `tmp_path`."""
 
     def load(*overrides: str) -> Config:
-        return load_config(REPOSITORY / "configs/debug.yaml", [f"output_dir={tmp_path / 'run'}", *overrides])
+        ours = [f"output_dir={tmp_path / 'run'}", f"target.path={tiny_target}"]
+        return load_config(REPOSITORY / "configs/debug.yaml", [*ours, *overrides])
 
     return load

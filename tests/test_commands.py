@@ -92,7 +92,7 @@ def test_a_killed_run_continues_with_the_exact_losses(undisturbed: Path, tmp_pat
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert len(losses(tmp_path / "run")) < 24
-    finish(PROGRAM, *debug(tmp_path / "run"))
+    assert "resuming from" in finish(PROGRAM, *debug(tmp_path / "run"))
     assert losses(tmp_path / "run") == losses(undisturbed)
 
 
@@ -176,7 +176,7 @@ def test_ranks_that_are_struck_come_back_with_the_exact_losses(undisturbed_pair:
     output = finish(command, *debug(folder))
     assert "resuming from" in output and struck(tmp_path) == 2
     assert (folder / "PREEMPTED").exists() and len(losses(folder)) < 24
-    finish(command, *debug(folder))
+    assert "resuming from" in finish(command, *debug(folder))
     assert losses(folder) == losses(undisturbed_pair)
     last = "checkpoints/step-00000024"
     for file in (undisturbed_pair / last).iterdir():

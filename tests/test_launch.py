@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -304,6 +305,20 @@ def shell(tmp_path: Path, command: list[str], **variables: str) -> subprocess.Po
     return subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
 
 
+def test_what_slurm_reads_of_the_batch_script() -> None:
+    lines = (REPOSITORY / "launch/slurm.sbatch").read_text().splitlines()
+    options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH"))
+    assert options == {
+        "job-name": "dflash",
+        "ntasks-per-node": "1",  # an agent
+        "cpus-per-task": "32",
+        "output": "slurm-%j.out",
+        "open-mode": "append",  # a job that comes back goes on in its file
+        "requeue": "",
+        "signal": "USR1@90",  # to the steps' processes; with B: to the batch script alone
+    }
+
+
 @pytest.mark.parametrize(("stopped", "failed"), [(False, 0), (True, 0), (True, 1), (False, 3)])
 def test_a_slurm_job_comes_back_only_if_it_was_stopped(tmp_path: Path, fake, stopped: bool, failed: int) -> None:
     script = str(REPOSITORY / "launch/slurm.sbatch")
@@ -339,37 +354,41 @@ def test_a_pod_passes_the_signal_on_and_asks_to_be_made_again(tmp_path: Path, fa
     assert {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [75]}} in rules
 
 
-def test_two_agents_stop_on_slurms_signal_and_go_on_where_they_were(tmp_path: Path) -> None:
-    """Two nodes by hand, as docs/launch.md has it, in the shell that launch/slurm.sbatch puts around each agent."""
-
+def test_two_nodes_of_a_slurm_job_save_on_its_signal_and_the_job_goes_on_where_they_were(tmp_path: Path, fake) -> None:
+    """launch/slurm.sbatch itself, where srun starts what it is given twice, on this machine, as on two nodes."""
+    fake("scontrol", "[ $1 = requeue ] || echo localhost")
+    fake("srun", 'shift 2; "$@" & first=$!; "$@" & wait $! && wait $first')
     run, steps = tmp_path / "run", 24
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
-    meeting = ["--rdzv_backend", "c10d", "--rdzv_id", "t", "--rdzv_endpoint", f"localhost:{port}", "-m", "dflash_dist"]
+    job = str(free_port() - 20_000)  # of which the script makes the port
+    about = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": job, "SLURM_GPUS_ON_NODE": "1"}
+    path = {"PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     short = [f"train.max_steps={steps}", "log.every=1", "validate.every=0", "checkpoint.every=1000"]
-    training = ["train", "--config", "configs/debug.yaml", f"output_dir={run}", *short]
-    output, agents_output = os.pipe()  # one for both: whichever meets first has rank 0, which tells of the steps
-    agents = [
-        subprocess.Popen(
-            ["bash", "-c", 'trap "" USR1; exec "$@"', "agent", *agent, *meeting, *training],
-            env=ENVIRONMENT | NODES,
-            cwd=REPOSITORY,
-            stdout=agents_output,
-            stderr=agents_output,
-        )
-        for _ in range(2)
-    ]
-    os.close(agents_output)
-    with open(output) as lines:
-        assert any("step 1/" in line for line in lines), "both agents ended without a step"
-        for agent in agents:  # as Slurm does it: every process of the step
-            for process in [*psutil.Process(agent.pid).children(recursive=True), psutil.Process(agent.pid)]:
-                process.send_signal(signal.SIGUSR1)
-        lines.read()
-    assert [agent.wait() for agent in agents] == [0, 0]
+    batch = subprocess.Popen(
+        ["bash", "launch/slurm.sbatch", "configs/debug.yaml", str(run), *short],
+        env=ENVIRONMENT | about | path,
+        cwd=REPOSITORY,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    read_until(batch, "step 1/")  # of whichever node has rank 0
+    [srun] = psutil.Process(batch.pid).children()
+    for process in srun.children(recursive=True):  # as Slurm does it: every process of the step
+        process.send_signal(signal.SIGUSR1)
+    output, _ = batch.communicate()
+    assert batch.returncode == 0, output
     assert (run / "PREEMPTED").exists() and 1 <= len(losses(run)) < steps
-    finish(PROGRAM, *training)  # on another number of ranks, even
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == f"scontrol requeue {job}"
+    training = ["train", "--config", "configs/debug.yaml", f"output_dir={run}", *short]
+    assert "resuming from" in finish(PROGRAM, *training)  # on another number of ranks, even
     assert [step for step, _ in losses(run)] == list(range(1, steps + 1))
     assert not (run / "PREEMPTED").exists()
+
+
+def free_port() -> int:
+    """Of those that launch/slurm.sbatch makes of a job's number."""
+    for port in range(20_000 + os.getpid() % 9_000, 30_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+    raise AssertionError("no port is free")

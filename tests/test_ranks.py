@@ -25,6 +25,10 @@ def test_ticks_are_counted(alone: World) -> None:
     assert alone.activity.ticks == before + 1
 
 
+def test_numbers_are_summed_in_float64(alone: World) -> None:
+    assert alone.sum_numbers(2**52 + 1, 0.1) == [2**52 + 1, 0.1]
+
+
 def test_without_torchrun_the_world_has_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with join_world(1.0) as world:

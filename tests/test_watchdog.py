@@ -7,11 +7,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
+from dflash_dist import watchdog as module
+from dflash_dist.config import TrainConfig
 from dflash_dist.training.logs import LOGS
 from dflash_dist.watchdog import Activity, State, Watchdog
 from tests.conftest import REPOSITORY
@@ -101,6 +106,62 @@ def test_where_all_wait_in_the_same_collective_all_are_shown() -> None:
     verdict = ranks.after(10)
     assert verdict is not None and verdict.startswith("no rank has got on for 10 s, and all have begun 7 collectives.")
     assert "rank 2 is at here.py:2 work" in verdict
+
+
+# ------------------------------------------------------------------------------------------------ when it watches
+
+
+def test_it_watches_by_default() -> None:
+    assert TrainConfig().hang_timeout == 600
+    assert "`train.hang_timeout` (600 s; 0: never)" in (REPOSITORY / "docs/launch.md").read_text()
+
+
+class Clock:
+    """The clock of a watchdog's thread and what it waits on: every round begins at the next of some times."""
+
+    def __init__(self, times: Iterable[float]):
+        self.times = iter(times)
+        self.now: float | None = next(self.times)
+
+    def monotonic(self) -> float | None:
+        return self.now
+
+    def wait(self, _interval: float) -> bool:
+        self.now = next(self.times, None)
+        return self.now is None  # the end
+
+    def set(self) -> None:
+        self.times = iter(())
+
+
+# A round a second; but the whole job is suspended for an hour behind the third.
+SUSPENDED = [0, 1, 2, *range(3602, 3609)]
+
+
+@pytest.mark.parametrize(("times", "found"), [(SUSPENDED, 0), ([*SUSPENDED, 3609], 1)])
+def test_time_in_which_the_job_was_suspended_is_not_a_ranks_silence(monkeypatch, times, found) -> None:
+    store = dist.HashStore()
+    ours, theirs = (Watchdog(lambda: store, rank, 2, Activity(), 10.0, None) for rank in (0, 1))
+    ours.announce()
+    theirs.announce()  # and it is never heard again
+    clock, accusations = Clock(times), []
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(ours, "stopped", clock)
+    monkeypatch.setattr(ours, "_accuse", lambda accusation, _store: accusations.append(accusation))
+    ours._tell()
+    assert len(accusations) == found and all("no sign of life for 10 s" in told for told in accusations)
+
+
+@pytest.mark.parametrize(("times", "found"), [(SUSPENDED[:-1], 0), (SUSPENDED, 1)])
+def test_nor_is_it_silence_of_the_jobs_store(monkeypatch, times, found) -> None:
+    ours = Watchdog(dist.HashStore, 0, 2, Activity(), 10.0, None)
+    ours.asking, ours.teller = True, threading.current_thread()  # it asked, and got no answer yet
+    clock, said = Clock(times), []
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(ours, "stopped", clock)
+    monkeypatch.setattr(ours, "_end", lambda verdict, mine: (said.append(verdict), clock.set()))
+    ours._guard()
+    assert len(said) == found and all("for 10 s" in told for told in said)
 
 
 # ------------------------------------------------------------------------------------------------ real ranks

@@ -1,4 +1,4 @@
-"""Tiny models that fit together."""
+"""Tiny models that fit together, with weights that all matter."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, Qwen3ForCausalLM
+from transformers import AutoConfig, PreTrainedModel, Qwen3ForCausalLM
 
 from dflash_dist.draft.model import DraftShape
+from dflash_dist.target.tiny import tiny_config, tiny_tokenizer
 
 
 def tiny_shape(**changes: Any):
@@ -32,13 +33,37 @@ def tiny_shape(**changes: Any):
     return DraftShape(**{**values, **changes})
 
 
+@torch.no_grad()
+def enliven(model: PreTrainedModel, seed: int = 7) -> PreTrainedModel:
+    """Gives every parameter that is constant, as norms and biases are until they are trained, values of its own.
+
+    With ones and zeros in all layers, a norm of the wrong layer, or one left out, is as good as the right one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.min() == parameter.max():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def make_tiny_target(folder: Path) -> None:
+    """Writes the package's tiny target with weights of about unit gain, and its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    config = tiny_config(tokenizer)
+    config.initializer_range = config.hidden_size**-0.5
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        enliven(Qwen3ForCausalLM(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def lively_target(tiny_target: Path) -> Qwen3ForCausalLM:
     """The tiny target with large, untied weights.
 
-    As it stands, it repeats one token whatever the context: a decoder that mixed up its caches would pass. With these
-    weights every token of the context changes what it writes.
+    As it stands, it soon repeats itself, and a decoder that mixed up its caches might pass. With these weights every
+    token of the context changes what it writes.
     """
     config = AutoConfig.from_pretrained(tiny_target, tie_word_embeddings=False, initializer_range=0.3)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        return Qwen3ForCausalLM(config).eval().requires_grad_(False)
+        torch.manual_seed(28)
+        return enliven(Qwen3ForCausalLM(config)).eval().requires_grad_(False)

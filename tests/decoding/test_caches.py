@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from dflash_dist.decoding.speculative import Decoder
 from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.target.load import check_rollback
-from tests.tiny import tiny_shape
+from tests.tiny import enliven, tiny_shape
 
 WINDOW, PROMPT, ANSWER = 8, [5, 9, 33], 32
 SHAPE = {
@@ -41,8 +41,8 @@ TARGETS = {
 
 def make_decoder(name: str) -> Decoder:
     config = getattr(transformers, f"{name}Config")(**SHAPE, **TARGETS[name])
-    torch.manual_seed(2)
-    target = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    torch.manual_seed(4)
+    target = enliven(AutoModelForCausalLM.from_config(config)).eval().requires_grad_(False)
     changes = {"hidden_size": 32, "head_dim": 8, "intermediate_size": 64, "target_layer_ids": [0, 2]}
     return Decoder(target, DFlashDraftModel(tiny_shape(vocab_size=97, block_size=6, **changes)), stop_ids=[])
 

@@ -19,7 +19,7 @@ from tests.data.files import make_encoder
 from tests.ranks import run_ranks
 from tests.tiny import lively_target
 
-STOPS = [2, 103, 105]  # the turn's end, and two tokens that this random target often writes
+STOPS = [2, 192, 50]  # the turn's end, and two tokens that this random target often writes
 LIMIT = 12
 
 # Of very different lengths, so that the prompts of a batch are padded.

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, GptOssConfig, LlamaConfig, Qwen3Config
 
 from dflash_dist.target.attention import CHUNK, NAME, attend_in_chunks, suit_device
+from tests.tiny import enliven
 
 SMALL = {
     "vocab_size": 64,
@@ -72,7 +73,7 @@ def test_whole_models_are_as_with_torchs_attention(name: str) -> None:
     """In bfloat16, packed rows: no further from float32's hidden states than with torch's attention. Decoding with a
     cache, where there are fewer queries than keys, is torch's own."""
     torch.manual_seed(0)
-    exact = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    exact = enliven(AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)).eval()
     model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.bfloat16).eval()
     model.load_state_dict(exact.state_dict())
     exact.load_state_dict({name: weight.float() for name, weight in model.state_dict().items()})

@@ -51,7 +51,7 @@ def test_packed_documents_do_not_see_each_other(decoder) -> None:
     positions = torch.tensor([[*range(5), *range(7)]])
     packed = target.generate_batch(ids, torch.ones_like(ids), None, position_ids=positions).hidden_states
     alone = [target.generate_batch(part, None, None).hidden_states for part in (ids[:, :5], ids[:, 5:])]
-    assert (packed - torch.cat(alone, dim=1)).abs().max() < 2e-6
+    assert (packed - torch.cat(alone, dim=1)).abs().max() < 1e-6 * packed.abs().max()
     # The mistake this guards against: positions restart, but an all-ones mask lets documents see each other.
     leaking = []
     handle = decoder.layers[4].register_forward_hook(lambda *args: leaking.append(args[2]))

@@ -16,6 +16,7 @@ from dflash_dist.target.load import check_capture, check_mask_token, digest_weig
 from dflash_dist.target.tiny import tiny_tokenizer
 from dflash_dist.training.trainer import Trainer
 from tests.ranks import run_ranks
+from tests.tiny import enliven
 
 SMALL = {
     "vocab_size": 260,
@@ -47,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
         made[name] = tmp_path_factory.mktemp("targets") / name
-        AutoModelForCausalLM.from_config(config).save_pretrained(made[name])
+        enliven(AutoModelForCausalLM.from_config(config)).save_pretrained(made[name])
         tiny_tokenizer().save_pretrained(made[name])
     return made
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,15 @@ SHORT = ("train.max_steps=6", "log.every=1", "validate.every=3", "checkpoint.eve
 BF16 = ("target.dtype=bfloat16", "train.precision=bfloat16")
 
 
-def debug(folder: Path, *overrides: str) -> Config:
-    # A micro-batch of 3 rows leaves both parts and the shards with a rest that padding fills up.
-    sizes = ("train.global_batch_size=6", "train.micro_batch_size=3", "loss.anchors=16")
-    return load_config(REPOSITORY / "configs/debug.yaml", [f"output_dir={folder}", *sizes, *SHORT, *overrides])
+@pytest.fixture(scope="module")
+def debug(tiny_target: Path) -> Callable[..., Config]:
+    def load(folder: Path, *overrides: str) -> Config:
+        # A micro-batch of 3 rows leaves both parts and the shards with a rest that padding fills up.
+        sizes = ("train.global_batch_size=6", "train.micro_batch_size=3", "loss.anchors=16")
+        ours = (f"output_dir={folder}", f"target.path={tiny_target}", *sizes, *SHORT)
+        return load_config(REPOSITORY / "configs/debug.yaml", [*ours, *overrides])
+
+    return load
 
 
 def numbers(folder: Path) -> list[tuple[Any, ...]]:
@@ -59,7 +65,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def features(debug, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Features of both dtypes, captured by one rank. Tests that change them copy the folder."""
     folder = tmp_path_factory.mktemp("features")
     captured_by(ALONE, debug(folder / "run"), folder / "float32")
@@ -77,7 +83,7 @@ def stored(features: dict[str, Path], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_losses_are_bitwise_those_of_online_training(features, tmp_path: Path, ranks: int, dtype: str) -> None:
+def test_losses_are_bitwise_those_of_online_training(debug, features, tmp_path: Path, ranks: int, dtype: str) -> None:
     overrides = BF16 if dtype == "bfloat16" else ()
     online = debug(tmp_path / "online", *overrides)
     offline = debug(tmp_path / "offline", *overrides, f"target.features={features[dtype]}")
@@ -87,7 +93,7 @@ def test_losses_are_bitwise_those_of_online_training(features, tmp_path: Path, r
     assert len(numbers(tmp_path / "online")) == 6 + 3, "6 steps and 3 validations"
 
 
-def test_rows_run_alone_are_bitwise_the_same_at_any_length(tmp_path: Path) -> None:
+def test_rows_run_alone_are_bitwise_the_same_at_any_length(debug, tmp_path: Path) -> None:
     """With one row a micro-batch the target gets the very same tensors, whatever its kernels do."""
     alone = ("train.micro_batch_size=1", "data.seq_len=211", "train.max_steps=2", "validate.every=2")
     captured_by(ALONE, debug(tmp_path / "run", *alone), tmp_path / "features")
@@ -96,7 +102,7 @@ def test_rows_run_alone_are_bitwise_the_same_at_any_length(tmp_path: Path) -> No
     assert numbers(tmp_path / "offline") == numbers(tmp_path / "online")
 
 
-def test_the_target_is_not_loaded_and_the_bytes_are_said(features, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_target_is_not_loaded_and_the_bytes_are_said(debug, features, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("dflash_dist.training.context.load_target", lambda *args: pytest.fail("the target was loaded"))
     # Knobs of the target's sharding and depth have nothing to act on, not even 2 replicas on 1 rank.
     ignored = ("target.full_depth=true", "target.replicas=2", f"target.features={features['float32']}")
@@ -104,12 +110,13 @@ def test_the_target_is_not_loaded_and_the_bytes_are_said(features, tmp_path: Pat
     assert f"features: 15.92 MiB in {features['float32']}; the target is not run" in capsys.readouterr().out
 
 
-def test_a_run_resumes_from_online_to_stored_features_and_back(features, tmp_path: Path) -> None:
+def test_a_run_resumes_from_online_to_stored_features_and_back(debug, features, tmp_path: Path, capsys) -> None:
     train(ALONE, debug(tmp_path / "whole", "train.max_steps=9", "train.final_lr=1", "train.warmup=0"))
     offline = f"target.features={features['float32']}"
     for steps, source in ((3, ()), (6, (offline,)), (9, ())):
         constant = ("train.final_lr=1", "train.warmup=0", f"train.max_steps={steps}")
         train(ALONE, debug(tmp_path / "parts", *constant, *source))
+        assert f"resuming from {tmp_path / 'parts/checkpoints/step'}" in capsys.readouterr().out or steps == 3
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
 
 
@@ -124,7 +131,7 @@ def test_a_run_resumes_from_online_to_stored_features_and_back(features, tmp_pat
     ],
 )
 def test_features_of_something_else_are_refused_by_training_and_by_capture(
-    features, tiny_target: Path, tmp_path: Path, change: str, message: str
+    debug, features, tiny_target: Path, tmp_path: Path, change: str, message: str
 ) -> None:
     weights = (tiny_target / "model.safetensors").read_bytes()
     other = Path(shutil.copytree(tiny_target, tmp_path / "other"))
@@ -139,7 +146,7 @@ def test_features_of_something_else_are_refused_by_training_and_by_capture(
     assert contents(folder) == before
 
 
-def test_the_same_target_in_another_folder_is_the_same(features, tiny_target: Path, tmp_path: Path) -> None:
+def test_the_same_target_in_another_folder_is_the_same(debug, features, tiny_target: Path, tmp_path: Path) -> None:
     moved = ("target.path=" + str(shutil.copytree(tiny_target, tmp_path / "moved")),)
     Trainer(debug(tmp_path / "run", *moved, f"target.features={features['float32']}"), ALONE)
 
@@ -151,7 +158,7 @@ def test_a_hub_target_is_named_by_its_commit(tiny_target: Path) -> None:
     assert name_weights(info) == "org/model@abc123"
 
 
-def test_a_damaged_row_stops_training_and_is_mended_by_capture(stored: Path, tmp_path: Path) -> None:
+def test_a_damaged_row_stops_training_and_is_mended_by_capture(debug, stored: Path, tmp_path: Path) -> None:
     config = debug(tmp_path / "run", f"target.features={stored}")
     before = contents(stored)
     for name in before:
@@ -169,7 +176,7 @@ def test_a_damaged_row_stops_training_and_is_mended_by_capture(stored: Path, tmp
     assert contents(stored) == before
 
 
-def test_a_cut_shard_is_refused_before_training_and_mended_by_capture(stored: Path, tmp_path: Path) -> None:
+def test_a_cut_shard_is_refused_before_training_and_mended_by_capture(debug, stored: Path, tmp_path: Path) -> None:
     config = debug(tmp_path / "run", f"target.features={stored}")
     before = contents(stored)
     (stored / "held-out-00002.safetensors").write_bytes(before["held-out-00002.safetensors"][:-1])
@@ -179,7 +186,7 @@ def test_a_cut_shard_is_refused_before_training_and_mended_by_capture(stored: Pa
     assert contents(stored) == before
 
 
-def test_without_features_the_command_is_named(tmp_path: Path) -> None:
+def test_without_features_the_command_is_named(debug, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no features: make them with `python -m dflash_dist capture`"):
         Trainer(debug(tmp_path / "run", f"target.features={tmp_path}"), ALONE)
 
@@ -198,7 +205,7 @@ def test_embedding_and_head_are_those_of_the_loaded_target(tiny_target: Path, dt
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_ranks_write_the_bytes_that_one_writes(features, tmp_path: Path, dtype: str) -> None:
+def test_two_ranks_write_the_bytes_that_one_writes(debug, features, tmp_path: Path, dtype: str) -> None:
     config = debug(tmp_path / "run", *(BF16 if dtype == "bfloat16" else ()))
     run_ranks(captured_by, 2, config, tmp_path / "two")
     assert contents(tmp_path / "two") == contents(features[dtype])
@@ -213,7 +220,9 @@ def test_the_forecast_is_what_was_written(features) -> None:
         assert 0 < headers < 0.01 * written
 
 
-def test_a_capture_killed_by_the_system_keeps_its_shards_and_goes_on_with_other_ranks(features, tmp_path: Path) -> None:
+def test_a_capture_killed_by_the_system_keeps_its_shards_and_goes_on_with_other_ranks(
+    debug, tiny_target, features, tmp_path: Path
+) -> None:
     config = debug(tmp_path / "run")
     out = tmp_path / "killed"
     # The first process is killed as its 4th shard is half written.
@@ -233,7 +242,15 @@ def test_a_capture_killed_by_the_system_keeps_its_shards_and_goes_on_with_other_
     sizes = ["train.global_batch_size=6", "train.micro_batch_size=3"]
     arguments = ["--config", "configs/debug.yaml", "--out", str(out), "--shard-mib", str(SHARD_MIB)]
     killed = subprocess.run(
-        [sys.executable, "-c", code, *arguments, f"output_dir={tmp_path / 'run'}", *sizes],
+        [
+            sys.executable,
+            "-c",
+            code,
+            *arguments,
+            f"output_dir={tmp_path / 'run'}",
+            f"target.path={tiny_target}",
+            *sizes,
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         cwd=REPOSITORY,
         capture_output=True,
@@ -252,13 +269,28 @@ def test_a_capture_killed_by_the_system_keeps_its_shards_and_goes_on_with_other_
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_finished_capture_loads_nothing(features, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_watchdog_expects_the_forwards_of_a_capture(debug, tmp_path: Path, monkeypatch) -> None:
+    world, expected, of = World(0, 1, torch.device("cpu")), [], module.TargetContext.of
+    noted = lambda *args: (expected.append(world.activity.expects_progress), of(*args))[1]  # noqa: E731
+    monkeypatch.setattr(module.TargetContext, "of", noted)
+    captured_by(world, debug(tmp_path / "run", "data.seq_len=1024"), tmp_path / "out")
+    assert expected and all(expected) and not world.activity.expects_progress
+
+
+def test_data_that_teaches_almost_nothing_is_not_captured(debug, tmp_path: Path, write_chats) -> None:
+    chats = write_chats([("user", "q" * 210), ("assistant", "x")])
+    config = debug(tmp_path / "run", f"data.path={chats}", "data.val_conversations=0", "validate.every=0")
+    with pytest.raises(ValueError, match="supervised, under 1%"):
+        captured_by(ALONE, config, tmp_path / "out")
+
+
+def test_a_finished_capture_loads_nothing(debug, features, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(module, "load_target", lambda *args: pytest.fail("the target was loaded"))
     captured_by(ALONE, debug(tmp_path / "run"), features["float32"])
     assert "0.00 MiB in 0 still to capture" in capsys.readouterr().out
 
 
-def test_another_shard_size_is_refused(features, tmp_path: Path) -> None:
+def test_another_shard_size_is_refused(debug, features, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rows per shard: 5 -> 10"):
         captured_by(ALONE, debug(tmp_path / "run"), features["float32"], 2 * SHARD_MIB)
 
@@ -276,7 +308,7 @@ def fails_together(world: World, config: Config, out: Path, free: int) -> str:
     return str(refusal.value)
 
 
-def test_too_little_disk_is_refused_before_the_target_loads_on_all_ranks(features, tmp_path: Path) -> None:
+def test_too_little_disk_is_refused_before_the_target_loads_on_all_ranks(debug, features, tmp_path: Path) -> None:
     needed = json.loads((features["float32"] / "index.json").read_text())["bytes"]
     for message in run_ranks(fails_together, 2, debug(tmp_path / "run"), tmp_path / "out", needed - 1):
         assert "the features take 15.92 MiB, but" in message and "choose another --out" in message
@@ -288,7 +320,7 @@ def capture_to_own_disk(world: World, config: Config, folder: Path) -> str:
     return str(refusal.value)
 
 
-def test_ranks_without_a_shared_disk_are_refused_together(tmp_path: Path) -> None:
+def test_ranks_without_a_shared_disk_are_refused_together(debug, tmp_path: Path) -> None:
     for message in run_ranks(capture_to_own_disk, 2, debug(tmp_path / "run"), tmp_path):
         assert "only 1 of 2 ranks see" in message and "put --out on a shared disk" in message
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dflash_dist.config import TrainConfig
 from dflash_dist.draft.model import DFlashDraftModel
@@ -11,6 +14,7 @@ from dflash_dist.training import checkpoint
 from dflash_dist.training.checkpoint import (
     Checkpoints,
     best_step,
+    damage,
     newest_whole,
     read_state,
     refuse_changed,
@@ -123,6 +127,94 @@ def test_a_failed_write_leaves_the_previous_checkpoint_and_is_reported(tmp_path,
     checkpoints.wait()
     assert list(step_folders(tmp_path)) == [2]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_failure_is_forgotten_once_a_later_write_succeeds(tmp_path: Path, monkeypatch) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", lambda *_: os.stat("/no/space/left"))
+        checkpoints.save(1, *trained(), {})
+        checkpoints._join()
+    checkpoints.save(2, *trained(), {})
+    checkpoints.wait()
+    assert newest_whole(tmp_path) == 2
+
+
+def test_a_folder_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    """Of a run that was cut back to before it, since it was damaged."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(4, *trained(), {})
+    checkpoints.wait()
+    cut(tmp_path / "step-00000004/draft.safetensors")
+    draft, optimizer = trained(seed=1)
+    checkpoints.save(4, draft, optimizer, {})
+    checkpoints.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"] and newest_whole(tmp_path) == 4
+    assert torch.equal(load_file(tmp_path / "step-00000004/draft.safetensors")["fc.weight"], draft.fc.weight)
+
+
+@pytest.fixture
+def disk(monkeypatch) -> list[tuple[str, ...]]:
+    """What happens to the disk from now on, in order: ("sync", path, files in it or its size), ("rename", from, to) and
+    ("remove", path of a file), names only."""
+    events: list[tuple[str, ...]] = []
+    fsync, rename, unlink = os.fsync, os.rename, os.unlink
+
+    def note_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        content = " ".join(sorted(os.listdir(path))) if path.is_dir() else str(path.stat().st_size)
+        events.append(("sync", path.name, content))
+
+    def note_rename(old: Any, new: Any, **options: Any) -> None:
+        rename(old, new, **options)
+        events.append(("rename", Path(old).name, Path(new).name))
+
+    def note_unlink(path: Any, **options: Any) -> None:
+        unlink(path, **options)
+        events.append(("remove", Path(path).name))
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    monkeypatch.setattr(os, "unlink", note_unlink)
+    return events
+
+
+def test_all_is_on_the_disk_before_the_name_and_the_name_before_the_last_one_goes(tmp_path: Path, disk) -> None:
+    """What a loss of power could show and a kill cannot: in which order the disk is told."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (1, 2):
+        disk.clear()
+        checkpoints.save(step, *trained(), {})
+        checkpoints.wait()
+    new, old = "step-00000002", "step-00000001"
+    files = sorted(path.name for path in (tmp_path / new).iterdir())
+    assert files == ["draft.safetensors", "optimizer.pt", "state.json"]
+    named = disk.index(("rename", f".{new}.partial", new))
+    synced = {event[1:] for event in disk[:named] if event[0] == "sync"}
+    assert synced == {
+        *((name, str((tmp_path / new / name).stat().st_size)) for name in files),
+        (f".{new}.partial", " ".join(files)),
+    }
+    assert disk[named + 1] == ("sync", tmp_path.name, f"{old} {new}"), "the folder of the names, with the new one"
+    assert disk[named + 2] == ("rename", old, f".{old}.removed")
+    assert sorted(disk[named + 3 :]) == [("remove", name) for name in files]
+
+
+def test_a_checkpoint_that_is_cut_off_while_it_is_removed_has_no_name(tmp_path: Path, monkeypatch) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, *trained(), {})
+    checkpoints.wait()
+    unlink = os.unlink
+
+    def dies(path: Any, **options: Any) -> None:
+        unlink(path, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "unlink", dies)
+    checkpoints.save(2, *trained(), {})
+    checkpoints._join()
+    assert {step: damage(folder) for step, folder in step_folders(tmp_path).items()} == {2: None}
 
 
 def cut(path: Path) -> None:

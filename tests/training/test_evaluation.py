@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from dflash_dist.config import Config
 from dflash_dist.decoding.speculative import Decoder
@@ -24,20 +28,30 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny_shape
 from tests.training.test_trainer import ALONE, losses
 
+STOP = 227  # a token that some of the tiny target's answers contain
 SMALL = ("eval.every=2", "target.full_depth=true", "eval.count=5", "eval.max_new_tokens=12", "validate.every=0")
 
 
-def propose_repeats(decoder: Decoder, anchor: int, context) -> list[int]:
-    """Right in 0 to 3 slots, by position: the tiny target repeats a token for ever."""
-    right = context.length % 4
-    return [anchor] * right + [(anchor + 1) % 260] * (decoder.draft.shape.block_size - 1 - right)
+Following = dict[tuple[int, int], list[int]]  # a token of some answer, by place and id -> the tokens after it
 
 
-def decode(world: World, config: Config) -> tuple[Acceptance, list[list[int]], int]:
-    """What the training's evaluation gives with repeats as proposals, its prompts, and the hooks that it leaves."""
+def foretold(following: Following) -> Callable[[Decoder, int, Any], list[int]]:
+    """Proposals that are right in up to 3 slots, by position."""
+
+    def propose(decoder: Decoder, anchor: int, context: Any) -> list[int]:
+        right, slots = context.length % 4, decoder.draft.shape.block_size - 1
+        answer = following[context.length, anchor]
+        wrong = [(token + 1) % 260 for token in [*answer[right:slots], *[anchor] * slots]]
+        return [*answer[:right], *wrong][:slots]
+
+    return propose
+
+
+def decode(world: World, config: Config, following: Following) -> tuple[Acceptance, list[list[int]], int]:
+    """What the training's evaluation gives with such proposals, its prompts, and the hooks that it leaves."""
     trainer = Trainer(config, world)
     hooks = count_hooks(trainer)
-    original, Decoder._propose = Decoder._propose, propose_repeats  # type: ignore[method-assign]
+    original, Decoder._propose = Decoder._propose, foretold(following)  # type: ignore[method-assign]
     try:
         shown = trainer.evaluation.run(trainer.training.draft)
     finally:
@@ -59,23 +73,40 @@ def restore_signals():
         signal.signal(number, handler)
 
 
-def test_ranks_that_share_a_sharded_target_decode_what_one_decodes_with_the_whole(debug_config, monkeypatch):
-    config = debug_config(*SMALL)  # five prompts: one rank has more to decode than the other
-    shown, prompts, hooks = decode(ALONE, config)
-    assert len(prompts) == 5 and hooks == 0
-    assert run_ranks(decode, 2, config) == [(shown, prompts, 0)] * 2
-
+def test_ranks_that_share_a_sharded_target_decode_what_one_decodes_with_the_whole(
+    debug_config, tiny_target, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(tiny_target, tmp_path / "stopping")
+    GenerationConfig(eos_token_id=[2, STOP]).save_pretrained(folder)
+    config = debug_config(*SMALL, f"target.path={folder}")  # five prompts: one rank has more to decode than the other
     # The obvious way: the whole model with its own head, one prompt after the other.
-    info = read_info(str(Path(config.output_dir) / "builtin/target"))
-    monkeypatch.setattr(Decoder, "_propose", propose_repeats)
-    decoder = Decoder(
-        load_whole(info, torch.float32, torch.device("cpu")), DFlashDraftModel(tiny_shape()), info.stop_ids
-    )
+    info = read_info(config.target.path)
+    target, prompts = load_whole(info, torch.float32, torch.device("cpu")), prompts_of(config)
+    decoder = Decoder(target, DFlashDraftModel(tiny_shape()), info.stop_ids)
+    plain = [decoder.plain(prompt, 12).tokens for prompt in prompts]
+    following = {
+        (len(prompt) + k, token): answer[k + 1 :]
+        for prompt, answer in zip(prompts, plain)
+        for k, token in enumerate(answer)
+    }
+    assert min(lengths := [len(answer) for answer in plain]) < max(lengths) == 12, "some end with a stop token"
+
+    shown, same_prompts, hooks = decode(ALONE, config, following)
+    assert same_prompts == prompts and len(prompts) == 5 and hooks == 0
+    assert run_ranks(decode, 2, config, following) == [(shown, prompts, 0)] * 2
+
+    monkeypatch.setattr(Decoder, "_propose", foretold(following))
     answers = [decoder.speculative(prompt, 12) for prompt in prompts]
     assert shown.passes == sum(answer.passes for answer in answers)
     assert shown.emitted == sum(len(answer.tokens) - 1 for answer in answers)
     assert shown.reached[:4] == [sum(n >= k for answer in answers for n in answer.accepted) for k in (1, 2, 3, 4)]
     assert 1.5 < shown.tau == shown.emitted / shown.passes < 3 and shown.by_slot[3] == 0
+
+
+def test_every_forward_tells_the_watchdog(debug_config):
+    trainer = Trainer(debug_config(*SMALL, "eval.count=1"), world := World(0, 1, torch.device("cpu")))
+    shown = trainer.evaluation.run(trainer.training.draft)
+    assert shown is not None and world.activity.ticks == 1 + shown.passes + 1  # the prompt, and that it is done
 
 
 def run(world: World, config: Config) -> None:
@@ -182,10 +213,13 @@ def test_a_conversation_that_ends_with_a_question_is_a_prompt(debug_config, writ
     assert prompts(config) == ["<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"]
 
 
+def prompts_of(config: Config) -> list[list[int]]:
+    return Trainer(config, ALONE).evaluation.prompts
+
+
 def prompts(config: Config) -> list[str]:
-    trainer = Trainer(config, ALONE)
-    tokenizer = read_info(str(Path(config.output_dir) / "builtin/target")).tokenizer
-    return [tokenizer.decode(prompt) for prompt in trainer.evaluation.prompts]
+    tokenizer = read_info(config.target.path).tokenizer
+    return [tokenizer.decode(prompt) for prompt in prompts_of(config)]
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_by_row(debug_config, write_chats):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.ranks import World
 from dflash_dist.serving import export
 from dflash_dist.target.load import read_info
-from dflash_dist.training.setup import make_draft
+from dflash_dist.training.setup import draft_shape, make_draft
 from dflash_dist.training.trainer import Trainer
 from tests.tiny import tiny_shape
 
@@ -103,6 +104,20 @@ def test_another_draft_than_the_config_describes_is_refused_by_name(
 ):
     with pytest.raises(ValueError, match=named):
         begun_from(debug_config, published, tiny_target, *overrides.split())
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}},
+        {"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 5e5}}},
+        {"rope_parameters": None, "rope_theta": 5e5},
+    ],
+    ids=["scaled", "of two kinds of layers", "as it was written before transformers 5"],
+)
+def test_the_rotary_base_is_the_targets_wherever_its_config_has_it(debug_config, tiny_target, rope) -> None:
+    text = SimpleNamespace(**json.loads((tiny_target / "config.json").read_text()) | rope)
+    assert draft_shape(debug_config("draft.init=random"), text, "target").rope_theta == 5e5
 
 
 def test_a_draft_of_another_target_is_refused(debug_config, tiny_target, tmp_path):

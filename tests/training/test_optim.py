@@ -10,6 +10,9 @@ from dflash_dist.config import TrainConfig
 from dflash_dist.ranks import World
 from dflash_dist.training.optim import apply_update, gather_state, learning_rate, make_optimizer
 from tests.ranks import run_ranks
+from tests.reference import lively_draft
+from tests.steps import make_step, packed_rows, step_config
+from tests.tiny import lively_target, tiny_shape
 
 
 def test_the_rate_rises_linearly_and_falls_as_a_cosine() -> None:
@@ -42,6 +45,7 @@ def test_the_moments_are_there_from_the_start_and_the_first_update_is_as_without
     train = TrainConfig(weight_decay=0.1)
     optimizer = make_optimizer(model, train)
     assert torch.equal(model.weight, plain.weight) and model.weight.grad is None
+    assert optimizer.state[model.weight].keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert not any(value.any() for value in optimizer.state[model.weight].values())
     adamw = torch.optim.AdamW(plain.parameters(), lr=0.1, betas=tuple(train.betas), weight_decay=0.1, fused=True)
     model.weight.grad = torch.full((2, 3), 0.1)
@@ -68,6 +72,39 @@ def test_a_gradient_that_is_not_finite_changes_nothing(poison: float) -> None:
     model.weight.grad = torch.ones(2, 3)
     apply_update(optimizer, 0.1, 1.0)
     assert not torch.equal(model.weight, before[0]), "the next finite gradient applies"
+
+
+# ------------------------------------------------------------------------------------------------ in a training step
+
+
+def test_a_step_updates_as_adamw_written_out_with_its_clipping_and_its_rate(alone, tiny_target) -> None:
+    """In float64, from gradients of the step's own loss; every setting is unlike its default."""
+    lr, betas, decay, clip = 3e-3, (0.6, 0.8), 0.2, 0.05
+    config = step_config(lr=lr, betas=list(betas), weight_decay=decay, clip_norm=clip, warmup=0.4, final_lr=0.3)
+    rates = [lr / 2, lr, lr]  # of five steps, two rise; the third begins the cosine
+    target, draft = lively_target(tiny_target), lively_draft(tiny_shape())
+    ends = target.model.embed_tokens.weight, target.lm_head.weight
+    training = make_step(config, alone, packed_rows(4), draft, target.model, *ends, total_steps=5)
+    parameters = list(draft.parameters())
+    expected = [parameter.detach().double() for parameter in parameters]
+    first, second = ([torch.zeros_like(weights) for weights in expected] for _ in range(2))
+    for step, rate in enumerate(rates):
+        micro_batches = training.sample(step)
+        losses = [training.loss(training.propose(draft, m, training.capture(m)), m)[0] for m in micro_batches]
+        total = sum(micro.weight for micro in micro_batches)
+        gradients = [g.double() for g in torch.autograd.grad(torch.stack(losses).sum() / total, parameters)]
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+        result = training.run(step)
+        assert result is not None and result.lr == pytest.approx(rate, rel=1e-9)
+        assert float(result.grad_norm) == pytest.approx(norm, rel=1e-5) and norm > 2 * clip
+        for k, gradient in enumerate(gradients):
+            clipped = gradient * clip / norm
+            first[k] = betas[0] * first[k] + (1 - betas[0]) * clipped
+            second[k] = betas[1] * second[k] + (1 - betas[1]) * clipped**2
+            mean, square = first[k] / (1 - betas[0] ** (step + 1)), second[k] / (1 - betas[1] ** (step + 1))
+            moved = rate * (mean / (square.sqrt() + 1e-8) + decay * expected[k])
+            expected[k] = expected[k] - moved
+            assert (parameters[k] - expected[k]).norm() <= 1e-3 * moved.norm(), f"step {step}, parameter {k}"
 
 
 # ----------------------------------------------------------------------------------------------- a sharded optimiser

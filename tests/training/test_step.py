@@ -81,9 +81,9 @@ class FakeGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]  # a new object each time
             return True
-        if func is torch.Tensor.to and not isinstance(args[0], FakeTensor):
+        if func == torch.Tensor.to and not isinstance(args[0], FakeTensor):
             if not kwargs.get("non_blocking"):
                 raise WaitsForCopy
             return self.memory.from_tensor(args[0])
@@ -196,6 +196,11 @@ def test_a_fake_gpu_tells_who_waits(wait: Callable[[torch.Tensor], Any]) -> None
         values = torch.zeros(3).to("cpu", non_blocking=True)
         with pytest.raises(WAITS):
             wait(values)
+
+
+def test_a_fake_gpu_says_that_it_is_one() -> None:
+    with FakeGpu():
+        assert torch.zeros(3).to("cpu", non_blocking=True).is_cuda
 
 
 def test_a_wait_in_the_loss_is_found(fake_step, monkeypatch) -> None:

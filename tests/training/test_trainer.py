@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import AutoTokenizer
 
 from dflash_dist.config import Config
@@ -20,6 +23,7 @@ from dflash_dist.ranks import World
 from dflash_dist.training import step as step_module
 from dflash_dist.training import trainer as module
 from dflash_dist.training.checkpoint import step_folders
+from dflash_dist.training.setup import PREEMPTED, planned_steps
 from dflash_dist.training.trainer import Trainer
 from tests.ranks import run_ranks
 
@@ -32,18 +36,22 @@ def losses(config: Config) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
-def run(world: World, config: Config, stop_after: int | None = None) -> None:
-    """A whole run; the last rank gets a Ctrl-C while it samples step `stop_after`."""
+def run(world: World, config: Config, stop_after: int | None = None) -> list[int]:
+    """A whole run; the last rank gets a Ctrl-C while it samples step `stop_after`. Returns the steps that were sampled,
+    from 0: a run that began anew has the same losses as one that went on."""
     trainer = Trainer(config, world)
     sample = trainer.training.sample
+    steps = []
 
     def sample_and_ask(step: int):
+        steps.append(step)
         if step == stop_after and world.rank == world.size - 1:
             signal.raise_signal(signal.SIGINT)
         return sample(step)
 
     trainer.training.sample = sample_and_ask  # type: ignore[method-assign]
     trainer.run()
+    return steps
 
 
 # ------------------------------------------------------------------------------------------------ invariances
@@ -81,14 +89,64 @@ def first_step(world: World, config: Config, unsupervised: list[int] | None = No
     return loss_sum / weight_sum, gradients
 
 
-@pytest.mark.parametrize("unsupervised", [[], [0, 1], [2, 3]], ids=["all rows", "rank 0 empty", "rank 1 empty"])
-def test_two_ranks_give_the_loss_and_gradients_of_two_micro_batches(debug_config, unsupervised) -> None:
-    config = debug_config()
-    alone_loss, alone = first_step(ALONE, config, unsupervised)
-    for loss, gradients in run_ranks(first_step, 2, config, unsupervised):
+# A step has four rows: of two ranks with micro-batches of 2 rows each has one, with micro-batches of 1 row two.
+@pytest.mark.parametrize(
+    ("micro", "unsupervised"),
+    [(2, []), (2, [0, 1]), (2, [2, 3]), (1, []), (1, [2]), (1, [1]), (1, [2, 3])],
+    ids=[
+        "a micro-batch each",
+        "rank 0 empty",
+        "rank 1 empty",
+        "two micro-batches each",
+        "the first of rank 1 empty",
+        "the last of rank 0 empty",
+        "both of rank 1 empty",
+    ],
+)
+def test_two_ranks_give_the_loss_and_gradients_of_one(debug_config, micro: int, unsupervised: list[int]) -> None:
+    alone_loss, alone = first_step(ALONE, debug_config("train.micro_batch_size=4"), unsupervised)
+    for loss, gradients in run_ranks(first_step, 2, debug_config(f"train.micro_batch_size={micro}"), unsupervised):
         assert loss == pytest.approx(alone_loss, rel=1e-6)
         for ours, theirs in zip(gradients, alone, strict=True):
             assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def first_steps(world: World, config: Config, unsupervised: list[int]) -> tuple[list[torch.Tensor], list[int]]:
+    """The weights after three steps, and how often DDP averaged in each of them. The rows at these places of the first
+    step's batch teach nothing."""
+    trainer = Trainer(config, world)
+    training = trainer.training
+    rows = global_rows(0, len(training.sampler.rows), config.train.global_batch_size, config.train.seed)
+    unsupervise(trainer, {rows[place] for place in unsupervised})
+    averaged = 0
+
+    def average(_state, bucket):  # torch compares annotations with its own types, and these are texts
+        nonlocal averaged
+        averaged += bucket.is_last()
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    if world.size > 1:
+        training.ddp.register_comm_hook(None, average)
+    times = []
+    for step in range(3):
+        averaged = 0
+        training.run(step)
+        times.append(averaged)
+    return [parameter.detach().clone() for parameter in training.draft.parameters()], times
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_ranks_stay_bitwise_together_and_average_once_a_step(debug_config, sharded: bool) -> None:
+    """Two ranks with two micro-batches each, of which rank 0's last and with it the average is empty in the first step;
+    they go where one rank with one micro-batch goes."""
+    begun = [parameter.detach() for parameter in Trainer(debug_config(), ALONE).training.draft.parameters()]
+    alone, _ = first_steps(ALONE, debug_config("train.micro_batch_size=4"), [1])
+    config = debug_config("train.micro_batch_size=1", f"train.shard_optimizer={sharded}")
+    (first, _), (second, _) = ranks = run_ranks(first_steps, 2, config, [1])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))
+    assert [times for _, times in ranks] == [[1, 1, 1]] * 2
+    for ours, theirs, start in zip(first, alone, begun, strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * (theirs - start).norm()
 
 
 def test_micro_batches_do_not_change_the_gradient(debug_config) -> None:
@@ -149,10 +207,24 @@ def test_a_stopped_and_resumed_run_has_the_losses_of_an_uninterrupted_one(debug_
     whole = debug_config(*short, f"output_dir={tmp_path / 'whole'}")
     parts = debug_config(*short, f"output_dir={tmp_path / 'parts'}")
     run(ALONE, whole)
-    run(ALONE, parts, stop_after=7)
+    assert run(ALONE, parts, stop_after=7) == list(range(9))  # the ninth is not run any more
     assert list(step_folders(tmp_path / "parts/checkpoints")) == [5, 8]
-    run(ALONE, parts)
+    assert run(ALONE, parts) == list(range(8, 12))
     assert losses(parts) == losses(whole) and len(losses(whole)) == 12
+
+
+def test_preempted_is_there_only_once_the_checkpoint_is(debug_config) -> None:
+    """A disk that does not take the checkpoint: the run is not to be queued again for ever."""
+    config = debug_config("train.max_steps=4", "validate.every=0", "checkpoint.every=100")
+    checkpoints = Path(config.output_dir) / "checkpoints"
+    checkpoints.parent.mkdir()
+    checkpoints.touch()  # a file where the folder should be
+    with pytest.raises(RuntimeError, match="the last checkpoint could not be written"):
+        run(ALONE, config, stop_after=1)
+    assert not (Path(config.output_dir) / PREEMPTED).exists()
+    checkpoints.unlink()
+    run(ALONE, config, stop_after=1)
+    assert list(step_folders(checkpoints)) == [2] and (Path(config.output_dir) / PREEMPTED).exists()
 
 
 def test_a_signal_that_comes_twice_is_one_request_and_a_later_one_ends_the_process(debug_config, monkeypatch) -> None:
@@ -174,8 +246,8 @@ def test_a_run_of_two_ranks_resumes_on_one(debug_config, tmp_path: Path, sharded
     whole = debug_config(*short, f"output_dir={tmp_path / 'whole'}")
     parts = debug_config(*short, f"output_dir={tmp_path / 'parts'}", f"train.shard_optimizer={sharded}")
     run(ALONE, whole)
-    run_ranks(run, 2, parts, 4)
-    run(ALONE, parts)
+    assert run_ranks(run, 2, parts, 4) == [list(range(6))] * 2
+    assert run(ALONE, parts) == [5, 6, 7]
     assert list(losses(parts)) == list(range(1, 9))
     for step, loss in losses(whole).items():
         assert losses(parts)[step] == pytest.approx(loss, rel=1e-5)
@@ -190,9 +262,12 @@ def test_validating_changes_nothing_in_training(debug_config, tmp_path: Path) ->
     assert losses(with_it) == losses(without)
 
 
-def test_validation_does_not_depend_on_the_ranks(debug_config) -> None:
-    config = debug_config("data.val_conversations=40")  # rows that do not divide evenly
-    alone = Trainer(config, ALONE).training.validate()
+def test_validation_sees_every_row_whatever_the_ranks_and_leaves_the_draft_in_training(debug_config) -> None:
+    config = debug_config("data.val_conversations=36")
+    trainer = Trainer(debug_config("data.val_conversations=36", "train.micro_batch_size=1"), ALONE)
+    assert len(trainer.training.sampler.held_out()) % 4 != 0  # rows that micro-batches of two and two ranks do not fit
+    alone = trainer.training.validate()
+    assert all(part.training for part in trainer.training.draft.modules())
     for shown in run_ranks(validate, 2, config):
         assert shown.slot_count == alone.slot_count and shown.slot_correct == alone.slot_correct
         assert shown.loss == pytest.approx(alone.loss, rel=1e-6)
@@ -249,8 +324,72 @@ def test_a_finished_run_started_again_does_nothing(debug_config) -> None:
     config = debug_config("train.max_steps=2", "log.every=1")
     run(ALONE, config)
     first = losses(config)
-    run(ALONE, config)
+    assert run(ALONE, config) == []
     assert losses(config) == first
+
+
+def test_a_run_of_no_steps_saves_what_it_begins_with(debug_config) -> None:
+    config = debug_config("train.max_steps=0", "validate.every=0")
+    assert run(ALONE, config) == []
+    [(step, folder)] = step_folders(Path(config.output_dir) / "checkpoints").items()
+    begun = Trainer(debug_config("train.max_steps=0", "output_dir=" + config.output_dir + "-2"), ALONE).training.draft
+    saved = load_file(folder / "draft.safetensors")
+    assert step == 0 and all(torch.equal(tensor, saved[name]) for name, tensor in begun.state_dict().items())
+
+
+def build_with_other_data(world: World, config: Config, path: str) -> str:
+    if world.rank == 1:
+        config.data.path = path
+    with pytest.raises(ValueError, match="the ranks read different data") as refusal:
+        Trainer(config, world)
+    return str(refusal.value)
+
+
+def test_ranks_that_read_different_data_are_refused_together(debug_config, write_chats) -> None:
+    ours, theirs = (write_chats([("user", "Hi"), ("assistant", text)], name=f"{text}.jsonl") for text in ("ab", "abc"))
+    config = debug_config(f"data.path={ours}", "data.val_conversations=0", "validate.every=0")
+    for message in run_ranks(build_with_other_data, 2, config, str(theirs)):
+        assert "every node must see the same files under data.path" in message
+
+
+def test_the_watchdog_is_told_where_a_run_should_get_on(debug_config) -> None:
+    """In every step; but not while rank 0 may wait for a slow disk."""
+    world = World(0, 1, torch.device("cpu"))
+    short = ("train.max_steps=2", "train.micro_batch_size=1", "checkpoint.every=1", "validate.every=0")
+    trainer = Trainer(debug_config(*short), world)
+    told: list[tuple[str, bool]] = []
+
+    def telling(what: str, function: Any) -> Any:
+        return lambda *args: (told.append((what, world.activity.expects_progress)), function(*args))[1]
+
+    trainer.training.sample = telling("step", trainer.training.sample)  # type: ignore[method-assign]
+    trainer.checkpoints.save = telling("save", trainer.checkpoints.save)  # type: ignore[method-assign]
+    trainer.run()
+    assert told == [("step", True), ("save", False)] * 2 and not world.activity.expects_progress
+    assert world.activity.ticks == 2 * 4, "one for each micro-batch"
+    trainer.training.validate()
+    assert world.activity.ticks == 2 * 4 + len(trainer.training.sampler.held_out())
+
+
+def test_the_objective_of_the_config_is_what_a_step_minimises(debug_config) -> None:
+    def loss(*overrides: str) -> float:
+        training = Trainer(debug_config(*overrides), ALONE).training
+        micro = training.sample(0)[0]
+        return training.loss(training.propose(training.draft, micro, training.capture(micro)), micro)[0].item()
+
+    decay, half, tenth = loss("loss.objective=decay"), loss("loss.objective=dpace"), loss("loss.alpha=0.1")
+    assert decay == loss("loss.objective=decay", "loss.alpha=0.1") and len({decay, half, tenth}) == 3
+
+
+def test_a_seed_draws_rows_anchors_and_random_weights(debug_config) -> None:
+    first, same, other = (
+        Trainer(debug_config("draft.init=random", f"train.seed={seed}"), ALONE).training for seed in (0, 0, 1)
+    )
+    assert first.sample(3)[0].place == same.sample(3)[0].place != other.sample(3)[0].place
+    drawn = [training.sampler.held_out()[0].blocks.anchors for training in (first, same, other)]  # of the same rows
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    weights = [training.draft.fc.weight for training in (first, same, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 # ------------------------------------------------------------------------------------------------ faults
@@ -286,6 +425,17 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_and_is_never_saved(debug_
     for message in run_ranks(run_poisoned, 2, config, poisoned_step):
         assert f"step {poisoned_step}: the gradient norm is nan" in message
     assert max(step_folders(Path(config.output_dir) / "checkpoints")) == 3
+
+
+def test_epochs_are_counted_in_whole_steps(debug_config) -> None:
+    config = debug_config("train.max_steps=null", "train.epochs=1.5")  # of 79 rows, 4 a step
+    assert planned_steps(config, 79) == 30 and planned_steps(config, 80) == 30 and planned_steps(config, 81) == 31
+
+
+def test_data_that_teaches_almost_nothing_is_refused(debug_config, write_chats) -> None:
+    chats = write_chats([("user", "q" * 210), ("assistant", "x")])
+    with pytest.raises(ValueError, match="supervised, under 1%"):
+        Trainer(debug_config(f"data.path={chats}", "data.val_conversations=0", "validate.every=0"), ALONE)
 
 
 def test_a_world_that_the_batch_does_not_divide_by_is_refused(debug_config) -> None:
