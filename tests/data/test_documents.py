@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-import ast
+import importlib.metadata
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -217,30 +218,36 @@ def test_another_entry_is_made_after_a_change_of(tmp_path, change):
     assert len(entries(tmp_path)) == 2
 
 
-def code_behind(name: str) -> set[str]:
-    """The modules of data/ that this one imports, and those that they import."""
-    tree = ast.parse((Path(module.__file__).parent / f"{name}.py").read_text())
-    imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    direct = {found.split(".")[-1] for found in imported if found.startswith("dflash_dist.data.")}
-    return {name}.union(*map(code_behind, direct))
+def imported_by(name: str, folder: Path) -> set[str]:
+    """The modules of `folder` that the one called `name` stands on, itself included."""
+    found, waiting = set(), [name]
+    while waiting:
+        found.add(name := waiting.pop())
+        source = (folder / f"{name}.py").read_text()
+        waiting += set(re.findall(r"^from dflash_dist\.data\.(\w+) import", source, re.MULTILINE)) - found
+    return found
 
 
-@pytest.mark.parametrize("name", sorted(code_behind("documents")))
-def test_another_entry_is_made_after_a_change_of_the_code(tmp_path, monkeypatch, name):
-    path = write_rows(tmp_path / "rows.jsonl", chats(2))
-    opened(path)
-    code = Path(module.__file__).parent
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "code/documents.py"))
-    shutil.copytree(code, tmp_path / "code")
-    module._code_version.cache_clear()
-    opened(path)
-    assert len(entries(tmp_path)) == 1
-    (tmp_path / f"code/{name}.py").write_text((code / f"{name}.py").read_text() + "# a changed rule\n")
-    module._code_version.cache_clear()
-    opened(path)
-    assert len(entries(tmp_path)) == 2
-    monkeypatch.undo()
-    module._code_version.cache_clear()
+def test_another_entry_is_made_after_a_change_of_the_code(tmp_path, monkeypatch):
+    path, code = write_rows(tmp_path / "rows.jsonl", chats(2)), tmp_path / "code"
+    shutil.copytree(Path(module.__file__).parent, code)
+    monkeypatch.setattr(module, "__file__", str(code / "documents.py"))
+    monkeypatch.setattr(module, "_code_version", module._code_version.__wrapped__)  # which remembers its answer
+    places = {module.entry_folder(tmp_path, FileSource(path), make_encoder())}
+    names = imported_by("documents", code)
+    assert names >= {"documents", "chat", "sources"}
+    for name in names:
+        with (code / f"{name}.py").open("a") as file:
+            file.write("# changed\n")
+        places.add(module.entry_folder(tmp_path, FileSource(path), make_encoder()))
+    assert len(places) == 1 + len(names)
+    version = importlib.metadata.version
+    for library in ("transformers", "tokenizers"):
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda name, its=library: "99" if name == its else version(name)
+        )
+        places.add(module.entry_folder(tmp_path, FileSource(path), make_encoder()))
+    assert len(places) == 3 + len(names)
 
 
 def test_nothing_else_makes_another_entry(tmp_path, monkeypatch, no_tokenising):
