@@ -253,7 +253,7 @@ def test_a_capture_killed_by_the_system_keeps_its_shards_and_goes_on_with_other_
 
 
 def test_a_finished_capture_loads_nothing(features, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(module, "load_target", lambda *args: pytest.fail("the target was loaded"))
+    monkeypatch.setattr(module, "load_probed", lambda *args: pytest.fail("the target was loaded"))
     captured_by(ALONE, debug(tmp_path / "run"), features["float32"])
     assert "0.00 MiB in 0 still to capture" in capsys.readouterr().out
 
@@ -267,12 +267,12 @@ def fails_together(world: World, config: Config, out: Path, free: int) -> str:
     """A capture on a disk with `free` bytes, as rank 0 sees it; the others believe in more."""
     usage = namedtuple("usage", "total used free")(2**40, 0, free if world.is_main else 2**40)
     module.shutil.disk_usage, original = (lambda _: usage), module.shutil.disk_usage
-    module.load_target, load = (lambda *args: pytest.fail("the target was loaded")), module.load_target
+    module.load_probed, load = (lambda *args: pytest.fail("the target was loaded")), module.load_probed
     try:
         with pytest.raises(ValueError) as refusal:
             capture(config, out, world, SHARD_MIB)
     finally:
-        module.shutil.disk_usage, module.load_target = original, load
+        module.shutil.disk_usage, module.load_probed = original, load
     return str(refusal.value)
 
 
