@@ -19,6 +19,7 @@ from dflash_dist.ranks import World
 from dflash_dist.target.capture import HFDFlashTargetModel
 
 SHORT = 12  # tokens of the longer of the two short documents
+IN_A_ROW = 3  # two short documents and a long one
 WINDOW = 16  # neighbouring tokens whose errors are averaged: one that an expert's router sends elsewhere is no leak
 
 # Errors that are called rounding without asking, and the largest that ever is. Over the families of docs/families.md,
@@ -66,35 +67,34 @@ def probe_packing(
     """
     if not target.takes_positions():
         return Packing(False, float("inf"), 0.0)
-    seq_len = max(seq_len, 3)
+    seq_len = max(seq_len, IN_A_ROW)
     short = min(SHORT, seq_len // 3)
     shorter = max(1, short // 2)
     long = seq_len - short - shorter
-    layouts = [[short, long, shorter], [long, shorter, short]][:rows]
+    sizes = [short, long, shorter, long, shorter, short][: IN_A_ROW * min(rows, 2)]
+    long_ones = {1, 3}
     draw, pool = torch.Generator().manual_seed(0), torch.tensor(tokens)
 
     def document(length: int) -> torch.Tensor:
-        return pool[torch.randint(len(pool), (length,), generator=draw)]
+        return pool[torch.randint(len(pool), (length,), generator=draw)].to(world.device)
 
-    def company() -> list[torch.Tensor]:
-        return [document(len(part)) for part in torch.arange(long).split(short)]
+    alone = [document(size) for size in sizes]
+    as_drawn = [[ids] for ids in alone]
+    other = [list(document(long).split(short)) if k in long_ones else place for k, place in enumerate(as_drawn)]
 
-    packed = [[[document(length)] for length in row] for row in layouts]
-    elsewhere = [[company() if len(place[0]) == long else place for place in row] for row in packed]
+    def run_alone() -> list[torch.Tensor]:
+        return [_features(target, ids[None]) for ids in alone]
 
-    def alone() -> list[torch.Tensor]:
-        return [_features(target, place[0][None].to(world.device)) for row in packed for place in row]
-
-    expected = alone()
+    expected = run_alone()
     with _last_bit_changed(target.get_input_embeddings()):
-        moved = alone()
-    found, with_others = (_packed_features(target, rows_of, world.device) for rows_of in (packed, elsewhere))
+        moved = run_alone()
+    packed, in_other_company = _packed_features(target, as_drawn), _packed_features(target, other)
     layers = len(target.target_layer_ids)
     rounding = min(max(_largest_error(moved, expected, layers), SURELY_ROUNDING[expected[0].dtype]), NEVER_ROUNDING)
-    same = [number for number, place in enumerate(chain.from_iterable(packed)) if len(place[0]) != long]
-    in_company = [with_others[number] for number in same], [found[number] for number in same]
+    short_ones = [k for k in range(len(sizes)) if k not in long_ones]
+    in_company = [in_other_company[k] for k in short_ones], [packed[k] for k in short_ones]
     seen = [
-        (_largest_error(found, expected, layers), rounding),
+        (_largest_error(packed, expected, layers), rounding),
         (_largest_error(*in_company, layers), rounding * SAME_SHAPE),
     ]
     mixing = not all(error <= most for error, most in seen)  # also where one is not a number
@@ -125,16 +125,15 @@ def _features(target: HFDFlashTargetModel, ids: torch.Tensor, positions: torch.T
     return target.generate_batch(ids, None, None, positions).hidden_states
 
 
-def _packed_features(
-    target: HFDFlashTargetModel, rows: list[list[list[torch.Tensor]]], device: torch.device
-) -> list[torch.Tensor]:
-    """Of each place [1, n, L * H] in rows of places, which hold one or several documents."""
+def _packed_features(target: HFDFlashTargetModel, places: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Of each place [1, n, L * H]. A place holds one or several documents, and a row so many places."""
+    rows = [places[k : k + IN_A_ROW] for k in range(0, len(places), IN_A_ROW)]
     documents = [list(chain.from_iterable(row)) for row in rows]
-    ids = torch.stack([torch.cat(row) for row in documents]).to(device)
-    positions = torch.stack([torch.cat([torch.arange(len(ids)) for ids in row]) for row in documents]).to(device)
-    features = _features(target, ids, positions)
+    ids = torch.stack([torch.cat(row) for row in documents])
+    positions = torch.stack([torch.cat([torch.arange(len(ids)) for ids in row]) for row in documents]).to(ids.device)
     sizes = [[sum(map(len, place)) for place in row] for row in rows]
-    return [part for row, lengths in zip(features.split(1), sizes) for part in row.split(lengths, dim=1)]
+    features = _features(target, ids, positions).split(1)
+    return [part for row, lengths in zip(features, sizes, strict=True) for part in row.split(lengths, dim=1)]
 
 
 def _largest_error(found: list[torch.Tensor], expected: list[torch.Tensor], layers: int) -> float:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from dflash_dist.config import Config
 from dflash_dist.ranks import World
-from dflash_dist.target.tiny import tiny_tokenizer
+from dflash_dist.target.tiny import make_tiny_chats, tiny_tokenizer
 from dflash_dist.training.capture import capture
 from dflash_dist.training.context import PACKED
 from dflash_dist.training.preview import main as preview
@@ -20,6 +20,7 @@ from tests.conftest import REPOSITORY
 from tests.families import ALONE, family, tiny_config
 from tests.ranks import run_ranks
 
+DOCUMENTS, HELD_OUT = 20, 3
 SHORT = ("train.max_steps=2", "log.every=1", "validate.every=2", "train.micro_batch_size=2")
 
 
@@ -28,10 +29,20 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The knob for a tiny one, with weights that let every token move what follows it."""
     folder = tmp_path_factory.mktemp("gpt-oss")
     config = tiny_config(family("GptOss").kind, vocab_size=260, initializer_range=0.3, eos_token_id=2, pad_token_id=0)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return f"target.path={folder}"
+
+
+@pytest.fixture
+def few(debug_config, tmp_path):
+    """The debug preset on a few conversations, with overrides."""
+    make_tiny_chats(tmp_path / "few.jsonl", DOCUMENTS)
+    data = (f"data.path={tmp_path / 'few.jsonl'}", f"data.val_conversations={HELD_OUT}")
+    return lambda *overrides: debug_config(*SHORT, *data, *overrides)
 
 
 def train(world: World, config: Config) -> None:
@@ -39,7 +50,7 @@ def train(world: World, config: Config) -> None:
 
 
 def captured_by(world: World, config: Config, out: Path) -> None:
-    capture(config, out, world, shard_mib=1.0)
+    capture(config, out, world, shard_mib=0.1)
 
 
 def numbers(config: Config) -> list[dict[str, float]]:
@@ -48,11 +59,11 @@ def numbers(config: Config) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if "loss" in name} for row in rows]
 
 
-def test_each_document_is_run_as_if_alone(debug_config, gpt_oss, capsys) -> None:
-    trainer = Trainer(debug_config(gpt_oss, *SHORT), ALONE)
+def test_each_document_is_run_as_if_alone(few, gpt_oss, capsys) -> None:
+    trainer = Trainer(few(gpt_oss), ALONE)
     said = capsys.readouterr().out
     assert "mixes packed documents (probed: off by" in said and "one document a row, the rest of it is padding" in said
-    assert "-> 224 documents" in said and "-> 224 rows of 256" in said
+    assert f"-> {DOCUMENTS - HELD_OUT} rows of 256" in said
     training = trainer.training
     [micro, *_] = training.sampler.held_out()
     features = training.capture(micro)
@@ -64,9 +75,9 @@ def test_each_document_is_run_as_if_alone(debug_config, gpt_oss, capsys) -> None
     assert training.run(0) is not None
 
 
-def test_a_row_of_padding_runs_too(debug_config, gpt_oss) -> None:
+def test_a_row_of_padding_runs_too(few, gpt_oss) -> None:
     """The forward of a sharded target is one of all ranks, whatever their rows hold."""
-    training = Trainer(debug_config(gpt_oss, *SHORT), ALONE).training
+    training = Trainer(few(gpt_oss), ALONE).training
     rows, ran = training.sampler.held_out_rows, []
     target = training.context.target
     target.model.register_forward_hook(lambda _module, _inputs, _output: ran.append(1))
@@ -75,19 +86,20 @@ def test_a_row_of_padding_runs_too(debug_config, gpt_oss) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_stored_features_give_the_losses_of_online_training(debug_config, gpt_oss, tmp_path, ranks, capsys) -> None:
-    online = debug_config(gpt_oss, *SHORT, f"output_dir={tmp_path / 'online'}")
+def test_stored_features_give_the_losses_of_online_training(few, gpt_oss, tmp_path, ranks, capsys) -> None:
+    online = few(gpt_oss, f"output_dir={tmp_path / 'online'}")
     stored = tmp_path / "features"
-    offline = debug_config(gpt_oss, *SHORT, f"output_dir={tmp_path / 'offline'}", f"target.features={stored}")
+    offline = few(gpt_oss, f"output_dir={tmp_path / 'offline'}", f"target.features={stored}")
     for run, *arguments in ((captured_by, online, stored), (train, online), (train, offline)):
         run_ranks(run, 2, *arguments) if ranks == 2 else run(ALONE, *arguments)
     assert json.loads((stored / "index.json").read_text())[PACKED] is False
     assert numbers(offline) == numbers(online) and len(numbers(online)) == 4
     capsys.readouterr()
+    data = [f"data.path={online.data.path}", f"data.val_conversations={HELD_OUT}"]
     knobs = [gpt_oss, f"target.features={stored}", f"output_dir={tmp_path / 'preview'}"]
-    preview(["--config", str(REPOSITORY / "configs/debug.yaml"), *knobs])
+    preview(["--config", str(REPOSITORY / "configs/debug.yaml"), *knobs, *data])
     said = capsys.readouterr().out
-    assert f"{stored} holds features of single documents" in said and "-> 224 rows of 256" in said
+    assert f"{stored} holds features of single documents" in said and f"-> {DOCUMENTS - HELD_OUT} rows of 256" in said
 
 
 def as_before(config: Config, out: Path) -> None:
@@ -102,10 +114,10 @@ def as_before(config: Config, out: Path) -> None:
     assert PACKED not in json.loads((out / "index.json").read_text())
 
 
-def test_features_of_earlier_versions_are_read_and_filled_up(debug_config, tmp_path, capsys) -> None:
-    online, out = debug_config(*SHORT, f"output_dir={tmp_path / 'online'}"), tmp_path / "features"
+def test_features_of_earlier_versions_are_read_and_filled_up(few, tmp_path, capsys) -> None:
+    online, out = few(f"output_dir={tmp_path / 'online'}"), tmp_path / "features"
     as_before(online, out)
-    offline = debug_config(*SHORT, f"output_dir={tmp_path / 'offline'}", f"target.features={out}")
+    offline = few(f"output_dir={tmp_path / 'offline'}", f"target.features={out}")
     train(ALONE, online)
     capsys.readouterr()
     train(ALONE, offline)
@@ -113,8 +125,8 @@ def test_features_of_earlier_versions_are_read_and_filled_up(debug_config, tmp_p
     assert numbers(offline) == numbers(online)
 
 
-def test_packed_features_of_a_target_that_mixes_documents_are_not_filled_up(debug_config, gpt_oss, tmp_path) -> None:
-    config, out = debug_config(gpt_oss, *SHORT), tmp_path / "features"
+def test_packed_features_of_a_target_that_mixes_documents_are_not_filled_up(few, gpt_oss, tmp_path) -> None:
+    config, out = few(gpt_oss), tmp_path / "features"
     with pytest.MonkeyPatch.context() as patch:  # an interrupted capture of an earlier version
         patch.setattr("dflash_dist.training.capture.load_probed", lambda *_: (None, True, "not tried"))
         patch.setattr("dflash_dist.training.capture.run_target", lambda *_: None)
@@ -125,6 +137,6 @@ def test_packed_features_of_a_target_that_mixes_documents_are_not_filled_up(debu
         captured_by(ALONE, config, out)
 
 
-def test_preview_says_what_it_expects(debug_config, tmp_path, capsys) -> None:
+def test_preview_says_what_it_expects(tmp_path, capsys) -> None:
     preview(["--config", str(REPOSITORY / "configs/debug.yaml"), f"output_dir={tmp_path}"])
     assert "several documents a row, to go by the config: the run probes it" in capsys.readouterr().out
