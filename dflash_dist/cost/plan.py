@@ -23,6 +23,7 @@ from dflash_dist.cost.memory import FLOAT32, RankStep, activations, draft_parame
 from dflash_dist.cost.shapes import PUBLISHED, Work, step_flops, target_config
 from dflash_dist.cost.traffic import Traffic, gradient_sums, target_gathers, weight_shares
 from dflash_dist.ranks import World
+from dflash_dist.target.load import expects_packing
 from dflash_dist.training.context import show_bytes
 from dflash_dist.training.setup import check_world, planned_steps
 
@@ -158,6 +159,7 @@ def make_report(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     most_anchors = largest_that(lambda anchors: fits(dataclasses.replace(step, anchors=anchors), machine))
 
     return {
+        "packs": expects_packing(text),
         "gpus": args.gpus,
         "memory": args.memory * 2**30,
         "reserve": RESERVE,
@@ -318,4 +320,9 @@ def table(report: dict[str, Any]) -> str:
         )
     if not any("hours" in scale for scale in report["scales"]):
         lines.append("hours and cost need --tokens, or train.max_steps, and --price")
+    lines.append(
+        "rows are taken as full: packed, to go by the target's config; the run probes it"
+        if report["packs"]
+        else "one document a row, to go by the target's config (the run probes it): let --tokens count the padding too"
+    )
     return "\n".join(lines)

@@ -58,6 +58,10 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    def packed(self) -> PackedRows:
+        """The same documents, several a row."""
+        return PackedRows(self.documents, self.chosen, self.seq_len, self.pad_id)
+
     @property
     def filled_tokens(self) -> np.ndarray:
         """[rows]: tokens that are not padding."""

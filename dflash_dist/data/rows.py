@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,9 @@ class Part:
         """Tokens that could be an anchor."""
         return self._sum(at_least=2)
 
+    def packed(self) -> Part:
+        return replace(self, rows=self.rows.packed())
+
     def _sum(self, at_least: int) -> int:
         counts = self.rows.documents.supervised_tokens(self.rows.seq_len, at_least)
         return int(counts[self.rows.chosen].sum(dtype=np.int64))
@@ -92,6 +95,12 @@ class Data:
     passed_over: list[Path]  # files that end as data does and are none
     dropped: Counter[str]  # rows and documents that taught nothing, by cause
     cut: int  # documents that were longer than a row
+    packs: bool  # several documents a row
+
+    def packed(self) -> Data:
+        """The same documents, several a row: where the target keeps them apart."""
+        held_out = self.held_out.packed() if self.held_out else None
+        return replace(self, train=self.train.packed(), held_out=held_out, packs=True)
 
     def describe(self) -> Iterator[str]:
         """What became of the data, a line a fact."""
@@ -103,9 +112,6 @@ class Data:
                 yield f"{summary.source}: and {len(summary.noted) - NOTED:,} further notes like these"
         if self.passed_over:
             yield "no data, and passed over: " + ", ".join(map(str, self.passed_over))
-        yield self.train.describe()
-        if self.held_out:
-            yield self.held_out.describe()
         if self.cut:
             yield f"cut at the end of a row: {self.cut:,} documents"
         if unread := sum((summary.unread for summary in self.summaries), Counter[str]()):
@@ -115,6 +121,12 @@ class Data:
         bad = [listed for summary in self.summaries for listed in summary.bad_listed]
         for listed in bad[: BadRows.LISTED]:
             yield f"bad row: {listed}"
+
+    def describe_rows(self) -> Iterator[str]:
+        """How the documents lie in rows, a line a part."""
+        yield self.train.describe()
+        if self.held_out:
+            yield self.held_out.describe()
 
     def refuse_unsupervised(self) -> None:
         """Refuses data that teaches next to nothing; a look at it (preview) tells why.
@@ -176,6 +188,7 @@ def load_data(config: DataConfig, encoder: ChatEncoder, seed: int, pack: bool) -
         [file for part in all_loaded for file in part.passed_over],
         +dropped,
         cut,
+        pack,
     )
 
 

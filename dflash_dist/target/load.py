@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,13 +120,25 @@ def check_capture(info: TargetInfo, layer_ids: Sequence[int]) -> None:
         )
 
 
-def packs_exactly(text_config: Any) -> bool:
-    """Whether documents in one row stay apart if their positions restart.
-
-    True of attention, full or sliding, which the positions tell apart. Linear attention and state-space layers carry a
-    state from token to token, and chunked attention counts its chunks from the row's beginning.
+def expects_packing(text_config: Any) -> bool:
+    """Whether documents in one row may stay apart if their positions restart, as far as a config tells: a guess where
+    the target is not at hand. `probe_packing` finds out; features of earlier versions were laid out by this.
     """
     return not (_layer_kinds(text_config) - {"full_attention", "sliding_attention", "attention"})
+
+
+def ordinary_tokens(info: TargetInfo) -> list[int]:
+    """Ids of tokens that are nothing but text: none that the tokenizer adds, nor a placeholder that a config names."""
+    added = {*info.tokenizer.added_tokens_decoder, *info.tokenizer.all_special_ids, *_named_ids(info.config.to_dict())}
+    return [i for i in range(min(len(info.tokenizer), info.text.vocab_size)) if i not in added]
+
+
+def _named_ids(config: dict[Any, Any]) -> Iterator[int]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _named_ids(value)
+        elif str(name).endswith(("token_id", "token_index")) and isinstance(value, (int, list)):
+            yield from _flat_ids([value])
 
 
 def check_rollback(text_config: Any) -> None:

@@ -10,6 +10,7 @@ import argparse
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,15 +19,18 @@ from dflash_dist.config import Config, load_config
 from dflash_dist.data.packing import PackedRows
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.features import DATE, EACH, INDEX, FeatureFolder, Shard, read_index, refuse_other
-from dflash_dist.target.load import check_loading, load_target
+from dflash_dist.target.load import check_loading
 from dflash_dist.training import setup
 from dflash_dist.training.context import (
+    PACKED,
     ContextSource,
-    TargetContext,
     describe_features,
+    load_probed,
     open_folder,
     parts_of,
+    run_target,
     show_bytes,
+    stored_layout,
 )
 from dflash_dist.training.logs import LOGS, keep_logs
 
@@ -56,14 +60,21 @@ def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) ->
     info = setup.check_target(config)
     check_loading(info, config.target.layer_ids, config.target.full_depth, config.target.attention)
     config = setup.fix_date(config, info, world, out)
-    data = setup.make_data(config, info, world)
+    data = setup.read_data(config, info, world)
     data.refuse_unsupervised()
-    target, dtype = config.target, getattr(torch, config.target.dtype)
-    token_bytes = len(target.layer_ids) * info.text.hidden_size * dtype.itemsize
+    token_bytes = len(config.target.layer_ids) * info.text.hidden_size * getattr(torch, config.target.dtype).itemsize
+    size = sum(part.tokens for part in parts_of(data).values()) * token_bytes
+    loaded, stored = None, share_folder(out, world)
+    if stored is None:
+        check_room(out, size, world)
+        loaded, packs, told = load_probed(config, info, world)
+    else:
+        packs, told = stored_layout(stored, out, info)
+    data = setup.lay_out(data, packs, told, world)
     rows_per_shard = max(1, int(shard_mib * 2**20) // (token_bytes * config.data.seq_len))
-    index = describe_features(config, info, data) | {EACH: rows_per_shard}
-    index["bytes"] = sum(part.tokens for part in parts_of(data).values()) * token_bytes
-    stored = read_index(out) if (out / INDEX).exists() else None
+    index = describe_features(config, info, data) | {EACH: rows_per_shard, "bytes": size}
+    if stored is None or PACKED in stored:
+        index[PACKED] = packs
     if config.data.date and (stored is None or DATE in stored):
         index[DATE] = config.data.date  # so that the capture goes on with it, and training takes the same
     features = open_folder(out, index, config, info, data)
@@ -72,16 +83,43 @@ def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) ->
     if world.is_main:
         features.begin()
     lacking = agree_on_lacking(features, world)
-    check_room(features, lacking, world)
+    if world.is_main:
+        print(
+            f"features: {show_bytes(size)} in {len(features.shards)} shards,"
+            f" {show_bytes(features.bytes_of(lacking))} in {len(lacking)} still to capture"
+        )
+    check_room(out, features.bytes_of(lacking), world)
     if lacking:
-        loaded = load_target(info, target.layer_ids, dtype, world, target.replicas, target.full_depth, target.attention)
+        if loaded is None:
+            loaded, exact, told = load_probed(config, info, world)
+            if packs and not exact:
+                raise ValueError(f"{out} holds features of packed rows, but {told}. Capture into another folder")
         rows = {name: part.rows for name, part in parts_of(data).items()}
-        run(features, lacking, TargetContext(loaded.model), rows, config.train.micro_batch_size, world)
+        run(features, lacking, run_target(loaded, data), rows, config.train.micro_batch_size, world)
     lacking = agree_on_lacking(features, world)
     if lacking:
         raise ValueError(f"{out} lacks {lacking[0].name}, which was just written: is it one folder for all ranks?")
     if world.is_main:
         print(f"captured: {show_bytes(features.bytes_of(features.shards))}; train with target.features={out}")
+
+
+def share_folder(out: Path, world: World) -> dict[str, Any] | None:
+    """Makes the folder, on the disk that all ranks share; returns the index that it holds already, if any.
+
+    Raises:
+        ValueError: it cannot be made, or some rank does not see it.
+    """
+    if world.is_main:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"the feature folder {out} cannot be written to: {error}") from error
+    world.barrier()
+    folders, indices = world.sum_numbers(out.is_dir(), (out / INDEX).exists())
+    refuse_unshared(folders, out, world)
+    if indices:
+        refuse_unshared(indices, out, world)
+    return read_index(out) if indices else None
 
 
 def agree_on_lacking(features: FeatureFolder, world: World) -> list[Shard]:
@@ -94,27 +132,26 @@ def agree_on_lacking(features: FeatureFolder, world: World) -> list[Shard]:
     lacking = set(features.lacking())
     there = (features.folder / INDEX).exists()
     ranks, *counts = world.sum_numbers(there, *(shard in lacking for shard in features.shards))
-    if ranks < world.size:
-        raise ValueError(f"only {ranks:.0f} of {world.size} ranks see {features.folder}: put --out on a shared disk")
+    refuse_unshared(ranks, features.folder, world)
     return [shard for shard, count in zip(features.shards, counts) if count]
 
 
-def check_room(features: FeatureFolder, lacking: list[Shard], world: World) -> None:
-    """Says what the capture takes of the disk.
+def refuse_unshared(ranks: float, folder: Path, world: World) -> None:
+    if ranks < world.size:
+        raise ValueError(f"only {ranks:.0f} of {world.size} ranks see {folder}: put --out on a shared disk")
+
+
+def check_room(out: Path, needed: int, world: World) -> None:
+    """Says what room the disk has.
 
     Raises:
-        ValueError: on all ranks, where it does not fit.
+        ValueError: on all ranks, where `needed` [bytes] do not fit.
     """
-    needed, free = features.bytes_of(lacking), shutil.disk_usage(features.folder).free
-    if world.is_main:
-        print(
-            f"features: {show_bytes(features.bytes_of(features.shards))} in {len(features.shards)} shards,"
-            f" {show_bytes(needed)} in {len(lacking)} still to capture, {show_bytes(free)} free in {features.folder}"
-        )
+    free = shutil.disk_usage(out).free
     if world.sum_numbers(world.is_main and needed > free)[0]:  # rank 0 decides: others read another number
         raise ValueError(
-            f"the features take {show_bytes(needed)}, but {features.folder} has {show_bytes(free)} free: choose"
-            " another --out, fewer conversations or fewer target.layer_ids, or train without target.features"
+            f"the features take {show_bytes(needed)}, but {out} has {show_bytes(free)} free: choose another --out,"
+            " fewer conversations or fewer target.layer_ids, or train without target.features"
         )
 
 

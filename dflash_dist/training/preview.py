@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,10 @@ from dflash_dist.config import Config, load_config
 from dflash_dist.data.chat import Document
 from dflash_dist.data.rows import Data, Part
 from dflash_dist.ranks import World
+from dflash_dist.target.features import read_index
+from dflash_dist.target.load import TargetInfo, expects_packing
 from dflash_dist.training import setup
+from dflash_dist.training.context import stored_layout
 
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
@@ -36,7 +40,8 @@ def main(argv: list[str]) -> None:
     config = setup.make_builtins(load_config(args.config, args.overrides), world)
     info = setup.check_target(config)
     config = setup.fix_date(config, info, world)
-    data = setup.make_data(config, info, world)  # says itself what became of the rows
+    data = setup.read_data(config, info, world)  # says itself what became of the rows
+    data = setup.lay_out(data, *expected_layout(config, info), world)
     for line in describe(config, data):
         print(line)
     row = args.row if args.row is not None else int(data.loaded.conversation[0])
@@ -44,6 +49,15 @@ def main(argv: list[str]) -> None:
     for line in show_row(data, row, info.tokenizer, colour):
         print(line)
     data.refuse_unsupervised()  # as training would, but after the look that tells why
+
+
+def expected_layout(config: Config, info: TargetInfo) -> tuple[bool, str]:
+    """Whether rows will hold several documents, and how that is said."""
+    if config.target.features:
+        folder = Path(config.target.features)
+        return stored_layout(read_index(folder), folder, info)
+    packs = expects_packing(info.text)
+    return packs, f"{'several documents' if packs else 'one document'} a row, to go by the config: the run probes it"
 
 
 def describe(config: Config, data: Data) -> Iterator[str]:

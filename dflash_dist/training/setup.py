@@ -29,14 +29,7 @@ from dflash_dist.files import writing
 from dflash_dist.ranks import World
 from dflash_dist.target.features import DATE, INDEX, read_index
 from dflash_dist.target.folder import check_decoder
-from dflash_dist.target.load import (
-    TargetInfo,
-    check_capture,
-    check_loading,
-    check_mask_token,
-    packs_exactly,
-    read_info,
-)
+from dflash_dist.target.load import TargetInfo, check_capture, check_loading, check_mask_token, read_info
 from dflash_dist.target.tiny import BUILTIN_CHAT, BUILTIN_TARGET, make_tiny_chats, make_tiny_target
 from dflash_dist.target.warm_start import warm_start
 
@@ -179,15 +172,15 @@ def _date_of_run(folder: Path) -> str | None:
     return None
 
 
-def make_data(config: Config, info: TargetInfo, world: World) -> Data:
-    """The rows that the run learns from and those held out; says what became of the data.
+def read_data(config: Config, info: TargetInfo, world: World) -> Data:
+    """The documents that the run learns from and those held out, one a row until it is known whether the target keeps
+    more of them apart; says what became of the data.
 
     Raises:
         ValueError: as `load_data`; or the ranks read different data.
     """
-    pack = packs_exactly(info.text)
     encoder = make_encoder(config.data, info.tokenizer, info.stop_ids, info.text.vocab_size)
-    data = load_data(config.data, encoder, config.train.seed, pack)
+    data = load_data(config.data, encoder, config.train.seed, pack=False)
     if not world.agrees_on(int(data.train.fingerprint[:12], 16)):
         raise ValueError("the ranks read different data: every node must see the same files under data.path")
     if world.is_main:
@@ -195,8 +188,15 @@ def make_data(config: Config, info: TargetInfo, world: World) -> Data:
             print(line)
         if encoder.writes_date:
             print(f"the chat template writes a date, in this run {encoder.date} (data.date)")
-        if not pack:
-            print(f"{info.path} has layers that mix packed documents: one document a row, the rest of it is padding")
+    return data
+
+
+def lay_out(data: Data, packs: bool, told: str, world: World) -> Data:
+    """The rows of the run: documents packed, or one a row; says so, and `told`, why."""
+    data = data.packed() if packs else data
+    if world.is_main:
+        for line in (told, *data.describe_rows()):
+            print(line)
     return data
 
 

@@ -59,13 +59,13 @@ class Trainer:
         info = setup.check_target(config)
         setup.check_models(config, info)
         self.config = config = setup.fix_date(config, info, world)
-        data = setup.make_data(config, info, world)
+        data = setup.read_data(config, info, world)
         data.refuse_unsupervised()
-        rows, held_out = data.train.rows, data.held_out.rows if data.held_out else None
-        self.total_steps = setup.planned_steps(config, len(rows))
         prompts = find_prompts(config, info, data) if config.eval.every else []
         draft = setup.make_draft(config, info, world).to(world.device)
-        context, embedding, head = make_context(config, info, data, world)
+        context, embedding, head, data = make_context(config, info, data, world)
+        rows, held_out = data.train.rows, data.held_out.rows if data.held_out else None
+        self.total_steps = setup.planned_steps(config, len(rows))
         sampler = Sampler(config, world, rows, held_out)
         self.training = TrainingStep(config, world, sampler, draft, context, embedding, head, self.total_steps)
         if config.eval.every:

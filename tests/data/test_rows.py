@@ -12,7 +12,7 @@ from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.rows import Data, Part, cache_folder, load_data, make_encoder
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import CHATML, tiny_tokenizer
-from dflash_dist.training.setup import make_data
+from dflash_dist.training.setup import read_data
 from tests.data import files
 from tests.data.files import CHANGING, NO_ANSWER, chat, chats, write_rows
 from tests.ranks import run_ranks
@@ -188,8 +188,6 @@ def test_every_row_is_accounted_for(tmp_path):
     assert list(data.describe()) == [
         f"{other}: 4 rows, read as 'messages'",
         f"{path}: 9 rows, read as 'text'",
-        "train: 3 conversations -> 6 documents, 220 tokens (41% supervised) -> 4 rows of 60, 91.7% filled",
-        "held out: 6 conversations -> 6 documents, 101 tokens (42% supervised) -> 2 rows of 60, 84.2% filled",
         "cut at the end of a row: 1 documents",
         "left out: 1 x no assistant turn",
         "left out: 1 x wrong prompt_length",
@@ -198,6 +196,10 @@ def test_every_row_is_accounted_for(tmp_path):
         f"bad row: {path}, row 8: wrong prompt_length: it counts the characters before the answer, below 1, found 1",
         f"bad row: {path}, row 9: malformed JSON: Expecting property name enclosed in double quotes:"
         " line 2 column 1 (char 2)",
+    ]
+    assert list(data.describe_rows()) == [
+        "train: 3 conversations -> 6 documents, 220 tokens (41% supervised) -> 4 rows of 60, 91.7% filled",
+        "held out: 6 conversations -> 6 documents, 101 tokens (42% supervised) -> 2 rows of 60, 84.2% filled",
     ]
 
 
@@ -317,13 +319,13 @@ def test_a_template_that_cannot_be_read_is_named(tmp_path, content):
 # ------------------------------------------------------------------------------------------------ over ranks
 
 
-def make_data_of(world: World, paths: list[Path]) -> str:
-    """Makes the data of this rank's path; returns its fingerprint, or the error."""
+def data_of(world: World, paths: list[Path]) -> str:
+    """Reads the data of this rank's path; returns its fingerprint, or the error."""
     target = SimpleNamespace(
         path="target", tokenizer=tiny_tokenizer(), stop_ids=[2], text=SimpleNamespace(vocab_size=260)
     )
     try:
-        return make_data(Config(data=DataConfig(path=str(paths[world.rank]))), target, world).train.fingerprint
+        return read_data(Config(data=DataConfig(path=str(paths[world.rank]))), target, world).train.fingerprint
     except ValueError as error:
         return str(error)
 
@@ -331,6 +333,7 @@ def make_data_of(world: World, paths: list[Path]) -> str:
 def test_ranks_that_read_different_data_all_refuse_it(tmp_path):
     same, copy = (write_rows(tmp_path / f"{name}.jsonl", chats(3)) for name in "ab")
     other = write_rows(tmp_path / "c.jsonl", [*chats(2), chat("2?", "2.")])
-    assert run_ranks(make_data_of, 2, [same, copy]) == [load(same).train.fingerprint] * 2
+    one_a_row = load_data(DataConfig(path=str(same)), files.make_encoder(), 0, pack=False).train.fingerprint
+    assert run_ranks(data_of, 2, [same, copy]) == [one_a_row] * 2
     refusal = "the ranks read different data: every node must see the same files under data.path"
-    assert run_ranks(make_data_of, 2, [same, other]) == [refusal] * 2
+    assert run_ranks(data_of, 2, [same, other]) == [refusal] * 2

@@ -3,6 +3,7 @@ from __future__ import annotations
 from tests.mutants import Mutant
 
 CAPTURE, TEST_CAPTURE = "dflash_dist/target/capture.py", "tests/target/test_capture.py"
+PROBE, TEST_PROBE = "dflash_dist/target/probe.py", "tests/target/test_probe.py"
 LOAD, TEST_LOAD = "dflash_dist/target/load.py", "tests/target/test_load.py"
 FEATURES, TEST_FEATURES = "dflash_dist/target/features.py", "tests/target/test_features.py"
 ATTENTION, TEST_ATTENTION = "dflash_dist/target/attention.py", "tests/target/test_attention.py"
@@ -14,8 +15,8 @@ MUTANTS = [
     Mutant(
         "features in the caller's order",
         CAPTURE,
-        "yield lambda: [outputs[i] for i in ids]",
-        "yield lambda: [outputs[i] for i in sorted(ids)]",
+        "return [outputs[i] for i in ids]",
+        "return [outputs[i] for i in sorted(ids)]",
         TEST_CAPTURE,
     ),
     Mutant(
@@ -28,15 +29,15 @@ MUTANTS = [
     Mutant(
         "no attention mask is passed where positions restart",
         CAPTURE,
-        "attention_mask=None, position_ids=position_ids",
-        "attention_mask=attention_mask, position_ids=position_ids",
+        "attention_mask if position_ids is None else None",
+        "attention_mask",
         TEST_CAPTURE,
     ),
     Mutant(
         "positions restart",
         CAPTURE,
-        "attention_mask=None, position_ids=position_ids",
-        "attention_mask=None",
+        '"position_ids": position_ids}',
+        '"position_ids": None}',
         TEST_CAPTURE,
     ),
     Mutant(
@@ -46,7 +47,84 @@ MUTANTS = [
         "            pass\n",
         TEST_CAPTURE,
     ),
-    Mutant("the target is in eval mode", CAPTURE, "self.model = model.eval()", "self.model = model", TEST_CAPTURE),
+    Mutant("the target is in eval mode", CAPTURE, "= model.eval(), capture", "= model, capture", TEST_CAPTURE),
+    Mutant(
+        "flags go only to models that name them",
+        CAPTURE,
+        "if name in self._arguments}",
+        "if self._takes(name)}",
+        TEST_CAPTURE,
+    ),
+    Mutant(
+        "transformers' own models never build a cache",
+        CAPTURE,
+        'self._flags["use_cache"] = False',
+        "pass",
+        TEST_CAPTURE,
+    ),
+    Mutant(
+        "a model that asks for all logits gets no flag against it",
+        CAPTURE,
+        "if not capture_logits:",
+        "if True:",
+        TEST_CAPTURE,
+    ),
+    Mutant(
+        "packing: each document is compared with itself alone",
+        PROBE,
+        "_largest_error(packed, expected, layers), rounding",
+        "0.0, rounding",
+        TEST_PROBE,
+    ),
+    Mutant(
+        "packing: each document is compared with itself in other company",
+        PROBE,
+        "_largest_error(*in_company, layers), rounding * SAME_SHAPE",
+        "0.0, rounding * SAME_SHAPE",
+        TEST_PROBE,
+    ),
+    Mutant(
+        "packing: rounding is what a change of the last bit makes, where that is more",
+        PROBE,
+        "max(_largest_error(moved, expected, layers), SURELY_ROUNDING[expected[0].dtype])",
+        "SURELY_ROUNDING[expected[0].dtype]",
+        TEST_PROBE,
+    ),
+    Mutant(
+        "packing: rounding has a limit",
+        PROBE,
+        ", NEVER_ROUNDING)",
+        ", 10.0)",
+        TEST_PROBE,
+    ),
+    Mutant(
+        "packing: the probe's row is as long as those of training",
+        PROBE,
+        "long = seq_len - short - shorter",
+        "long = min(seq_len, 64) - short - shorter",
+        TEST_PROBE,
+    ),
+    Mutant(
+        "packing: rows of a micro-batch that disturb each other are found",
+        PROBE,
+        "[: IN_A_ROW * min(rows, 2)]",
+        "[:IN_A_ROW]",
+        TEST_PROBE,
+    ),
+    Mutant(
+        "packing: what one rank finds is what all do",
+        PROBE,
+        "world.sum_numbers(mixing)[0] == 0",
+        "not mixing",
+        TEST_PROBE,
+    ),
+    Mutant(
+        "a target whose features know later tokens is refused",
+        PROBE,
+        "if world.sum_numbers(not seen <= SURELY_ROUNDING[before.dtype])[0]:",
+        "if False:",
+        TEST_PROBE,
+    ),
     Mutant(
         "the target runs without gradient",
         CAPTURE,

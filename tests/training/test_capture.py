@@ -25,6 +25,7 @@ from dflash_dist.target.features import FeatureFolder
 from dflash_dist.target.load import load_ends, load_target, name_weights, read_info
 from dflash_dist.training import capture as module
 from dflash_dist.training.capture import agree_on_lacking, capture, share
+from dflash_dist.training.context import TargetContext
 from dflash_dist.training.trainer import Trainer
 from tests.conftest import REPOSITORY
 from tests.ranks import run_ranks
@@ -270,9 +271,9 @@ def test_a_capture_killed_by_the_system_keeps_its_shards_and_goes_on_with_other_
 
 
 def test_the_watchdog_expects_the_forwards_of_a_capture(debug, tmp_path: Path, monkeypatch) -> None:
-    world, expected, of = World(0, 1, torch.device("cpu")), [], module.TargetContext.of
+    world, expected, of = World(0, 1, torch.device("cpu")), [], TargetContext.of
     noted = lambda *args: (expected.append(world.activity.expects_progress), of(*args))[1]  # noqa: E731
-    monkeypatch.setattr(module.TargetContext, "of", noted)
+    monkeypatch.setattr(TargetContext, "of", noted)
     captured_by(world, debug(tmp_path / "run", "data.seq_len=1024"), tmp_path / "out")
     assert expected and all(expected) and not world.activity.expects_progress
 
@@ -285,7 +286,7 @@ def test_data_that_teaches_almost_nothing_is_not_captured(debug, tmp_path: Path,
 
 
 def test_a_finished_capture_loads_nothing(debug, features, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(module, "load_target", lambda *args: pytest.fail("the target was loaded"))
+    monkeypatch.setattr(module, "load_probed", lambda *args: pytest.fail("the target was loaded"))
     captured_by(ALONE, debug(tmp_path / "run"), features["float32"])
     assert "0.00 MiB in 0 still to capture" in capsys.readouterr().out
 
@@ -299,12 +300,12 @@ def fails_together(world: World, config: Config, out: Path, free: int) -> str:
     """A capture on a disk with `free` bytes, as rank 0 sees it; the others believe in more."""
     usage = namedtuple("usage", "total used free")(2**40, 0, free if world.is_main else 2**40)
     module.shutil.disk_usage, original = (lambda _: usage), module.shutil.disk_usage
-    module.load_target, load = (lambda *args: pytest.fail("the target was loaded")), module.load_target
+    module.load_probed, load = (lambda *args: pytest.fail("the target was loaded")), module.load_probed
     try:
         with pytest.raises(ValueError) as refusal:
             capture(config, out, world, SHARD_MIB)
     finally:
-        module.shutil.disk_usage, module.load_target = original, load
+        module.shutil.disk_usage, module.load_probed = original, load
     return str(refusal.value)
 
 

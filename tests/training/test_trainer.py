@@ -179,15 +179,6 @@ def test_a_step_without_any_anchor_is_no_division_by_zero(debug_config) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.training.draft.parameters()))
 
 
-def test_a_target_that_cannot_be_packed_trains_on_one_document_a_row(debug_config, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("dflash_dist.training.setup.packs_exactly", lambda _config: False)
-    trainer = Trainer(debug_config(), ALONE)
-    assert len(trainer.training.sampler.rows) == 224
-    assert trainer.training.sampler.rows.batch([0, 5]).document_ids.max() == 1  # the document and its padding
-    assert "one document a row" in capsys.readouterr().out
-    assert trainer.training.run(0) is not None
-
-
 def test_bf16_compute_keeps_float32_parameters_and_state(debug_config) -> None:
     trainer = Trainer(debug_config("train.precision=bfloat16", "target.dtype=bfloat16"), ALONE)
     before = [p.clone() for p in trainer.training.draft.parameters()]
