@@ -83,7 +83,7 @@ class DataConfig:
     )
     seq_len: int = knob(3072, "length of a packed row [tokens]; longer conversations are cut at the end", FIXED)
     max_bad_rows: float = knob(
-        0, "bad rows that are skipped before the data is refused: a count, or below 1 a share", FREE
+        0.0, "bad rows that are skipped before the data is refused: a count, or below 1 a share", FREE
     )
     chat_template: str | None = knob(
         None, "file with a chat template in Jinja; null: the target's own", "chat template", path=True

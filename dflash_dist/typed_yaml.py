@@ -70,7 +70,8 @@ def read_dataclass(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T
 
 def knobs(cls: type) -> dict[str, dataclasses.Field[Any]]:
     """All fields by dotted name, those of the sections in place of these."""
-    hints, found = typing.get_type_hints(cls), {}
+    hints = typing.get_type_hints(cls)
+    found: dict[str, dataclasses.Field[Any]] = {}
     for top in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[top.name]):
             section = typing.cast(type, hints[top.name])
@@ -313,4 +314,4 @@ def _at_home(value: Any, where: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return {dict: "a mapping", list: "a list"}.get(type(value)) or str(value)
+    return "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else str(value)
