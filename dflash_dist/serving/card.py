@@ -156,7 +156,8 @@ def measured(name: str, result: dict[str, Any]) -> list[str]:
     def number(key: str, form: str) -> str:
         return form.format(result[key]) if isinstance(result.get(key), (int, float)) else UNKNOWN
 
-    slots = " ".join(f"{share:.2f}" for share in result.get("acceptance_by_slot") or [])
+    shares = [share for share in result.get("acceptance_by_slot") or [] if share is not None]
+    slots = " ".join(f"{share:.2f}" for share in shares)
     return [name, number("prompts", "{}"), number("tau", "{:.2f}"), number("speed_up", "{:.2f}x"), slots or UNKNOWN]
 
 

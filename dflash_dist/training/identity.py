@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dflash_dist.config import FIXED, KNOBS, Config, values
+from dflash_dist.config import FIXED, KNOBS, Config, load_config, values
 from dflash_dist.data.rows import Data, make_encoder
 from dflash_dist.data.sources import digest
 from dflash_dist.draft.model import DraftShape
 from dflash_dist.target.load import TargetInfo, digest_weights, name_weights
 from dflash_dist.training.checkpoint import read_state
 from dflash_dist.training.setup import CONFIG, draft_to_begin_from
-from dflash_dist.typed_yaml import read_dataclass
 
 # Entries that are no knob: what may have changed where no knob that names it did.
 MEANINGS = {
@@ -118,7 +117,7 @@ def refuse_changed_knobs(config: Config, run: Path, checkpoint: Path) -> None:
 def _config_before(run: Path) -> Config | None:
     """The config that the run had when it was last started, if this version can read it."""
     with contextlib.suppress(OSError, ValueError):
-        return read_dataclass(Config, run / CONFIG)
+        return load_config(run / CONFIG)
     return None
 
 

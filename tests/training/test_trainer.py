@@ -370,3 +370,14 @@ def test_a_token_without_an_embedding_is_named_before_the_target_loads(
     ):
         patched.setattr(module, "make_context", None)
         Trainer(config, ALONE)
+
+
+def test_a_run_on_answers_shorter_than_a_block_says_no_tau_rather_than_zero(debug_config, write_chats, capsys) -> None:
+    chats = write_chats(*[[("user", f"Say {n % 10}."), ("assistant", str(n % 10) * 3)] for n in range(40)])
+    config = debug_config(f"data.path={chats}", "train.max_steps=1", "log.every=1", "validate.every=1")
+    run(ALONE, config)
+    rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    keys = {key for row in rows for key in row}
+    assert {"train/loss", "val/loss", "val/accuracy_slot_03"} <= keys
+    assert not {"train/tau", "val/tau", "val/accuracy_slot_04"} & keys
+    assert "tau -" in (told := capsys.readouterr().err) and "tau 0" not in told
