@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import sys
 import traceback
 
@@ -42,7 +43,7 @@ def main() -> None:
         for name, (_, meaning) in COMMANDS.items():
             print(f"  {name:<12} {meaning}")
         return
-    command, *rest = argv
+    command, *rest = map(_at_home, argv)
     if command not in COMMANDS:
         sys.exit(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
     try:
@@ -63,6 +64,12 @@ def main() -> None:
         if not told:
             raise
         sys.exit(f"{rank}error: {error}")
+
+
+def _at_home(argument: str) -> str:
+    """With `~/` expanded, also in --out=~/x and a.b=~/x, where no shell does it."""
+    name, path = re.fullmatch(r"([\w.-]+=)?(.*)", argument, re.DOTALL).groups("")  # type: ignore[union-attr]
+    return name + os.path.expanduser(path) if path.startswith("~/") else argument
 
 
 def _is_loss_of_a_peer(error: BaseException) -> bool:

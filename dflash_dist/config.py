@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
 import itertools
 import math
-import types
+import operator
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from dflash_dist.typed_yaml import knobs, read_dataclass
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -25,33 +24,49 @@ Dtype = Literal["float32", "bfloat16"]
 PUBLISHED_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
 
 
-def knob(default: Any, meaning: str) -> Any:
-    """A dataclass field that carries its meaning."""
+# What becomes of a knob that is changed where a run goes on from a checkpoint. FIXED: it would be another run, which is
+# refused. FREE: what is learned stays the same but for rounding, or is meant to change, which is said. Any other word
+# names the entry in the run's identity (training/identity.py) that must be the same, however the knob spells it.
+FIXED, FREE = "fixed", "free"
+
+
+def knob(default: Any, meaning: str, resume: str, path: bool = False) -> Any:
+    """A dataclass field that carries its meaning, what a resumed run may do with it, and whether it is a path."""
+    metadata = {"meaning": meaning, "resume": resume, "path": path}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: default.copy(), metadata={"meaning": meaning})
-    return field(default=default, metadata={"meaning": meaning})
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class TargetConfig:
     path: str = knob(
-        "", "Hugging Face folder or hub id of the frozen target, or builtin:tiny (random, made on the spot)"
+        "",
+        "Hugging Face folder or hub id of the frozen target, or builtin:tiny (random, made on the spot)",
+        "target weights",
+        path=True,
     )
-    revision: str = knob("main", "branch, tag or commit when path is a hub id")
+    revision: str = knob("main", "branch, tag or commit when path is a hub id", "target weights")
     trust_remote_code: bool = knob(
-        False, "run Python code that the model brings: for architectures that transformers does not know"
+        False, "run Python code that the model brings: for architectures that transformers does not know", FIXED
     )
     layer_ids: list[int] = knob(
-        [], "decoder layers whose outputs are captured, strictly increasing, never the last layer"
+        [],
+        "decoder layers whose outputs are captured, strictly increasing, never the last layer",
+        "draft.target_layer_ids",
     )
-    dtype: Dtype = knob("bfloat16", "dtype of the target's weights and of the captured features")
-    replicas: int = knob(1, "hybrid sharding: copies of the target, each sharded over world size / replicas ranks")
-    full_depth: bool = knob(False, "load every layer, also those above the deepest captured one")
-    attention: str | None = knob(None, "transformers attention implementation of the target; null: its default")
+    dtype: Dtype = knob("bfloat16", "dtype of the target's weights and of the captured features", FIXED)
+    replicas: int = knob(
+        1, "hybrid sharding: copies of the target, each sharded over world size / replicas ranks", FREE
+    )
+    full_depth: bool = knob(False, "load every layer, also those above the deepest captured one", FREE)
+    attention: str | None = knob(None, "transformers attention implementation of the target; null: its default", FREE)
     features: str | None = knob(
         None,
         "folder of features that `capture` stored, to read instead of running the target; replicas, full_depth and"
         " attention then do nothing",
+        FREE,
+        path=True,
     )
 
 
@@ -61,83 +76,110 @@ class DataConfig:
         "",
         "chats: a JSONL or Parquet file, a folder of these, a hub dataset org/name[/subset][:split][@revision], or"
         " builtin:chat (synthetic); several as a mapping of path to weight, where 2 counts a source twice an epoch",
+        "data fingerprint",
+        path=True,
     )
-    val_path: str | None = knob(None, "held-out conversations, in any form that path may have")
-    val_conversations: int = knob(0, "without val_path: how many conversations, spread over all, are held out")
-    seq_len: int = knob(3072, "length of a packed row [tokens]; longer conversations are cut at the end")
-    max_bad_rows: float = knob(0, "bad rows that are skipped before the data is refused: a count, or below 1 a share")
-    chat_template: str | None = knob(None, "file with a chat template in Jinja; null: the target's own")
-    template_args: dict[str, Any] = knob({}, "arguments of the chat template, such as enable_thinking: false")
+    val_path: str | None = knob(
+        None, "held-out conversations, in any form that path may have", "held-out fingerprint", path=True
+    )
+    val_conversations: int = knob(
+        0, "without val_path: how many conversations, spread over all, are held out", "data fingerprint"
+    )
+    seq_len: int = knob(3072, "length of a packed row [tokens]; longer conversations are cut at the end", FIXED)
+    max_bad_rows: float = knob(
+        0.0, "bad rows that are skipped before the data is refused: a count, or below 1 a share", FREE
+    )
+    chat_template: str | None = knob(
+        None, "file with a chat template in Jinja; null: the target's own", "chat template", path=True
+    )
+    template_args: dict[str, Any] = knob({}, "arguments of the chat template, such as enable_thinking: false", FIXED)
     date: str | None = knob(
         None,
         "the day that a chat template writes, if it writes one (YYYY-MM-DD); null: the day on which the run began",
+        "data fingerprint",
     )
-    last_turn_only: bool = knob(False, "supervise only the assistant's last turn of a conversation")
-    drop_reasoning: bool = knob(False, "leave out the thinking before answers, for a target served without")
-    cache_dir: str | None = knob(None, "folder of tokenised data, shared by runs; null: ~/.cache/dflash_dist")
+    last_turn_only: bool = knob(False, "supervise only the assistant's last turn of a conversation", FIXED)
+    drop_reasoning: bool = knob(False, "leave out the thinking before answers, for a target served without", FIXED)
+    cache_dir: str | None = knob(
+        None, "folder of tokenised data, shared by runs; null: ~/.cache/dflash_dist", FREE, path=True
+    )
 
 
 @dataclass
 class DraftConfig:
-    mask_token_id: int | None = knob(None, "id of the mask token: reserved, inside the vocabulary, not pad, eos or bos")
-    block_size: int = knob(16, "slots of a block, the anchor included [tokens]; serve with the same")
-    num_layers: int = knob(5, "decoder layers of the draft")
-    intermediate_size: int | None = knob(None, "width of the draft's MLP; null: as the target")
-    num_attention_heads: int | None = knob(None, "query heads; null: as the target")
-    num_key_value_heads: int | None = knob(None, "key/value heads; null: as the target")
-    head_dim: int | None = knob(None, "size of a head; null: as the target")
+    mask_token_id: int | None = knob(
+        None, "id of the mask token: reserved, inside the vocabulary, not pad, eos or bos", FIXED
+    )
+    block_size: int = knob(16, "slots of a block, the anchor included [tokens]; serve with the same", FIXED)
+    num_layers: int = knob(5, "decoder layers of the draft", FIXED)
+    intermediate_size: int | None = knob(
+        None, "width of the draft's MLP; null: as the target", "draft.intermediate_size"
+    )
+    num_attention_heads: int | None = knob(None, "query heads; null: as the target", "draft.num_attention_heads")
+    num_key_value_heads: int | None = knob(None, "key/value heads; null: as the target", "draft.num_key_value_heads")
+    head_dim: int | None = knob(None, "size of a head; null: as the target", "draft.head_dim")
     init: str = knob(
         "target",
         "a warm start from the target's own top layers, where a copy computes what they do; random: random weights; or"
         " folder or hub id of a draft to go on training, from which comes what is null above",
+        "draft.init",
+        path=True,
     )
 
 
 @dataclass
 class LossConfig:
-    anchors: int = knob(512, "blocks sampled from a packed row, at most")
+    anchors: int = knob(512, "blocks sampled from a packed row, at most", FIXED)
     objective: Literal["decay", "dpace"] = knob(
-        "dpace", "weights of a block's slots: a fixed decay, or by what the draft already gets right (arXiv 2605.18810)"
+        "dpace",
+        "weights of a block's slots: a fixed decay, or by what the draft already gets right (arXiv 2605.18810)",
+        FIXED,
     )
-    alpha: float = knob(0.5, "dpace: what a slot counts behind one that is never right, from 0 to 1")
+    alpha: float = knob(0.5, "dpace: what a slot counts behind one that is never right, from 0 to 1", FIXED)
     gamma: float | None = knob(
-        None, "decay of the weights exp(-(k-1)/gamma), of logged losses always; null: 7, 5, 4 for blocks of 16, 10, 8"
+        None,
+        "decay of the weights exp(-(k-1)/gamma), of logged losses always; null: 7, 5, 4 for blocks of 16, 10, 8",
+        "loss.gamma",
     )
-    chunk: int | None = knob(None, "slots whose logits exist at once; null: what suits the device")
+    chunk: int | None = knob(None, "slots whose logits exist at once; null: what suits the device", FREE)
 
 
 @dataclass
 class TrainConfig:
-    max_steps: int | None = knob(None, "optimiser steps; null: as many as epochs ask for")
-    epochs: float = knob(6.0, "passes over the packed rows, where max_steps is null")
-    seed: int = knob(0, "seed of row order, anchors and initial weights")
-    global_batch_size: int = knob(64, "packed rows a step, over all ranks and micro-batches")
-    micro_batch_size: int = knob(1, "packed rows a rank runs at once")
-    lr: float = knob(6e-4, "peak learning rate")
-    warmup: float = knob(0.04, "share of the steps over which the learning rate rises linearly")
-    final_lr: float = knob(0.1, "learning rate at the end of the cosine, as a share of lr")
-    betas: list[float] = knob([0.9, 0.95], "AdamW's two decay rates")
-    weight_decay: float = knob(0.0, "AdamW's decoupled weight decay")
-    clip_norm: float = knob(1.0, "largest global norm of the gradient")
-    precision: Dtype = knob("bfloat16", "dtype of the draft's compute; parameters and optimiser are always float32")
+    max_steps: int | None = knob(None, "optimiser steps; null: as many as epochs ask for", FREE)
+    epochs: float = knob(6.0, "passes over the packed rows, where max_steps is null", FREE)
+    seed: int = knob(0, "seed of row order, anchors and initial weights", FIXED)
+    global_batch_size: int = knob(64, "packed rows a step, over all ranks and micro-batches", FIXED)
+    micro_batch_size: int = knob(1, "packed rows a rank runs at once", FREE)
+    lr: float = knob(6e-4, "peak learning rate", FREE)
+    warmup: float = knob(0.04, "share of the steps over which the learning rate rises linearly", FREE)
+    final_lr: float = knob(0.1, "learning rate at the end of the cosine, as a share of lr", FREE)
+    betas: list[float] = knob([0.9, 0.95], "AdamW's two decay rates", FREE)
+    weight_decay: float = knob(0.0, "AdamW's decoupled weight decay", FREE)
+    clip_norm: float = knob(1.0, "largest global norm of the gradient", FREE)
+    precision: Dtype = knob(
+        "bfloat16", "dtype of the draft's compute; parameters and optimiser are always float32", FIXED
+    )
     shard_optimizer: bool = knob(
         False,
         "each rank keeps its share of AdamW's moments only (ZeRO-1): less memory, the new weights sent every step",
+        FREE,
     )
-    gradient_checkpointing: bool = knob(False, "recompute the draft's layers in backward: less memory, more time")
+    gradient_checkpointing: bool = knob(False, "recompute the draft's layers in backward: less memory, more time", FREE)
     compile: bool = knob(
-        False, "torch.compile the draft's layers, before the first step; `bench --compile` tells what it gains"
+        False, "torch.compile the draft's layers, before the first step; `bench --compile` tells what it gains", FREE
     )
     hang_timeout: float = knob(
         600.0,
         "how long [s] a rank may give no sign of life, or all ranks of a training get nowhere, before the others end"
         " with a message that names it; 0: for ever",
+        FREE,
     )
 
 
 @dataclass
 class ValidateConfig:
-    every: int = knob(0, "steps between validations on the held-out rows, also after the last step; 0: never")
+    every: int = knob(0, "steps between validations on the held-out rows, also after the last step; 0: never", FREE)
 
 
 @dataclass
@@ -146,30 +188,33 @@ class EvalConfig:
         0,
         "steps between real decodings of a few prompts, also after the last step; the best checkpoint by their"
         " acceptance length is kept; needs target.full_depth; 0: never",
+        FREE,
     )
     prompts: str | None = knob(
         None,
         "conversations whose last answer is decoded, in any form that data.path may have; null: those held out, spread"
         " over all",
+        "decoded prompts",
+        path=True,
     )
-    count: int = knob(32, "prompts decoded, over all ranks")
-    max_new_tokens: int = knob(256, "longest answer [tokens]")
+    count: int = knob(32, "prompts decoded, over all ranks", "decoded prompts")
+    max_new_tokens: int = knob(256, "longest answer [tokens]", "decoded prompts")
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = knob(500, "steps between checkpoints; one is also saved at the end and on SIGTERM or SIGINT")
-    keep: int = knob(2, "newest checkpoints kept, besides the best by eval")
+    every: int = knob(500, "steps between checkpoints; one is also saved at the end and on SIGTERM or SIGINT", FREE)
+    keep: int = knob(2, "newest checkpoints kept, besides the best by eval", FREE)
 
 
 @dataclass
 class LogConfig:
-    every: int = knob(10, "steps between logged steps")
+    every: int = knob(10, "steps between logged steps", FREE)
 
 
 @dataclass
 class Config:
-    output_dir: str = knob("", "folder of the run: resolved config, metrics, TensorBoard, checkpoints")
+    output_dir: str = knob("", "folder of the run: resolved config, metrics, TensorBoard, checkpoints", FREE, path=True)
     target: TargetConfig = field(default_factory=TargetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
@@ -191,13 +236,16 @@ class Config:
         return self.loss.gamma if self.loss.gamma is not None else PUBLISHED_GAMMA[self.draft.block_size]
 
 
+KNOBS = knobs(Config)  # by dotted name
+
+
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies `a.b=c` overrides and refuses what is unknown or impossible.
 
     Raises:
         ValueError: naming the file and the key, and what to write instead.
     """
-    config = _read(Path(path), overrides)
+    config = read_dataclass(Config, _there(path), overrides)
     _refuse_impossible(config)
     return config
 
@@ -208,29 +256,18 @@ def load_written(path: Path) -> Config:
     Raises:
         ValueError: naming the file, and what in it is damaged.
     """
-    return _read(path)
+    return read_dataclass(Config, _there(path))
 
 
-def _read(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
-    if not path.is_file():
+def _there(path: str | Path) -> Path:
+    if not Path(path).is_file():
         raise ValueError(f"config file {path} does not exist")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: also of a day that no month has
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected sections such as 'target:', found {type(tree).__name__}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"override {override!r} is not of the form section.name=value")
-        try:
-            _put(tree, key, yaml.safe_load(text) if text else None)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(
-                f"override {override!r}: the value is not valid YAML: {' '.join(str(error).split())}"
-            ) from error
-    return _build(Config, tree, str(path))
+    return Path(path)
+
+
+def values(config: Config) -> dict[str, Any]:
+    """Every knob's value, by dotted name."""
+    return {name: operator.attrgetter(name)(config) for name in KNOBS}
 
 
 def to_tree(config: Config) -> dict[str, Any]:
@@ -240,86 +277,8 @@ def to_tree(config: Config) -> dict[str, Any]:
 
 def describe() -> str:
     """All knobs with defaults and meanings, for `train --help`."""
-    lines = []
-    for top in dataclasses.fields(Config):
-        if top.metadata:
-            lines.append(f"  {top.name} = {top.default!r}: {top.metadata['meaning']}")
-            continue
-        section = typing.get_type_hints(Config)[top.name]
-        for f, value in dataclasses.asdict(section()).items():
-            meaning = section.__dataclass_fields__[f].metadata["meaning"]
-            lines.append(f"  {top.name}.{f} = {value!r}: {meaning}")
-    return "\n".join(lines)
-
-
-def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *sections, name = dotted.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"override {dotted!r}: {section!r} is a value, not a section")
-    tree[name] = value
-
-
-def _build(cls: type, tree: dict[str, Any], where: str, prefix: str = "") -> Any:
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in tree.items():
-        dotted = f"{prefix}{key}"
-        if key not in hints:
-            raise ValueError(f"{where}: unknown key {dotted!r}{_nearest(dotted)}")
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict | None):
-                raise ValueError(f"{where}: {dotted} is a section, found {value!r}")
-            values[key] = _build(typing.cast(type, hint), value or {}, where, f"{dotted}.")
-        else:
-            values[key] = _coerce(hint, value, f"{where}: {dotted}")
-    return cls(**values)
-
-
-def _nearest(dotted: str) -> str:
-    known = [line.split(" = ")[0].strip() for line in describe().splitlines()]
-    sections = sorted({name.split(".")[0] for name in known})
-    close = difflib.get_close_matches(dotted, known + sections, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; sections are {', '.join(sections)}"
-
-
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """Turns a YAML value into the field's type. PyYAML reads 3e-4 as a string, so numbers may arrive as text."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        kinds = [kind for kind in args if kind is not type(None)]
-        mappings = [kind for kind in kinds if typing.get_origin(kind) is dict]
-        return _coerce(mappings[0] if mappings and isinstance(value, dict) else kinds[0], value, where)
-    if hint is Any:
-        return value
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, found {value!r}")
-        return value
-    if origin is list:
-        if not isinstance(value, list):
-            raise ValueError(f"{where} must be a list, found {value!r}")
-        return [_coerce(args[0], item, where) for item in value]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, found {value!r}")
-        return {str(key): _coerce(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    try:
-        if hint is float and not isinstance(value, bool):
-            return float(value)
-        if hint is int and not isinstance(value, bool) and float(value) == int(float(value)):
-            return int(float(value))
-    except (TypeError, ValueError, OverflowError):
-        pass
-    if hint in (bool, str) and isinstance(value, hint):
-        return value
-    if hint is str and isinstance(value, datetime.date):  # what YAML makes of 2026-11-05
-        return value.isoformat()
-    raise ValueError(f"{where} must be of type {hint.__name__}, found {value!r}")
+    defaults = values(Config())
+    return "\n".join(f"  {name} = {defaults[name]!r}: {knob.metadata['meaning']}" for name, knob in KNOBS.items())
 
 
 def is_day(text: str) -> bool:
@@ -343,7 +302,7 @@ def _refuse_impossible(config: Config) -> None:
     require(bool(data.path), "data.path is not set: name a file, folder or hub dataset of conversations")
     if isinstance(data.path, dict):
         require(
-            all(0 < weight < math.inf for weight in data.path.values()),
+            all(weight > 0 for weight in data.path.values()),
             f"data.path: the weight of a source must be positive, found {data.path}",
         )
     ids = target.layer_ids
@@ -395,14 +354,14 @@ def _refuse_impossible(config: Config) -> None:
         train.max_steps is None or train.max_steps >= 0,
         f"train.max_steps must not be negative, found {train.max_steps}",
     )
-    require(0 < train.epochs < math.inf, f"train.epochs must be positive, found {train.epochs}")
+    require(train.epochs > 0, f"train.epochs must be positive, found {train.epochs}")
     require(train.micro_batch_size >= 1, f"train.micro_batch_size must be at least 1, found {train.micro_batch_size}")
     require(
         train.global_batch_size >= 1 and train.global_batch_size % train.micro_batch_size == 0,
         f"train.global_batch_size {train.global_batch_size} must be a multiple of"
         f" train.micro_batch_size {train.micro_batch_size}",
     )
-    require(0 < train.lr < math.inf, f"train.lr must be positive, found {train.lr}")
+    require(train.lr > 0, f"train.lr must be positive, found {train.lr}")
     require(train.seed >= 0, f"train.seed must not be negative, found {train.seed}")
     require(
         0 <= train.warmup < 1, f"train.warmup is a share of the steps, at least 0 and below 1, found {train.warmup}"
@@ -415,7 +374,7 @@ def _refuse_impossible(config: Config) -> None:
     require(train.weight_decay >= 0, f"train.weight_decay must not be negative, found {train.weight_decay}")
     require(train.clip_norm > 0, f"train.clip_norm must be positive, found {train.clip_norm}")
     require(
-        0 <= train.hang_timeout < math.inf,
+        train.hang_timeout >= 0,
         f"train.hang_timeout must be a number of seconds, or 0 for none, found {train.hang_timeout}",
     )
     require(config.validate.every >= 0, f"validate.every must not be negative, found {config.validate.every}")

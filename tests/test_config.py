@@ -84,18 +84,18 @@ def test_an_override_gets_the_knobs_type(load, override, section, name, expected
     ("override", "message"),
     [
         ("train.lr=fast", "train.lr must be of type float, found 'fast'"),
-        ("train.lr=true", "train.lr must be of type float, found True"),
-        ("train.lr=", "train.lr must be of type float, found None"),
-        ("train.seed=1.5", "train.seed must be of type int, found 1.5"),
-        ("train.seed=true", "train.seed must be of type int, found True"),
-        ("train.max_steps=.inf", "train.max_steps must be of type int, found inf"),
-        ("train.gradient_checkpointing=1", "train.gradient_checkpointing must be of type bool, found 1"),
-        ("target.path=3", "target.path must be of type str, found 3"),
+        ("train.lr=true", "train.lr must be of type float, found 'true'"),
+        ("train.lr=", "train.lr must be of type float, found nothing"),
+        ("train.seed=1.5", "train.seed must be of type int, found '1.5'"),
+        ("train.seed=true", "train.seed must be of type int, found 'true'"),
+        ("train.max_steps=.inf", "train.max_steps must be finite, found '.inf'"),
+        ("train.gradient_checkpointing=1", "train.gradient_checkpointing must be of type bool, found '1'"),
+        ("target.path=", "target.path must be of type str, found nothing"),
         ("target.dtype=float16", "target.dtype must be one of 'float32', 'bfloat16', found 'float16'"),
-        ("target.layer_ids=3", "target.layer_ids must be a list, found 3"),
+        ("target.layer_ids=3", "target.layer_ids must be a list, such as [1, 2], found '3'"),
         ("target.layer_ids=[1, two]", "target.layer_ids must be of type int, found 'two'"),
-        ("data.template_args=3", "data.template_args must be a mapping, found 3"),
-        ("train=3", "train is a section, found 3"),
+        ("data.template_args=3", "data.template_args must be a mapping, such as {name: value}, found '3'"),
+        ("train=3", "override 'train=3': train is a section: set its keys, such as train.max_steps=..."),
         ("train.lr.peak=3", "override 'train.lr.peak': 'lr' is a value, not a section"),
         ("train.lr", "override 'train.lr' is not of the form section.name=value"),
         ("target.layer_ids=[1, 2", "override 'target.layer_ids=[1, 2'"),
@@ -163,7 +163,7 @@ def test_an_unknown_key_in_the_file_names_the_file(load, tmp_path):
         ("loss.anchors=0", "loss.anchors must be at least 1, found 0"),
         ("loss.chunk=0", "loss.chunk must be at least 1 slot, found 0"),
         ("loss.gamma=0", "loss.gamma must be positive, found 0"),
-        ("loss.gamma=.nan", "loss.gamma must be positive, found nan"),
+        ("loss.gamma=.nan", "loss.gamma must be finite, found '.nan'"),
         ("train.max_steps=-1", "train.max_steps must not be negative, found -1"),
         ("train.epochs=0", "train.epochs must be positive, found 0"),
         ("train.epochs=.inf", "train.epochs"),
@@ -172,7 +172,7 @@ def test_an_unknown_key_in_the_file_names_the_file(load, tmp_path):
         ("train.global_batch_size=63", "63 must be a multiple of train.micro_batch_size 2"),
         ("train.micro_batch_size=0", "train.micro_batch_size must be at least 1, found 0"),
         ("train.lr=0", "train.lr must be positive, found 0"),
-        ("train.lr=.nan", "train.lr must be positive, found nan"),
+        ("train.lr=.nan", "train.lr must be finite, found '.nan'"),
         ("train.lr=.inf", "train.lr"),
         ("train.warmup=1", "train.warmup is a share of the steps"),
         ("train.warmup=-0.1", "train.warmup is a share of the steps"),
@@ -270,7 +270,7 @@ def test_malformed_yaml_names_the_file(load, tmp_path, text):
     assert str(tmp_path / "run.yaml") in str(refusal.value)
 
 
-@pytest.mark.parametrize(("text", "found"), [("- 1\n- 2\n", "list"), ("just words", "str")])
+@pytest.mark.parametrize(("text", "found"), [("- 1\n- 2\n", "a list"), ("just words", "'just words'")])
 def test_yaml_without_sections_names_the_file(load, tmp_path, text, found):
     with pytest.raises(ValueError, match=f"expected sections such as 'target:', found {found}") as refusal:
         load(text=text)

@@ -9,6 +9,7 @@ import dflash_dist
 
 PACKAGE = Path(dflash_dist.__file__).parent
 FLOORS = {
+    "typed_yaml": -1,
     "config": 0,
     "watchdog": 0,
     "files": 0,

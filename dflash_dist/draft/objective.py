@@ -204,14 +204,19 @@ class Statistics:
         return self.loss_sum / max(self.weight_sum, 1e-30)
 
     @property
-    def tau(self) -> float:
-        """Teacher-forced acceptance length [tokens a pass]."""
-        return self.accepted / max(self.full_blocks, 1.0)
+    def tau(self) -> float | None:
+        """Teacher-forced acceptance length [tokens a pass], at least 1; None without a full block."""
+        return self.accepted / self.full_blocks if self.full_blocks else None
 
     @property
-    def slot_accuracy(self) -> list[float]:
-        """Share of the labels of slots 1..K-1 that are the most likely token."""
-        return [right / max(count, 1.0) for right, count in zip(self.slot_correct, self.slot_count)]
+    def accuracy(self) -> float | None:
+        """Share of all labels that are the most likely token; None without a label."""
+        return sum(self.slot_correct) / count if (count := sum(self.slot_count)) else None
+
+    @property
+    def slot_accuracy(self) -> list[float | None]:
+        """The same by slot, 1..K-1; None for a slot without a label."""
+        return [right / count if count else None for right, count in zip(self.slot_correct, self.slot_count)]
 
 
 def _statistics(loss: torch.Tensor, correct: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

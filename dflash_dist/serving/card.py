@@ -160,7 +160,9 @@ def measured(name: str, result: dict[str, Any]) -> list[str]:
     def number(key: str, form: str) -> str:
         return form.format(result[key]) if is_kind(result.get(key), float) else UNKNOWN
 
-    slots = " ".join(f"{share:.2f}" for share in shares) if is_kind(shares, list[float]) else ""
+    slots = (
+        " ".join(f"{share:.2f}" for share in shares if share is not None) if is_kind(shares, list[float | None]) else ""
+    )
     return [name, number("prompts", "{}"), number("tau", "{:.2f}"), number("speed_up", "{:.2f}x"), slots or UNKNOWN]
 
 

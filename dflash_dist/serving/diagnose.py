@@ -24,6 +24,7 @@ from dflash_dist.draft.blocks import build_blocks
 from dflash_dist.draft.model import DraftShape
 from dflash_dist.target.capture import capture_layers
 from dflash_dist.target.load import TargetInfo, check_mask_token
+from dflash_dist.training.logs import or_dash
 
 # Verdicts. The two forwards round ties differently, in bfloat16 in a few passes of a hundred. What a target writes is
 # its likeliest token but for ties, or three times in four where it was sampled; in other people's text, about every
@@ -186,8 +187,8 @@ def decoding(evidence: Evidence) -> Verdict:
         return Verdict("decoding", None, "no answer is longer than a block", numbers)
     found = abs(real - forced) > DECODING_DIFFERS * forced
     words = (
-        f"accepts {numbers['tau']:.2f} tokens a pass, the training's forward {numbers['tau_teacher_forced']:.2f} at the"
-        f" same anchors ({numbers['tau_teacher_forced_all_anchors']:.2f} at all, as training counts)"
+        f"accepts {real / passes:.2f} tokens a pass, the training's forward {forced / passes:.2f} at the same anchors"
+        f" ({or_dash(numbers['tau_teacher_forced_all_anchors'])} at all, as training counts)"
     )
     told = ": decoding is not the model that was trained (caches, positions, features)"
     return Verdict("decoding", found, words + told * found, numbers)
@@ -223,16 +224,17 @@ def off_policy(evidence: Evidence) -> Verdict:
     if "argmax" not in evidence or not evidence["argmax"][1]:
         words = "the prompts have no answers to compare with: give the training data as --prompts"
         return Verdict("off-policy data", None, words)
+    agree, supervised = evidence["argmax"]
     numbers = {
-        "argmax_share": _ratio(*evidence["argmax"]),
+        "argmax_share": agree / supervised,
         "tau_teacher_forced_on_data": _ratio(*evidence["data"]),
         "tau_teacher_forced_on_own": _ratio(*evidence["own"]),
     }
-    found = numbers["argmax_share"] < OFF_POLICY
+    found = agree / supervised < OFF_POLICY
     words = (
-        f"{numbers['argmax_share']:.1%} of the data's tokens are the target's likeliest; teacher-forced tau"
-        f" {numbers['tau_teacher_forced_on_data']:.2f} on them, {numbers['tau_teacher_forced_on_own']:.2f} on what the"
-        " target writes"
+        f"{agree / supervised:.1%} of the data's tokens are the target's likeliest; teacher-forced tau"
+        f" {or_dash(numbers['tau_teacher_forced_on_data'])} on them,"
+        f" {or_dash(numbers['tau_teacher_forced_on_own'])} on what the target writes"
     )
     told = ": the target did not write this data, let it do so (`regenerate`)"
     return Verdict("off-policy data", found, words + told * found, numbers)
@@ -250,18 +252,20 @@ def mask_token(evidence: Evidence, info: TargetInfo, shape: DraftShape) -> Verdi
 
 
 def slots(evidence: Evidence) -> Verdict:
-    """By the anchors whose slots before were all right; by all anchors where these are too few."""
+    """By the anchors whose slots before were all right; by all anchors where these are too few. A slot that no answer
+    reaches has not been tried."""
     shares = [
         _ratio(held, reached) if reached >= SEEN_ENOUGH else _ratio(right, labels)
         for reached, held, right, labels in zip(*(evidence[n] for n in ("reached", "held", "right", "labels")))
     ]
-    dead = [k for k, share in enumerate(shares, 1) if share < UNLEARNED]
-    shown = " ".join(f"{share:.2f}" for share in shares)
+    dead = [k for k, share in enumerate(shares, 1) if share is not None and share < UNLEARNED]
+    shown = " ".join(map(or_dash, shares))
     words = f"right where all before were: {shown}"
     if dead:
         words += f"; slots {', '.join(map(str, dead))} never learned"
-    return Verdict("slots", bool(dead), words, {"right_if_reached": shares, "never_learned": dead})
+    found = bool(dead) if any(evidence["labels"]) else None
+    return Verdict("slots", found, words, {"right_if_reached": shares, "never_learned": dead})
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / max(whole, 1.0)
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

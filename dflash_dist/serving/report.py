@@ -12,6 +12,7 @@ import numpy as np
 
 from dflash_dist.decoding.speculative import Decoded
 from dflash_dist.reading import check_fields
+from dflash_dist.training.logs import or_dash
 
 DECODED = ("plain", "fast")
 RESAMPLES = 2000  # of the prompts, for the confidence interval
@@ -50,7 +51,8 @@ def summarise(answers: Sequence[Answer], block_size: int, equal: bool = True) ->
 
     `tau` is tokens emitted divided by verification passes, prefill excluded, cut at the stop token; its `tau_interval`
     says where it would lie for other prompts of the kind (95 %). The acceptance of slot k is the share of passes whose
-    first k proposals were all accepted. Rates are of one process.
+    first k proposals were all accepted. These are None without a pass: an answer that ends with its first token has
+    none. Rates are of one process.
 
     Args:
         equal: both outputs ought to be the same; else what would say so is None.
@@ -80,10 +82,10 @@ def _numbers(answers: Sequence[Answer], block_size: int, equal: bool) -> dict[st
         "answers": len(answers),
         "tokens": sum(len(a.plain.tokens) for a in answers),
         "passes": int(passes.sum()),
-        "tau": float(emitted.sum() / max(passes.sum(), 1)),
+        "tau": float(emitted.sum() / passes.sum()) if passes.any() else None,
         "tau_interval": tau_interval(emitted, passes),
-        "tau_mean_of_prompts": float((emitted / passes.clip(1))[passes > 0].mean()) if passes.any() else 0.0,
-        "acceptance_by_slot": [float((accepted >= k).sum() / max(len(accepted), 1)) for k in range(1, block_size)],
+        "tau_mean_of_prompts": float((emitted / passes.clip(1))[passes > 0].mean()) if passes.any() else None,
+        "acceptance_by_slot": [float((accepted >= k).mean()) if passes.any() else None for k in range(1, block_size)],
         "passes_by_accepted": np.bincount(accepted, minlength=block_size).tolist(),
         "plain_tokens_per_s": plain_rate,
         "speculative_tokens_per_s": fast_rate,
@@ -99,13 +101,14 @@ def tau_interval(emitted: np.ndarray, passes: np.ndarray) -> list[float] | None:
     """Where 95 % of the pooled tau lie when prompts are drawn anew, with replacement, from these; the same each time.
 
     Args:
-        emitted, passes: [N], of each prompt. A single one says nothing about others: None.
+        emitted, passes: [N], of each prompt. A single one says nothing about others, and none without a pass says
+            anything: None.
     """
-    if len(passes) < 2:
+    if len(passes) < 2 or not passes.any():
         return None
     drawn = np.random.default_rng(0).multinomial(len(passes), np.full(len(passes), 1 / len(passes)), RESAMPLES)
-    taus = (drawn @ emitted) / (drawn @ passes).clip(1)
-    return np.quantile(taus, [0.025, 0.975]).tolist()
+    drawn = drawn[drawn @ passes > 0]
+    return np.quantile((drawn @ emitted) / (drawn @ passes), [0.025, 0.975]).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------- for people
@@ -121,15 +124,18 @@ def table(report: dict[str, Any]) -> list[str]:
         "": list(columns),
         "prompts": [f"{c['prompts']:,}" for c in columns.values()],
         "tokens": [f"{c['tokens']:,}" for c in columns.values()],
-        "acceptance length": [f"{c['tau']:.2f}" for c in columns.values()],
+        "acceptance length": [or_dash(c["tau"]) for c in columns.values()],
         "  95 % interval": [_range(c["tau_interval"]) for c in columns.values()],
-        "  mean of prompts": [f"{c['tau_mean_of_prompts']:.2f}" for c in columns.values()],
+        "  mean of prompts": [or_dash(c["tau_mean_of_prompts"]) for c in columns.values()],
         "tokens/s plain": [f"{c['plain_tokens_per_s']:.1f}" for c in columns.values()],
         "tokens/s speculative": [f"{c['speculative_tokens_per_s']:.1f}" for c in columns.values()],
         "speed-up": [f"{c['speed_up']:.2f}x" for c in columns.values()],
-        "equal outputs": [_or_dash(c["equal_outputs"], f"{{}} of {c['answers']}") for c in columns.values()],
-        "lossless": [_or_dash(c["lossless_share"], "{:.1%}") for c in columns.values()],
-        **{f"slot {k} accepted": [f"{c['acceptance_by_slot'][k - 1]:.3f}" for c in columns.values()] for k in slots},
+        "equal outputs": [or_dash(c["equal_outputs"], f"{{}} of {c['answers']}") for c in columns.values()],
+        "lossless": [or_dash(c["lossless_share"], "{:.1%}") for c in columns.values()],
+        **{
+            f"slot {k} accepted": [or_dash(c["acceptance_by_slot"][k - 1], "{:.3f}") for c in columns.values()]
+            for k in slots
+        },
         **{
             f"passes that accept {k}": [_share(c["passes_by_accepted"], k) for c in columns.values()]
             for k in (0, *slots)
@@ -139,16 +145,12 @@ def table(report: dict[str, Any]) -> list[str]:
     return [f"{name:<22}" + "".join(f"{cell:>{width + 2}}" for cell in cells) for name, cells in rows.items()]
 
 
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
 def _range(interval: list[float] | None) -> str:
     return f"{interval[0]:.2f}-{interval[1]:.2f}" if interval else "-"
 
 
 def _share(counts: list[int], k: int) -> str:
-    return f"{counts[k] / max(sum(counts), 1):.1%}"
+    return or_dash(counts[k] / sum(counts) if any(counts) else None, "{:.1%}")
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -174,7 +176,8 @@ def to_tensorboard(report: dict[str, Any], folder: Path, step: int) -> None:
     slots = np.arange(1, len(report["acceptance_by_slot"]) + 1)
     width = 0.8 / len(report["suites"])
     for place, (suite, numbers) in enumerate(report["suites"].items()):
-        axes.bar(slots - 0.4 + (place + 0.5) * width, numbers["acceptance_by_slot"], width, label=suite)
+        shares = np.array(numbers["acceptance_by_slot"], float)  # None becomes nan, which is not drawn
+        axes.bar(slots - 0.4 + (place + 0.5) * width, shares, width, label=suite)
     axes.set(xlabel="slot", ylabel="share of passes", ylim=(0, 1), title="acceptance by slot")
     axes.legend()
     figure.tight_layout()
@@ -182,6 +185,6 @@ def to_tensorboard(report: dict[str, Any], folder: Path, step: int) -> None:
         board.add_figure("evaluate/slots", figure, step)
         for suite, numbers in report["suites"].items():
             counts = numbers["passes_by_accepted"]
-            board.add_scalar(f"evaluate/tau/{suite}", numbers["tau"], step)
             if sum(counts):
+                board.add_scalar(f"evaluate/tau/{suite}", numbers["tau"], step)
                 board.add_histogram(f"evaluate/accepted/{suite}", np.repeat(np.arange(len(counts)), counts), step)

@@ -181,20 +181,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def refuse_changed(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Refuses to continue a run with what would make it another run.
-
-    Raises:
-        ValueError: naming what changed, from what to what.
-    """
-    changed = [f"{key}: {saved.get(key)!r} -> {value!r}" for key, value in current.items() if saved.get(key) != value]
-    if changed:
-        raise ValueError(
-            f"{folder} is a checkpoint of a different run, so it cannot be resumed. Changed: {'; '.join(changed)}."
-            " Restore these, or choose another output_dir"
-        )
-
-
 def _checksum(path: Path) -> str:
     state = xxhash.xxh3_64()
     with path.open("rb") as file:

@@ -41,12 +41,14 @@ class Acceptance:
     reached: list[float]  # by slot: passes in which the proposals up to this one were accepted
 
     @property
-    def tau(self) -> float:
-        return self.emitted / max(self.passes, 1.0)
+    def tau(self) -> float | None:
+        """Tokens a pass, at least 1; None where every answer ended with its first token, which the prefill gives."""
+        return self.emitted / self.passes if self.passes else None
 
     @property
-    def by_slot(self) -> list[float]:
-        return [count / max(self.passes, 1.0) for count in self.reached]
+    def by_slot(self) -> list[float | None]:
+        """Share of the passes; None without any."""
+        return [count / self.passes if self.passes else None for count in self.reached]
 
 
 class Evaluation:

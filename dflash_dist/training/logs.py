@@ -55,6 +55,11 @@ def keep_logs(folder: Path) -> Iterator[None]:
             sys.stdout, sys.stderr = before
 
 
+def or_dash(value: float | None, form: str = "{:.2f}") -> str:
+    """A number for people; a dash where there was nothing to measure."""
+    return "-" if value is None else form.format(value)
+
+
 def _put(log: BinaryIO, text: str) -> None:
     with _a_full_disk_survived():
         log.write(text.encode(errors="replace"))

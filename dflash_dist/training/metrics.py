@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from dflash_dist.reading import parse
+from dflash_dist.training.logs import or_dash
 
 
 class MetricLog:
@@ -35,8 +37,9 @@ class MetricLog:
         self._board.add_text("config", f"```yaml\n{config_text}\n```", step)
         self.progress = Progress(step, total_steps)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """`values`: TensorBoard tag -> number."""
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """`values`: TensorBoard tag -> number; None where there was nothing to measure, which leaves it out."""
+        values = {tag: value for tag, value in values.items() if value is not None}
         self._waiting += json.dumps({"step": step, **values}).encode() + b"\n"
         with self._a_full_disk_survived(step):
             self._write_lines()
@@ -60,15 +63,15 @@ class MetricLog:
                     self._board.close()
             self._board = None  # its thread has ended for good: there will be a new one
 
-    def show_slots(self, step: int, tag: str, what: str, shares: list[float]) -> None:
-        """A picture of a share by slot; `what` it is a share of."""
+    def show_slots(self, step: int, tag: str, what: str, shares: Sequence[float | None]) -> None:
+        """A picture of a share by slot, without those that are None; `what` it is a share of."""
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
         figure, axes = plt.subplots(figsize=(5, 3))
-        axes.bar(range(1, len(shares) + 1), shares)
+        axes.bar(range(1, len(shares) + 1), [math.nan if share is None else share for share in shares])
         axes.set(xlabel="slot", ylabel=what, ylim=(0, 1), title=f"{what} by slot, step {step}")
         figure.tight_layout()
         with self._a_full_disk_survived(step):
@@ -109,11 +112,11 @@ class Progress:
         self.first, self.total, self.begun = step, total_steps, time.perf_counter()
         self.terminal = sys.stderr.isatty()
 
-    def show(self, step: int, loss: float, tau: float, tokens_per_s: float) -> None:
+    def show(self, step: int, loss: float, tau: float | None, tokens_per_s: float) -> None:
         seconds = (time.perf_counter() - self.begun) / max(step - self.first, 1)
         left = int(seconds * (self.total - step))
         line = (
-            f"step {step}/{self.total}  loss {loss:.3f}  tau {tau:.2f}"
+            f"step {step}/{self.total}  loss {loss:.3f}  tau {or_dash(tau)}"
             f"  {tokens_per_s:,.0f} tokens/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
         )
         print(

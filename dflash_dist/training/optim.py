@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # its package compiles TorchScript on import, which only a ru
     Optimizer = torch.optim.AdamW | ZeroRedundancyOptimizer
 
 
+NO_JUMP = 0.01  # share by which the rate may differ from that of the schedule, and nobody would see it
+
+
 def make_optimizer(model: nn.Module, train: TrainConfig, ranks: int = 1) -> Optimizer:
     options: dict[str, Any] = {"lr": train.lr, "betas": tuple(train.betas), "weight_decay": train.weight_decay}
     # fused: one pass over the state, and the only form that can skip an update on the device (`found_inf`)
@@ -77,6 +80,21 @@ def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return train.lr * (train.final_lr + (1 - train.final_lr) * cosine)
+
+
+def describe_jump(done: float, step: int, total_steps: int, train: TrainConfig) -> str | None:
+    """What to say where a run that goes on after `step` steps meets another schedule than the one that it comes from.
+
+    Args:
+        done: the rate of the last step.
+    """
+    if math.isclose(done, learning_rate(step - 1, total_steps, train), rel_tol=NO_JUMP):
+        return None
+    return (
+        f"the learning rate jumps from {done:.3g} in step {step} to {learning_rate(step, total_steps, train):.3g} in"
+        f" step {step + 1}, where the schedule of {total_steps} steps puts it; to go on at the rate of step {step} set"
+        f" train.lr={done:.4g} train.warmup=0 train.final_lr=1"
+    )
 
 
 def apply_update(optimizer: Optimizer, lr: float, clip_norm: float) -> torch.Tensor:

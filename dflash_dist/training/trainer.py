@@ -15,11 +15,12 @@ from typing import Any
 from dflash_dist.config import Config, describe, load_config
 from dflash_dist.ranks import World, join_world
 from dflash_dist.training import setup
-from dflash_dist.training.checkpoint import Checkpoints, newest_whole, read_state, refuse_changed, step_folders
+from dflash_dist.training.checkpoint import Checkpoints, newest_whole, read_state, step_folders
 from dflash_dist.training.context import TargetContext, make_context
 from dflash_dist.training.evaluation import Evaluation, SharedTarget, find_prompts
+from dflash_dist.training.identity import identity_of, refuse_another, refuse_changed_knobs
 from dflash_dist.training.logs import LOGS, keep_logs
-from dflash_dist.training.optim import gather_state, restore_hyperparameters
+from dflash_dist.training.optim import describe_jump, gather_state, restore_hyperparameters
 from dflash_dist.training.sampling import Sampler
 from dflash_dist.training.step import TrainingStep
 from dflash_dist.training.watch import Watch, due
@@ -56,6 +57,10 @@ class Trainer:
         setup.check_world(config, world)
         config = setup.make_builtins(config, world)
         self.world = world
+        self.folder = Path(config.output_dir)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
+        if saved := step_folders(self.checkpoints.folder):
+            refuse_changed_knobs(config, self.folder, saved[max(saved)])
         info = setup.check_target(config)
         setup.check_models(config, info)
         self.config = config = setup.fix_date(config, info, world)
@@ -72,16 +77,7 @@ class Trainer:
             assert isinstance(context, TargetContext), "load_config refuses real decoding without the target"
             target = SharedTarget(world, context.target.model, embedding, head, lambda: self.stop_requested)
             self.evaluation = Evaluation(config.eval, world, target, info.stop_ids, prompts)
-        # What a resumed run must share with the one it continues.
-        self.identity = {
-            **{f"draft.{name}": value for name, value in dataclasses.asdict(draft.shape).items()},
-            "train.seed": config.train.seed,
-            "train.global_batch_size": config.train.global_batch_size,
-            "data.seq_len": config.data.seq_len,
-            "data fingerprint": data.train.fingerprint,
-        }
-        self.folder = Path(config.output_dir)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
+        self.identity = identity_of(config, info, data, draft.shape, prompts)
         self.stop_requested = False
 
     def run(self) -> None:
@@ -165,11 +161,21 @@ class Trainer:
         step = int(self.world.sum_numbers(-1 if newest is None else newest)[0])
         if step < 0:
             return 0
-        refuse_changed(read_state(folders[step]).get("identity") or {}, self.identity, folders[step])
+        saved = read_state(folders[step]).get("identity") or {}
+        changed = refuse_another(saved, self.identity, self.config, self.folder, folders[step])
         self.checkpoints.load(step, self.training.draft, self.training.optimizer)
+        rate = self.training.optimizer.param_groups[0]["lr"]  # of the last step
         restore_hyperparameters(self.training.optimizer, self.config.train)
         if self.world.is_main:
-            print(f"resuming from {folders[step]}")
+            print(f"resuming from {folders[step]}" + (f", with {'; '.join(changed)}" if changed else ""))
+            if step >= self.total_steps:
+                print(
+                    f"nothing is left to do: {step} steps are done, and train.max_steps, or train.epochs where that is"
+                    f" null, asks for {self.total_steps}"
+                )
+            elif step and (jump := describe_jump(rate, step, self.total_steps, self.config.train)):
+                print(jump)
+        self.world.barrier()  # all have read the config that rank 0 is about to write anew
         return step
 
     @contextlib.contextmanager

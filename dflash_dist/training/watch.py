@@ -10,6 +10,7 @@ from dflash_dist.config import Config
 from dflash_dist.draft.objective import Statistics
 from dflash_dist.ranks import World
 from dflash_dist.training.evaluation import Acceptance
+from dflash_dist.training.logs import or_dash
 from dflash_dist.training.metrics import MetricLog, peak_memory_mib
 from dflash_dist.training.step import StepResult
 
@@ -50,7 +51,7 @@ class Watch:
         values = {
             "train/loss": shown.loss,
             "train/tau": shown.tau,
-            "train/accuracy": sum(shown.slot_correct) / max(sum(shown.slot_count), 1.0),
+            "train/accuracy": shown.accuracy,
             "optim/lr": result.lr,
             "optim/grad_norm": norm,
             "perf/step_s": seconds,
@@ -67,7 +68,7 @@ class Watch:
             slots = {f"val/accuracy_slot_{k:02d}": accuracy for k, accuracy in enumerate(shown.slot_accuracy, 1)}
             self.log.write(step, {"val/loss": shown.loss, "val/tau": shown.tau, **slots})
             self.log.show_slots(step, "val/slots", "held-out accuracy", shown.slot_accuracy)
-            self.say(f"step {step}: held-out loss {shown.loss:.3f}, tau {shown.tau:.2f}")
+            self.say(f"step {step}: held-out loss {shown.loss:.3f}, tau {or_dash(shown.tau)}")
 
     def evaluated(self, step: int, shown: Acceptance, seconds: float) -> None:
         """Logs a real decoding, as `validated` does a validation."""
@@ -76,7 +77,7 @@ class Watch:
             slots = {f"eval/acceptance_slot_{k:02d}": share for k, share in enumerate(shown.by_slot, 1)}
             self.log.write(step, {"eval/tau": shown.tau, "eval/seconds": seconds, **slots})
             self.log.show_slots(step, "eval/slots", "acceptance in decoding", shown.by_slot)
-            self.say(f"step {step}: real tau {shown.tau:.2f}, decoded in {seconds:.0f} s")
+            self.say(f"step {step}: real tau {or_dash(shown.tau)}, decoded in {seconds:.0f} s")
 
     def say(self, text: str) -> None:
         if self.log is not None:

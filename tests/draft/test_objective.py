@@ -231,7 +231,7 @@ def test_without_any_weight_the_loss_is_zero_and_so_is_the_gradient():
     assert (hidden.grad == 0).all()
     assert (statistics == 0).all()
     read = Statistics.read(statistics)
-    assert (read.loss, read.tau, read.slot_accuracy) == (0, 0, [0] * (K - 1))
+    assert (read.loss, read.tau, read.slot_accuracy) == (0, None, [None] * (K - 1))
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

@@ -235,3 +235,11 @@ def test_what_cannot_be_told_is_not_called_healthy(diagnose, spoil, write_chats)
     verdicts, found = diagnose(draft=draft, prompts=write_chats(*[[("user", question)] for question in QUESTIONS]))
     assert not found
     assert {cause for cause, verdict in verdicts.items() if verdict["found"] is None} == {"template", "off-policy data"}
+
+
+def test_a_slot_that_no_answer_reaches_has_not_been_tried() -> None:
+    labels = [30.0, 30.0, 0.0]
+    verdict = slots({"reached": labels, "held": [21.0, 15.0, 0.0], "right": [21.0, 15.0, 0.0], "labels": labels})
+    assert verdict.found is False and verdict.words == "right where all before were: 0.70 0.50 -"
+    assert verdict.numbers == {"right_if_reached": [0.7, 0.5, None], "never_learned": []}
+    assert slots(dict.fromkeys(("reached", "held", "right", "labels"), [0.0] * 3)).found is None

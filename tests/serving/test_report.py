@@ -42,11 +42,15 @@ def test_acceptance_of_slot_k_is_the_share_of_passes_that_accepted_k_proposals()
 def test_an_answer_that_ends_with_its_first_token_has_no_passes():
     short, other = answer(1, 1.0, 1.0, []), answer(5, 1.0, 1.0, [2, 2], prompt=1)
     report = summarise([short], block_size=4)
-    assert (report["passes"], report["tau"], report["tau_mean_of_prompts"]) == (0, 0, 0)
-    assert report["acceptance_by_slot"] == [0, 0, 0]
+    assert (report["passes"], report["tau"], report["tau_mean_of_prompts"]) == (0, None, None)
+    assert report["acceptance_by_slot"] == [None, None, None] and report["tau_interval"] is None
+    shown = {line[:22].strip(): line[22:].split() for line in table(report)}
+    named = ["acceptance length", "mean of prompts", "slot 1 accepted", "passes that accept 0"]
+    assert [shown[name] for name in named] == [["-"]] * 4
     # nor does it weigh on the mean of the other prompts
     report = summarise([short, other], block_size=4)
     assert (report["tau"], report["tau_mean_of_prompts"]) == (2, 2)
+    assert report["tau_interval"] == [2, 2], "a draw of prompts without a pass has no tau"
 
 
 def test_one_loss_among_ties_is_a_loss():

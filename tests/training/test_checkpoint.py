@@ -17,7 +17,6 @@ from dflash_dist.training.checkpoint import (
     damage,
     newest_whole,
     read_state,
-    refuse_changed,
     step_folders,
 )
 from dflash_dist.training.optim import apply_update, make_optimizer
@@ -242,9 +241,3 @@ def test_the_newest_whole_checkpoint_is_found_and_the_damaged_one_named(tmp_path
     assert "step-00000008 is not used: " in capsys.readouterr().out
     harm(tmp_path / "step-00000004" / name)
     assert newest_whole(tmp_path) is None
-
-
-def test_a_changed_identity_is_refused_by_name() -> None:
-    refuse_changed({"seed": 1, "old": 2}, {"seed": 1}, Path("x"))
-    with pytest.raises(ValueError, match=r"seed: 1 -> 2.*choose another output_dir"):
-        refuse_changed({"seed": 1}, {"seed": 2}, Path("x"))

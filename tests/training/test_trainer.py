@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import AutoTokenizer
 
-from dflash_dist.config import Config
+from dflash_dist.config import Config, TrainConfig
 from dflash_dist.data.chat import Document
 from dflash_dist.data.packing import global_rows
 from dflash_dist.ranks import World
 from dflash_dist.training import step as step_module
 from dflash_dist.training import trainer as module
 from dflash_dist.training.checkpoint import step_folders
+from dflash_dist.training.optim import describe_jump, learning_rate
 from dflash_dist.training.setup import PREEMPTED, planned_steps
 from dflash_dist.training.trainer import Trainer
 from tests.ranks import run_ranks
@@ -232,13 +233,15 @@ def test_a_signal_that_comes_twice_is_one_request_and_a_later_one_ends_the_proce
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_run_of_two_ranks_resumes_on_one(debug_config, tmp_path: Path, sharded: bool) -> None:
+def test_a_run_of_two_ranks_resumes_on_one(debug_config, tmp_path: Path, capsys, sharded: bool) -> None:
     short = ("train.max_steps=8", "log.every=1", "validate.every=0", "checkpoint.every=100")
     whole = debug_config(*short, f"output_dir={tmp_path / 'whole'}")
     parts = debug_config(*short, f"output_dir={tmp_path / 'parts'}", f"train.shard_optimizer={sharded}")
     run(ALONE, whole)
     assert run_ranks(run, 2, parts, 4) == [list(range(6))] * 2
+    capsys.readouterr()
     assert run(ALONE, parts) == [5, 6, 7]
+    assert "resuming" in (told := capsys.readouterr().out) and "jumps" not in told
     assert list(losses(parts)) == list(range(1, 9))
     for step, loss in losses(whole).items():
         assert losses(parts)[step] == pytest.approx(loss, rel=1e-5)
@@ -293,6 +296,40 @@ def test_a_resumed_run_uses_the_hyperparameters_of_its_config(debug_config) -> N
     assert trainer.resume() == 1
     (group,) = trainer.training.optimizer.param_groups
     assert group["weight_decay"] == 0.1 and group["betas"] == (0.8, 0.9)
+
+
+def rates(config: Config) -> dict[int, float]:
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row["optim/lr"] for row in map(json.loads, lines) if "optim/lr" in row}
+
+
+def test_a_schedule_that_is_extended_says_how_the_rate_jumps_and_how_to_go_on_without(debug_config, capsys) -> None:
+    short = ("validate.every=0", "log.every=1", "checkpoint.every=2")
+    run(ALONE, debug_config(*short, "train.max_steps=6"))
+    assert "jumps" not in capsys.readouterr().out
+    longer = debug_config(*short, "train.max_steps=12")
+    Trainer(longer, ALONE).resume()
+    train = longer.train
+    done, following = learning_rate(5, 6, train), learning_rate(6, 12, train)
+    assert following > 2 * done
+    told = capsys.readouterr().out
+    assert f"jumps from {done:.3g} in step 6 to {following:.3g} in step 7, where the schedule of 12 steps" in told
+    assert "train.max_steps: 6 -> 12" in told
+    advice = told.partition("to go on at the rate of step 6 set ")[2].split()[:3]
+    run(ALONE, debug_config(*short, "train.max_steps=12", *advice))
+    assert "jumps" not in capsys.readouterr().out
+    assert [rates(longer)[step] for step in range(7, 13)] == pytest.approx([done] * 6, rel=1e-3)
+    run(ALONE, debug_config(*short, "train.max_steps=9", *advice))
+    assert "nothing is left to do: 12 steps are done, and train.max_steps" in capsys.readouterr().out
+
+
+def test_an_unchanged_or_hardly_changed_schedule_goes_on_without_a_word() -> None:
+    """Steep as it may be: a jump is what the schedule itself would not have done."""
+    train = TrainConfig()
+    for step in range(1, 40):
+        assert describe_jump(learning_rate(step - 1, 40, train), step, 40, train) is None
+    assert describe_jump(learning_rate(499, 1000, train), 500, 1001, train) is None
+    assert describe_jump(learning_rate(499, 1000, train), 500, 1100, train) is not None
 
 
 def test_ranks_that_see_different_checkpoints_are_refused_together(debug_config, tmp_path: Path) -> None:
@@ -475,3 +512,14 @@ def test_a_token_without_an_embedding_is_named_before_the_target_loads(
     ):
         patched.setattr(module, "make_context", None)
         Trainer(config, ALONE)
+
+
+def test_a_run_on_answers_shorter_than_a_block_says_no_tau_rather_than_zero(debug_config, write_chats, capsys) -> None:
+    chats = write_chats(*[[("user", f"Say {n % 10}."), ("assistant", str(n % 10) * 3)] for n in range(40)])
+    config = debug_config(f"data.path={chats}", "train.max_steps=1", "log.every=1", "validate.every=1")
+    run(ALONE, config)
+    rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    keys = {key for row in rows for key in row}
+    assert {"train/loss", "val/loss", "val/accuracy_slot_03"} <= keys
+    assert not {"train/tau", "val/tau", "val/accuracy_slot_04"} & keys
+    assert "tau -" in (told := capsys.readouterr().err) and "tau 0" not in told

@@ -71,6 +71,27 @@ def test_real_decoding_is_shown_with_a_picture_and_takes_no_time_of_a_step(watch
     assert events.Scalars("eval/tau")[0].value == 2.5 and len(events.Images("eval/slots")) == 1
 
 
+NOTHING_FULL = [6.0, 3.0, 0.0, 0.0, *[1.0] * 3, *[0.0] * 4, *[2.0] * 3, *[0.0] * 4]  # of answers of 4 tokens
+
+
+def test_what_no_answer_was_long_enough_to_measure_is_left_out_and_a_dash(watch, capsys) -> None:
+    statistics = torch.tensor(NOTHING_FULL, dtype=torch.float64)
+    watch.read(StepResult(2, statistics, torch.tensor(1.0), 1e-3, 110.0))
+    watch.validated(2, Statistics.read(statistics), seconds=1.0)
+    watch.evaluated(2, Acceptance(0.0, 0.0, [0.0] * 7), seconds=1.0)
+    train, val, real = lines(watch)
+    assert "train/tau" not in train and train["train/accuracy"] == 0.5
+    assert val == {"step": 2, "val/loss": 2.0} | {f"val/accuracy_slot_{k:02d}": 0.5 for k in (1, 2, 3)}
+    assert real == {"step": 2, "eval/seconds": 1.0}
+    told = capsys.readouterr().err
+    assert "loss 2.000  tau -  " in told and "held-out loss 2.000, tau -\n" in told and "real tau -, decoded" in told
+    watch.log._board.flush()
+    events = EventAccumulator(str(Path(watch.config.output_dir) / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert "val/loss" in tags and not {"train/tau", "val/tau", "eval/tau", "val/accuracy_slot_04"} & set(tags)
+
+
 def test_what_is_due() -> None:
     assert [step for step in range(1, 8) if due(step, 3, 7)] == [3, 6, 7]
     assert not any(due(step, 0, 7) for step in range(8))
