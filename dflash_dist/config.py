@@ -22,6 +22,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 # Decay of the loss weights by block size (arXiv 2602.06036, A.1).
 PUBLISHED_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
+LIGHTEST = math.log(1e9)  # a slot that weighs a billionth of the first one would never be learned
 
 
 # What becomes of a knob that is changed where a run goes on from a checkpoint. FIXED: it would be another run, which is
@@ -347,8 +348,9 @@ def _refuse_impossible(config: Config) -> None:
     require(0 <= loss.alpha <= 1, f"loss.alpha is a share, from 0 to 1, found {loss.alpha}")
     require(loss.gamma is None or loss.gamma > 0, f"loss.gamma must be positive, found {loss.gamma}")
     require(
-        math.exp(-(draft.block_size - 2) / config.gamma) > 1e-9,
-        f"loss.gamma {loss.gamma} leaves the last slot of a block of {draft.block_size} without weight: raise it",
+        (draft.block_size - 2) / config.gamma < LIGHTEST,
+        f"loss.gamma {loss.gamma} leaves the last slot of a block of {draft.block_size} without weight: set it to at"
+        f" least {math.ceil((draft.block_size - 2) / LIGHTEST)}",
     )
     require(
         train.max_steps is None or train.max_steps >= 0,
@@ -385,7 +387,9 @@ def _refuse_impossible(config: Config) -> None:
     require(config.eval.every >= 0, f"eval.every must not be negative, found {config.eval.every}")
     require(config.eval.count >= 1, f"eval.count must be at least 1, found {config.eval.count}")
     require(
-        config.eval.max_new_tokens >= 1, f"eval.max_new_tokens must be at least 1, found {config.eval.max_new_tokens}"
+        config.eval.max_new_tokens >= 2,
+        "eval.max_new_tokens must be at least 2, since the first token comes without a draft, found"
+        f" {config.eval.max_new_tokens}",
     )
     if config.eval.every:
         require(

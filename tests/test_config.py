@@ -186,7 +186,7 @@ def test_an_unknown_key_in_the_file_names_the_file(load, tmp_path):
         ("validate.every=5", "nothing is held out: set data.val_path or data.val_conversations"),
         ("eval.every=-1", "eval.every must not be negative, found -1"),
         ("eval.count=0", "eval.count must be at least 1, found 0"),
-        ("eval.max_new_tokens=0", "eval.max_new_tokens must be at least 1, found 0"),
+        ("eval.max_new_tokens=0", "eval.max_new_tokens must be at least 2"),
         ("eval.every=5", "nothing to decode: set eval.prompts, data.val_path or data.val_conversations"),
         ("checkpoint.every=0", "checkpoint.every must be at least 1, found 0"),
         ("checkpoint.keep=0", "checkpoint.keep must be at least 1, found 0"),
@@ -305,3 +305,11 @@ def test_a_missing_file_is_named(tmp_path):
 def test_real_decoding_without_a_whole_target_is_refused(load, override, message):
     with pytest.raises(ValueError, match=message):
         load("eval.every=5", "eval.prompts=asked.jsonl", "target.full_depth=true", override)
+
+
+@pytest.mark.parametrize("block_size", [16, 100])
+def test_the_decay_that_a_refusal_advises_is_accepted(load, block_size) -> None:
+    with pytest.raises(ValueError, match=r"without weight: set it to at least \d+$") as refusal:
+        load(f"draft.block_size={block_size}", "loss.gamma=0.1")
+    least = str(refusal.value).split()[-1]
+    assert load(f"draft.block_size={block_size}", f"loss.gamma={least}").gamma == float(least)

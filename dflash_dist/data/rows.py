@@ -14,7 +14,7 @@ import numpy as np
 
 from dflash_dist.config import DataConfig
 from dflash_dist.data.chat import ChatEncoder, Document
-from dflash_dist.data.documents import Documents, Summary, open_documents
+from dflash_dist.data.documents import NO_ANCHOR, Documents, Summary, open_documents
 from dflash_dist.data.packing import SOURCE_SHARE, PackedRows, random_stream
 from dflash_dist.data.sources import BadRows, describe_unread, find_sources
 from dflash_dist.data.template import today
@@ -164,7 +164,8 @@ def load_data(config: DataConfig, encoder: ChatEncoder, seed: int, pack: bool) -
         if config.val_conversations >= len(conversations):
             raise ValueError(
                 f"data.val_conversations {config.val_conversations} leaves nothing to train on:"
-                f" {_named(config.path)} gives {len(conversations)} conversations"
+                f" {_named(config.path)} gives {len(conversations)} conversations: hold out fewer, or name others in"
+                " data.val_path"
             )
         every = len(conversations) / config.val_conversations
         picked = conversations[(np.arange(config.val_conversations) * every).astype(int)]
@@ -240,9 +241,12 @@ def _load(paths: dict[str, float], config: DataConfig, encoder: ChatEncoder) -> 
     if not learnable.any():
         told = Counter(bad.by_cause) + sum((summary.dropped for summary in summaries), Counter[str]())
         told["no answer within a row"] += len(documents)
+        first = documents.first_anchor.min(initial=NO_ANCHOR)
+        advice = f"; data.seq_len must be at least {first + 2}" if first != NO_ANCHOR else ""
         raise ValueError(
             f"nothing in {_named(paths)} can be learned from: {rows} rows"
             + "".join(f", {count} x {cause}" for cause, count in (+told).items())
+            + advice
         )
     return Loaded(
         documents,

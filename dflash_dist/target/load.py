@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from dflash_dist.target.capture import HFDFlashTargetModel
 from dflash_dist.target.folder import AGAIN, CONFIG, looks_like_hub_id, read_config, read_tokenizer, reading_target
 from dflash_dist.target.head import check_head
 from dflash_dist.target.rehearsal import REPORTING, quiet, reading_model, refuse_gaps, rehearse
+
+RESERVED = re.compile("mask|reserved|unused", re.IGNORECASE)  # in the name of a token that no text contains
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,30 @@ def check_capture(info: TargetInfo, layer_ids: Sequence[int]) -> None:
         ValueError: naming the ids and the range.
     """
     last = info.text.num_hidden_layers - 1
+    if last == 0:
+        raise ValueError(f"{info.path} has a single layer, and a target's last layer is never captured: choose another")
     outside = [i for i in layer_ids if not 0 <= i <= last]
     if outside:
-        raise ValueError(f"target.layer_ids {outside} are out of range: {info.path} has layers 0 to {last}")
+        raise ValueError(
+            f"target.layer_ids {outside} are out of range: of {info.path}, layers 0 to {last - 1} can be captured"
+        )
     if last in layer_ids:
         raise ValueError(
             f"target.layer_ids contains {last}, the last layer of {info.path}: serving engines disagree on whether its"
             f" output is normalised, so capture layers up to {last - 1}"
+        )
+
+
+def check_replicas(replicas: int, ranks: int) -> None:
+    """Refuses copies of the target that the ranks do not divide into.
+
+    Raises:
+        ValueError: with the numbers that fit.
+    """
+    if ranks % replicas:
+        fitting = ", ".join(str(count) for count in range(1, ranks + 1) if ranks % count == 0)
+        raise ValueError(
+            f"target.replicas {replicas} does not divide the {ranks} ranks of this run: set it to {fitting}"
         )
 
 
@@ -182,17 +202,23 @@ def check_mask_token(info: TargetInfo, mask_token_id: int) -> None:
     Raises:
         ValueError: naming the token.
     """
-    if not 0 <= mask_token_id < info.text.vocab_size:
-        raise ValueError(
-            f"draft.mask_token_id {mask_token_id} is outside the vocabulary of {info.text.vocab_size} tokens"
-        )
-    tokenizer = info.tokenizer
+    tokenizer, vocab = info.tokenizer, info.text.vocab_size
     taken = {tokenizer.pad_token_id: "pad", tokenizer.bos_token_id: "bos"} | dict.fromkeys(info.stop_ids, "eos")
+    if 0 <= mask_token_id < vocab and mask_token_id not in taken:
+        return
+    behind = max(tokenizer.get_vocab().values()) + 1  # an embedding often has rows behind the tokenizer's own tokens
+    named = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    free = [number for name, number in sorted(named.items()) if RESERVED.search(name)] + [behind]
+    advice = next((f", such as {number}" for number in free if number < vocab and number not in taken), "")
     if mask_token_id in taken:
         raise ValueError(
             f"draft.mask_token_id {mask_token_id} is the {taken[mask_token_id]} token of {info.path}, which occurs in"
-            " text: choose a reserved token"
+            f" text: choose a reserved token{advice}"
         )
+    raise ValueError(
+        f"draft.mask_token_id {mask_token_id} is outside the vocabulary of {vocab} tokens: choose a reserved"
+        f" token{advice}"
+    )
 
 
 def load_target(
@@ -215,8 +241,7 @@ def load_target(
     Raises:
         ValueError: the ranks do not divide into `replicas`, or the checkpoint lacks the LM head.
     """
-    if world.size % replicas:
-        raise ValueError(f"target.replicas {replicas} does not divide the {world.size} ranks of this run")
+    check_replicas(replicas, world.size)
     options: dict[str, Any] = {"config": _shallow(info, layer_ids, full_depth), "dtype": dtype}
     if attention:
         options["attn_implementation"] = attention

@@ -29,7 +29,14 @@ from dflash_dist.files import writing
 from dflash_dist.ranks import World
 from dflash_dist.target.features import DATE, INDEX, read_index
 from dflash_dist.target.folder import check_decoder
-from dflash_dist.target.load import TargetInfo, check_capture, check_loading, check_mask_token, read_info
+from dflash_dist.target.load import (
+    TargetInfo,
+    check_capture,
+    check_loading,
+    check_mask_token,
+    check_replicas,
+    read_info,
+)
 from dflash_dist.target.tiny import BUILTIN_CHAT, BUILTIN_TARGET, make_tiny_chats, make_tiny_target
 from dflash_dist.target.warm_start import warm_start
 
@@ -104,16 +111,20 @@ def make_builtins(config: Config, world: World) -> Config:
 
 
 def check_world(config: Config, world: World) -> None:
-    """Refuses a world size that the batch does not divide by.
+    """Refuses a world size that the batch or the copies of the target do not divide by.
 
     Raises:
-        ValueError: with world sizes that fit.
+        ValueError: with what fits.
     """
+    if config.target.features is None:
+        check_replicas(config.target.replicas, world.size)
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     if batch % (micro * world.size):
+        each, rest = divmod(batch, world.size)
+        smaller = "" if rest else f", or a train.micro_batch_size that divides {each}"
         raise ValueError(
             f"train.global_batch_size {batch} does not divide by {world.size} ranks x train.micro_batch_size {micro}:"
-            f" choose a multiple of {micro * world.size}, or another number of ranks"
+            f" choose a multiple of {micro * world.size}, or a number of ranks that divides {batch // micro}{smaller}"
         )
 
 
@@ -254,7 +265,7 @@ def draft_shape(config: Config, text: Any, path: str) -> DraftShape:
     if config.data.seq_len > shape.max_position_embeddings:
         raise ValueError(
             f"data.seq_len {config.data.seq_len} is above the {shape.max_position_embeddings} positions of"
-            f" {draft.init if begun_from else path}"
+            f" {draft.init if begun_from else path}: set it to at most that"
         )
     return shape
 

@@ -239,14 +239,22 @@ def test_of_many_bad_rows_the_first_ten_are_named(tmp_path):
     [
         ([], "0 rows"),
         ([NO_ANSWER, NO_ANSWER], "2 rows, 2 x no assistant turn"),
-        (chats(3), "3 rows, 3 x no answer within a row"),
-        ([NO_ANSWER, *chats(1), "{"], "3 rows, 1 x malformed JSON, 1 x no assistant turn, 1 x no answer within a row"),
+        (chats(3), "3 rows, 3 x no answer within a row; data.seq_len must be at least 23"),
+        (
+            [NO_ANSWER, *chats(1), "{"],
+            "3 rows, 1 x malformed JSON, 1 x no assistant turn, 1 x no answer within a row;"
+            " data.seq_len must be at least 23",
+        ),
     ],
 )
 def test_data_with_nothing_to_learn_from_is_refused(tmp_path, rows, account):
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ValueError, match=rf"^nothing in {path} can be learned from: {account}$"):
         load(path, seq_len=10, max_bad_rows=1)
+    if "at least 23" in account:  # as advised, and no token less
+        assert load(path, seq_len=23, max_bad_rows=1).train.anchors == len(chats(3)) - rows.count(NO_ANSWER) * 2
+        with pytest.raises(ValueError, match="nothing in"):
+            load(path, seq_len=22, max_bad_rows=1)
 
 
 def test_data_that_is_supervised_below_one_percent_is_refused(tmp_path):

@@ -190,7 +190,7 @@ def test_a_checkpoint_with_missing_tensors_is_refused(folders, alone, tmp_path: 
 
 @pytest.mark.parametrize(
     ("ids", "message"),
-    [([0, 5], r"\[5\] are out of range: .* has layers 0 to 4"), ([1, 4], "contains 4, the last layer")],
+    [([0, 5], r"\[5\] are out of range: .* layers 0 to 3 can be captured"), ([1, 4], "contains 4, the last layer")],
 )
 def test_layers_that_must_not_be_captured_are_refused(folders, ids: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

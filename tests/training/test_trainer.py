@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from collections.abc import Container
@@ -20,6 +21,7 @@ from dflash_dist.config import Config, TrainConfig
 from dflash_dist.data.chat import Document
 from dflash_dist.data.packing import global_rows
 from dflash_dist.ranks import World
+from dflash_dist.training import setup
 from dflash_dist.training import step as step_module
 from dflash_dist.training import trainer as module
 from dflash_dist.training.checkpoint import step_folders
@@ -523,3 +525,65 @@ def test_a_run_on_answers_shorter_than_a_block_says_no_tau_rather_than_zero(debu
     assert {"train/loss", "val/loss", "val/accuracy_slot_03"} <= keys
     assert not {"train/tau", "val/tau", "val/accuracy_slot_04"} & keys
     assert "tau -" in (told := capsys.readouterr().err) and "tau 0" not in told
+
+
+@pytest.mark.parametrize(
+    ("override", "message", "advised"),
+    [
+        ("draft.mask_token_id=1000", "such as (?P<value>3)$", "draft.mask_token_id={value}"),
+        ("draft.mask_token_id=2", "such as (?P<value>3)$", "draft.mask_token_id={value}"),
+        ("target.layer_ids=[1,9]", "layers 0 to (?P<value>4) can be captured", "target.layer_ids=[0,{value}]"),
+        ("data.seq_len=4096", "2048 positions of .*: set it to at most that", "data.seq_len=2048"),
+        (
+            "data.val_conversations=256",
+            "gives (?P<value>256) conversations: hold out fewer",
+            "data.val_conversations=255",
+        ),
+        (
+            "target.replicas=2",
+            "does not divide the 1 ranks of this run: set it to (?P<value>1)$",
+            "target.replicas={value}",
+        ),
+    ],
+)
+def test_what_a_refusal_advises_is_accepted(debug_config, monkeypatch, override, message, advised) -> None:
+    class Accepted(Exception):
+        pass
+
+    def accept(*_args: object) -> None:
+        raise Accepted
+
+    monkeypatch.setattr(module, "make_context", accept)
+    with pytest.raises(ValueError, match=message) as refusal:
+        Trainer(debug_config(override), ALONE)
+    found = re.search(message, str(refusal.value))
+    assert found
+    with pytest.raises(Accepted):
+        Trainer(debug_config(advised.format(**found.groupdict())), ALONE)
+
+
+@pytest.mark.parametrize(("ranks", "batch", "micro"), [(3, 4, 2), (8, 24, 6), (4, 8, 8), (5, 12, 1)])
+def test_all_that_is_advised_for_a_batch_that_does_not_divide_fits(
+    debug_config, ranks: int, batch: int, micro: int
+) -> None:
+    def check(batch: int, micro: int, ranks: int) -> None:
+        config = debug_config(f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}")
+        setup.check_world(config, World(0, ranks, torch.device("cpu")))
+
+    with pytest.raises(ValueError, match="does not divide by") as refusal:
+        check(batch, micro, ranks)
+    told = str(refusal.value)
+    multiple, total = map(int, re.findall(r"(?:multiple of|ranks that divides) (\d+)", told))
+    check(2 * multiple, micro, ranks)
+    for fitting in (n for n in range(1, total + 1) if total % n == 0):
+        check(batch, micro, fitting)
+    each = re.search(r"train.micro_batch_size that divides (\d+)", told)
+    assert bool(each) == (batch % ranks == 0)
+    for smaller in (n for n in range(1, batch + 1) if each and int(each.group(1)) % n == 0):
+        check(batch, smaller, ranks)
+
+
+def test_a_draft_that_cannot_be_is_refused_before_data_is_read(debug_config, monkeypatch) -> None:
+    monkeypatch.setattr(setup, "make_data", lambda *_: pytest.fail("data was read"))
+    with pytest.raises(ValueError, match="must be a multiple of"):
+        Trainer(debug_config("draft.num_attention_heads=3"), ALONE)
