@@ -201,6 +201,8 @@ def test_what_dflash_config_holds_may_stand_at_the_top_level(shape):
     config = {key: value for key, value in CONFIG.items() if key != "dflash_config"}
     assert from_config({**config, **CONFIG["dflash_config"]}) == shape
     assert from_config({key: value for key, value in CONFIG.items() if key != "block_size"}) == shape
+    # what stands inside comes first
+    assert from_config(CONFIG | {"block_size": 16, "mask_token_id": 7, "rope_theta": 5.0}) == shape
 
 
 # ---- what is refused ----

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dflash_dist.cost import bench
 from dflash_dist.cost.memory import RankStep, draft_parameters, held, peak
 from dflash_dist.cost.meter import WARM_UP, collective_mib
-from dflash_dist.cost.plan import Stage, largest_that, main
+from dflash_dist.cost.plan import RESERVE, Machine, Stage, fits, largest_that, main
 from dflash_dist.cost.shapes import TargetShape, spread_layers, step_flops
 from dflash_dist.cost.traffic import gradient_sums, target_gathers, weight_shares
 from dflash_dist.data.chat import Document
@@ -127,6 +127,13 @@ def test_what_is_held_once_or_waits_written_out_by_hand() -> None:
     assert "gradients" not in held(step)["draft"]
     for waiting in (dataclasses.replace(step, ranks=2), dataclasses.replace(step, micro_batches=2)):
         assert held(waiting)["draft"]["gradients"] == weights
+
+
+def test_a_gpu_also_holds_what_no_tensor_accounts_for() -> None:
+    plan = trial_of(SHAPES["float32"])
+    step = RankStep.of(plan.config, plan.target, 1)
+    machine = Machine(peak(step) + RESERVE, 1.0, 1.0, 1.0, 1.0, 8)
+    assert fits(step, machine) and not fits(step, dataclasses.replace(machine, memory=machine.memory - 1))
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 7, 64])

@@ -271,6 +271,13 @@ def test_the_fingerprint_changes_with(tmp_path, rows, config):
     assert load(write_rows(tmp_path / "changed.jsonl", rows), **config).train.fingerprint != before
 
 
+def test_the_fingerprint_changes_with_what_is_supervised(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [chat("0?", "0!", "1?", "1!")])
+    whole, last = load(path), load(path, encoder=make_encoder(DataConfig(last_turn_only=True), tiny_tokenizer(), [2]))
+    assert laid_out(whole.train) == laid_out(last.train) and whole.train.supervised > last.train.supervised
+    assert whole.train.fingerprint != last.train.fingerprint
+
+
 # ------------------------------------------------------------------------------------------------ what the config names
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -86,3 +88,5 @@ def test_layers_that_keep_a_state_of_all_tokens_are_refused_by_kind(name, kind):
     config = getattr(transformers, f"{name}Config")()
     with pytest.raises(ValueError, match=f"drops rejected tokens .* kind .*{kind}.* cannot: {config.model_type}"):
         check_rollback(config)
+    with pytest.raises(ValueError, match="drops rejected tokens"):  # before anything of the model is asked for
+        Decoder(SimpleNamespace(config=config), DFlashDraftModel(tiny_shape()), stop_ids=[])

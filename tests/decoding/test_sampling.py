@@ -58,6 +58,13 @@ def test_probabilities_are_those_that_transformers_samples_from(sampling):
     assert torch.equal(sampling.probabilities(logits) > 0, expected > 0)
 
 
+def test_a_nucleus_ends_with_the_token_that_reaches_its_probability():
+    quarters = torch.zeros(1, 4)
+    for top_p, kept in ((0.25, 1), (0.5, 2), (0.51, 3), (1.0, 4)):
+        expected = torch.tensor([[1 / kept] * kept + [0.0] * (4 - kept)])
+        assert torch.equal(Sampling(1.0, top_p=top_p).probabilities(quarters), expected)
+
+
 def test_choices_have_the_probabilities(count=40_000):
     sampling = Sampling(0.8, top_p=0.9, top_k=10)
     logits = rows(1, 1, 12)
@@ -110,6 +117,23 @@ def test_agreement_and_rejection_accept_as_often_as_theory_says(count=20_000):
 def test_numbers_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**fields)
+
+
+def test_greedy_decoding_rejects_nothing():
+    assert Sampling(1.0, rejection=True).rejects
+    assert not Sampling(0.0, rejection=True).rejects and not Sampling(1.0).rejects
+
+
+def test_what_follows_accepted_proposals_is_drawn_from_what_the_draft_left_over():
+    # The draft foretells token 0 of every slot. The target wants it in the first `right` slots, then half of the time.
+    sampling, foreseen = Sampling(1.0), torch.tensor([[1.0, 0.0, 0.0]] * 3)
+    for right in range(4):
+        probabilities = torch.tensor([[1.0, 0.0, 0.0]] * right + [[0.5, 0.5, 0.0]] * (4 - right))
+        drawn = [tuple(sampling.accept([0, 0, 0], foreseen, probabilities, at)) for at in range(0, 1600, 8)]
+        assert all(tokens[:right] == (0,) * right and 2 not in tokens for tokens in drawn)
+        assert sum(tokens[right] for tokens in drawn) == pytest.approx(100, abs=30)
+        # Behind a refused proposal comes what the draft did not foresee; behind all three, nothing was foreseen.
+        assert all(tokens[-1] == 1 for tokens in drawn if len(tokens) < 4)
 
 
 # ---- answers ----

@@ -139,6 +139,8 @@ def test_a_stop_token_in_an_accepted_run_cuts_the_run(monkeypatch, make_decoder,
     fast = decoder.speculative(PROMPT, 30)
     assert fast.tokens == answer[: end + 1]
     assert fast.emitted == emitted
+    # Of a pass that was cut, no more were accepted than were emitted.
+    assert fast.accepted == [min(count, 3) for count in emitted]
 
 
 # ---- acceptance ----

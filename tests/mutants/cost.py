@@ -70,7 +70,7 @@ MUTANTS = [
         PLAN,
         "    return peak(step) + RESERVE <= machine.memory\n",
         "    return peak(step) <= machine.memory\n",
-        planning("more_anchors_and_rows_than_the_largest_do_not_fit", "the_report_fits_together"),
+        planning("a_gpu_also_holds_what_no_tensor_accounts_for"),
     ),
     Mutant(
         "operations of a backward of attention: twice its forward",

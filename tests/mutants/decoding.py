@@ -203,7 +203,7 @@ MUTANTS = [
         SPECULATIVE,
         "following = self._choose(logits, len(prompt) + len(tokens))",
         "following = self._choose(logits, len(tokens))",
-        TEST_SPECULATIVE,
+        TEST_SAMPLING,
     ),
     Mutant(
         "none is written past the target's last position",

@@ -25,6 +25,7 @@ CONTINUED = evaluating("an_evaluation_continues_only_under_the_same_settings")
 INTERRUPTED = evaluating("an_interrupted_evaluation_decodes_only_what_is_missing")
 LATER = evaluating("a_later_question_follows_the_targets_own_answer")
 HEALTHY = diagnosing("of_a_healthy_draft_no_cause_is_named")
+EXAMINED = diagnosing("what_one_answer_is_evidence_of_written_out_by_hand")
 
 MUTANTS = [
     Mutant(
@@ -400,7 +401,7 @@ MUTANTS = [
         EVALUATE,
         "seed=self.args.seed * 1_000_003 + row)",
         "seed=self.args.seed)",
-        evaluating("sampled_answers_depend_on_the_seed_and_not_on_the_ranks"),
+        evaluating("one_question_asked_twice_is_answered_with_other_noise"),
     ),
     Mutant(
         "draft and target belong together",
@@ -421,7 +422,7 @@ MUTANTS = [
         EVALUATE,
         "plain.tokens[:-1] if finished else plain.tokens",
         "plain.tokens",
-        LATER,
+        evaluating("an_answer_goes_on_without_its_stop_token"),
     ),
     Mutant(
         "--rejection: the answers need not be the target's very tokens",
@@ -578,12 +579,18 @@ MUTANTS = [
         "if True:",
         TEST_SUITES,
     ),
-    Mutant("--prompts: the conversation's tools", SUITES, "asked, tools=row.tools,", "asked,", TEST_SUITES),
+    Mutant(
+        "--prompts: the conversation's tools",
+        SUITES,
+        "asked, (), row.tools, row.template_args",
+        "asked, (), None, row.template_args",
+        TEST_SUITES,
+    ),
     Mutant(
         "each is cut before its last answer; what the data answers is kept for --diagnose",
         SUITES,
-        "answered=row if asked != row.messages else None",
-        "answered=None",
+        "row if asked != row.messages else None)",
+        "None)",
         TEST_SUITES,
     ),
     Mutant(
@@ -612,14 +619,14 @@ MUTANTS = [
         DIAGNOSE,
         "visited = np.cumsum([0, *fast.emitted])[:-1].astype(int)",
         "visited = np.arange(len(fast.emitted))",
-        HEALTHY,
+        EXAMINED,
     ),
     Mutant(
         "--diagnose: over blocks with a full set of labels",
         DIAGNOSE,
         "if anchor < len(full) and full[anchor]]",
         "if anchor < len(full)]",
-        HEALTHY,
+        EXAMINED,
     ),
     Mutant(
         "--diagnose: decoding that is not the trained model",
@@ -631,7 +638,7 @@ MUTANTS = [
     Mutant(
         "--diagnose: prompts rendered otherwise than in training",
         DIAGNOSE,
-        "self.trained.prompt_ids(messages, tools) != prompt",
+        "self.trained.prompt_of(asked) != prompt",
         "False",
         diagnosing("prompts_that_are_rendered_otherwise_are_named"),
     ),
@@ -654,7 +661,7 @@ MUTANTS = [
         DIAGNOSE,
         "agree = (choices[:-1] == document.input_ids[1:]) & supervised",
         "agree = (choices[:-1] == document.input_ids[1:])",
-        HEALTHY,
+        diagnosing("of_the_data_only_answers_are_compared"),
     ),
     Mutant(
         "--diagnose: the target's choice after each token",
@@ -675,20 +682,20 @@ MUTANTS = [
         DIAGNOSE,
         "reached = np.concatenate([np.ones_like(held[:, :1]), held[:, :-1]], axis=1) * counts",
         "reached = held * counts",
-        diagnosing("slots_that_never_learned_are_named"),
+        EXAMINED,
     ),
     Mutant(
         "--diagnose: by all anchors where these are too few",
         DIAGNOSE,
         "if reached >= SEEN_ENOUGH else",
         "if True else",
-        diagnosing("slots_that_never_learned_are_named"),
+        diagnosing("a_slot_that_few_anchors_reached_is_judged_by_all"),
     ),
     Mutant(
         "--diagnose: what the folder does not tell is marked `-`",
         DIAGNOSE,
         '{True: "CAUSE", False: "ok", None: "-"}',
         '{True: "CAUSE", False: "ok", None: "ok"}',
-        diagnosing("what_cannot_be_told_is_not_called_healthy"),
+        diagnosing("a_slot_that_few_anchors_reached_is_judged_by_all"),
     ),
 ]

@@ -189,8 +189,8 @@ MUTANTS = [
     Mutant(
         "regenerate: answers before the first question are left out",
         ANSWERS,
-        "        if not waiting or (k + 1",
-        "        if (k + 1",
+        "        if not waiting or (following is not None",
+        "        if (following is not None",
         TEST_ANSWERS,
     ),
     Mutant(
@@ -266,7 +266,7 @@ MUTANTS = [
     Mutant(
         "parts: the settings stay beside the output",
         PARTS,
-        "json.loads(described.read_text()) != settings:",
+        "stored_settings(out) != settings:",
         "False:",
         TEST_ANSWERS,
     ),
@@ -309,7 +309,7 @@ MUTANTS = [
     Mutant(
         "endpoint: template arguments arrive",
         ENDPOINT,
-        'fields["chat_template_kwargs"] = args.template_args',
+        'fields["chat_template_kwargs"] = template_args',
         "pass",
         TEST_ENDPOINT,
     ),

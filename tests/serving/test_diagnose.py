@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from dflash_dist.contract.folder import write_draft
+from dflash_dist.data.chat import Document
 from dflash_dist.decoding.speculative import Decoded, Decoder
 from dflash_dist.draft.attention import training_attention
 from dflash_dist.draft.blocks import build_blocks
 from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.draft.objective import WeightedSlots, block_loss
+from dflash_dist.serving.diagnose import Examiner, Verdict, slots
 from dflash_dist.serving.evaluate import main
 from dflash_dist.target.capture import HFDFlashTargetModel
 from dflash_dist.target.tiny import CHATML
@@ -160,6 +163,48 @@ def test_data_that_the_target_did_not_write_is_named(diagnose, write_chats):
     numbers = verdicts["off-policy data"]["numbers"]
     assert numbers["argmax_share"] < 0.2
     assert numbers["tau_teacher_forced_on_data"] < 1.5 < 3 < numbers["tau_teacher_forced_on_own"]
+
+
+def examiner(right: list[list[int]], counts: list[list[int]], choices: list[int]) -> Examiner:
+    """Of blocks of 3 with the mask token 3, whose forward finds the given."""
+    shape = SimpleNamespace(mask_token_id=3, block_size=3)
+    decoder = SimpleNamespace(head=torch.zeros(1), draft=SimpleNamespace(shape=shape))
+    tokenizer = SimpleNamespace(decode=lambda tokens: "an answer")
+    made = Examiner(decoder, SimpleNamespace(tokenizer=tokenizer), None)
+    made._foretell = lambda ids, answered: (np.array(right, bool), np.array(counts, bool), np.array(choices))
+    return made
+
+
+def test_what_one_answer_is_evidence_of_written_out_by_hand():
+    # Six tokens: five anchors, of which the last has one label. Decoding began at tokens 0, 3 and 4.
+    right, counts = [[1, 1], [0, 1], [1, 0], [1, 0], [1, 0]], [[1, 1], [1, 1], [1, 1], [1, 1], [1, 0]]
+    fast = Decoded([9] * 6, 1.0, emitted=[3, 1, 1], accepted=[2, 0, 0])
+    assert examiner(right, counts, []).examine([7, 3], None, fast) == {
+        "own": [3 + 1 + 2 + 2, 4],
+        # Anchors 0 and 3 have all labels: decoding accepted 3 and 1 tokens there, the training's forward 3 and 2.
+        "visited": [3 + 1, 3 + 2, 2],
+        "reached": [5, 3],  # the second slot where the first was right and it has a label
+        "held": [4, 1],
+        "right": [4, 2],
+        "labels": [5, 4],
+        "masks": [1, 8],
+        "prompts": [0, 0, 1],
+    }
+
+
+def test_of_the_data_only_answers_are_compared():
+    made = examiner([[1, 1], [0, 0]], [[1, 1], [1, 0]], choices=[5, 5, 6, 8, 0])
+    made.encoder.encode = lambda answered: [Document(np.array([4, 5, 3, 6, 7]), [(3, 5)])]
+    # The target would write 5 after 4, but that is the user's; in the answer it would write 6, as there, and 8, not 7.
+    assert made.examine_data(None) == {"data": [3, 1], "argmax": [1, 2], "masks": [1, 5]}
+
+
+def test_a_slot_that_few_anchors_reached_is_judged_by_all():
+    evidence = {"reached": [40, 19, 20], "held": [30, 0, 0], "right": [35, 10, 10], "labels": [50, 40, 40]}
+    verdict = slots(evidence)
+    assert verdict.numbers == {"right_if_reached": [0.75, 0.25, 0.0], "never_learned": [3]}
+    assert str(verdict) == "CAUSE  slots: right where all before were: 0.75 0.25 0.00; slots 3 never learned"
+    assert str(Verdict("template", None, "nobody knows")) == "-      template: nobody knows"
 
 
 def test_a_mask_token_that_ends_answers_is_named(diagnose, spoil):

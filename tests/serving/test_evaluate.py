@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from dflash_dist.contract.folder import write_draft
-from dflash_dist.decoding.speculative import Decoder
+from dflash_dist.decoding.speculative import Decoded, Decoder
 from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.ranks import World
 from dflash_dist.serving import evaluate as program
@@ -323,6 +324,32 @@ def test_a_later_question_follows_the_targets_own_answer(monkeypatch, evaluate, 
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert asked[1] == tokenizer(text).input_ids
+
+
+def test_an_answer_goes_on_without_its_stop_token(monkeypatch, evaluate, target, tmp_path):
+    tokenizer, asked = AutoTokenizer.from_pretrained(target), []
+    yes = Decoded([*tokenizer("Yes.").input_ids, tokenizer.eos_token_id], 1.0)
+    decoder = SimpleNamespace(
+        stop_ids={tokenizer.eos_token_id},
+        plain=lambda ids, limit: (asked.append(ids), yes)[1],
+        speculative=lambda ids, limit: yes,
+    )
+    monkeypatch.setattr(program.Evaluation, "load", lambda self: setattr(self, "decoder", decoder))
+    monkeypatch.setattr(program.Evaluation, "examiner", None, raising=False)
+    (tmp_path / "question.jsonl").write_text(json.dumps({"turns": ["Hi", "Sure?"]}) + "\n")
+    evaluate("--suite", f"mtbench={tmp_path / 'question.jsonl'}", "--limit", "1")
+    turns = [("user", "Hi"), ("assistant", "Yes."), ("user", "Sure?")]
+    text = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns) + "<|im_start|>assistant\n"
+    assert asked[1] == tokenizer(text).input_ids
+
+
+def test_one_question_asked_twice_is_answered_with_other_noise(arguments, write_chats):
+    twice = write_chats([("user", "Hi")], [("user", "Hi")], name="twice.jsonl")
+    argv, report = arguments("--temperature", "1", "--prompts", str(twice))
+    main(argv)
+    rows = [json.loads(row) for row in report.with_suffix(".answers.jsonl").read_text().splitlines()]
+    one, other = (row["answers"][0]["plain"]["tokens"] for row in rows)
+    assert one != other
 
 
 # ---- ranks and interruptions ----

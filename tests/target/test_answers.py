@@ -32,6 +32,7 @@ def target(tiny_target, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lively") / "target"
     model = lively_target(tiny_target)
     model.generation_config.eos_token_id = STOPS
+    model.generation_config.repetition_penalty = 1.5  # of chatting; the draft is to foretell the plain model
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny_target)
     tokenizer.chat_template = "{{ style }}" + CHATML
@@ -48,7 +49,14 @@ def ask(target):
         prompt = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt", **template_args
         )
-        output = model.generate(**prompt, do_sample=False, max_new_tokens=limit, eos_token_id=STOPS, pad_token_id=0)
+        output = model.generate(
+            **prompt,
+            do_sample=False,
+            max_new_tokens=limit,
+            eos_token_id=STOPS,
+            pad_token_id=0,
+            repetition_penalty=1.0,
+        )
         ids = output[0, prompt["input_ids"].shape[1] :].tolist()
         ended = ids[-1] in STOPS
         return tokenizer.decode(ids[:-1] if ended else ids), "stop" if ended else "length"

@@ -12,7 +12,7 @@ from dflash_dist.config import Config
 from dflash_dist.data.packing import PackedBatch
 from dflash_dist.ranks import World
 from dflash_dist.target.attention import suit_device
-from dflash_dist.target.load import check_capture, check_mask_token, digest_weights, load_target, read_info
+from dflash_dist.target.load import check_capture, check_mask_token, digest_weights, load_target, read_info, truncate
 from dflash_dist.target.tiny import tiny_tokenizer
 from dflash_dist.training.trainer import Trainer
 from tests.ranks import run_ranks
@@ -149,6 +149,13 @@ def test_weights_are_named_by_what_is_in_them_wherever_they_lie(tmp_path: Path) 
         names.add(digest_weights(folder))
     assert len(names) == 4
     assert digest_weights((tmp_path / "0").rename(tmp_path / "elsewhere")) in names
+
+
+def test_every_left_layer_keeps_its_kind() -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = Qwen3Config(num_hidden_layers=4, layer_types=kinds, sliding_window=8, use_sliding_window=True)
+    truncate(config, 3)
+    assert (config.num_hidden_layers, config.layer_types) == (3, kinds[:3])
 
 
 def test_any_token_of_the_generation_config_ends_an_answer(folders, tmp_path: Path) -> None:
