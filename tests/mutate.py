@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import compileall
+import contextlib
 import importlib
 import os
 import py_compile
@@ -29,7 +30,7 @@ from tests.mutants import Mutant, read_mutants
 REPOSITORY = Path(__file__).parent.parent
 TABLE = REPOSITORY / "docs/mutants.md"
 PARTS = ("dflash_dist", "tests", "configs", "launch", "docs", "Makefile", "README.md", "pyproject.toml")
-BOUND = 300  # [s] after which tests count as hanging, which is noticed too
+BOUND = 600  # [s] after which tests count as hanging, which is noticed too
 # Loaded once, before the forks.
 LIBRARIES = (
     "hypothesis",
@@ -66,12 +67,14 @@ def first_failure(copy: Path, tests: Sequence[str]) -> str:
     if child == 0:
         run_tests(copy, tests, notes, output)
     until = time.monotonic() + BOUND
-    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        if time.monotonic() > until:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return HANGS
-        time.sleep(0.05)
+    try:
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            if time.monotonic() > until:
+                return HANGS
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # with all that it started, also when this program is stopped
     failed = notes.read_text().split("\n")[0]
     if not failed and ended[1] != 0:  # a crash, or no test of that name
         return f"pytest ends with {os.waitstatus_to_exitcode(ended[1])}: {output.read_text()[-500:]}"
@@ -81,6 +84,7 @@ def first_failure(copy: Path, tests: Sequence[str]) -> str:
 def run_tests(copy: Path, tests: Sequence[str], notes: Path, output: Path) -> None:
     """Becomes a pytest in the tree `copy`, with its modules and not with those of this program."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir(copy)
     for name in [name for name in sys.modules if name.split(".")[0] in PARTS]:
         del sys.modules[name]
@@ -170,6 +174,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="mutants whose promise, file or fault holds it")
     parser.add_argument("--new", action="store_true", help="mutants that the table does not have, or that survived")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     text = read_table()
     for library in LIBRARIES:
         importlib.import_module(library)

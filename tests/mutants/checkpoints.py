@@ -154,8 +154,8 @@ MUTANTS = [
     Mutant(
         "a line that was cut short is dropped",
         METRICS,
-        "except json.JSONDecodeError:",
-        "except KeyError:",
+        "except (ValueError, TypeError, LookupError):",
+        "except (TypeError, LookupError):",
         TEST_METRICS,
     ),
     Mutant("the config is shown", METRICS, 'add_text("config"', 'add_text("c"', TEST_METRICS),

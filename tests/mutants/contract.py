@@ -65,15 +65,15 @@ MUTANTS = [
     Mutant(
         "a set of tensors is checked before it is written",
         FOLDER,
-        "    refuse_mismatch(tensors, shape)\n    folder.mkdir",
+        "    refuse_mismatch(tensors, shape, str(folder))\n    folder.mkdir",
         "    folder.mkdir",
         f"{TEST_FOLDER} tests/serving/test_export.py",
     ),
     Mutant(
         "a set of tensors is checked when it is read",
         FOLDER,
-        "    refuse_mismatch(tensors, shape)\n    draft = DFlashDraftModel(shape)\n    draft.load_state_dict(tensors)",
-        "    draft = DFlashDraftModel(shape)\n    draft.load_state_dict(tensors, strict=False)",
+        "    check_draft(folder, target_layers)\n    shape, files",
+        "    shape, files",
         TEST_FOLDER,
     ),
     Mutant(
@@ -141,9 +141,9 @@ MUTANTS = [
     ),
     Mutant(
         "a value of the wrong kind is refused: true is no number",
-        FOLDER,
-        " and not isinstance(value, bool)",
-        "",
+        "dflash_dist/reading.py",
+        "isinstance(value, int) and not isinstance(value, bool) and",
+        "isinstance(value, int) and",
         TEST_FOLDER,
     ),
     Mutant(

@@ -143,7 +143,7 @@ MUTANTS = [
     ),
     Mutant(
         "Arrow batches come back in order",
-        DOCUMENTS,
+        "dflash_dist/data/workers.py",
         "yield waiting.popleft().result()\n        while",
         "yield waiting.pop().result()\n        while",
         TEST_DOCUMENTS,
@@ -260,8 +260,8 @@ MUTANTS = [
     Mutant(
         "the supervised span ends with the token that ends the turn",
         CHAT,
-        "(begin, begin + int(stops[-1]) + 1)",
-        "(begin, begin + int(stops[-1]))",
+        "(begin, begin + int(stops[0]) + 1)",
+        "(begin, begin + int(stops[0]))",
         TEST_CHAT,
     ),
     Mutant(
@@ -288,8 +288,8 @@ MUTANTS = [
     Mutant(
         "only the last turn on request",
         CHAT,
-        "            turns = turns[-1:]\n",
-        "            turns = turns[:1]\n",
+        "turns[-1:] if self.last_turn_only",
+        "turns[:1] if self.last_turn_only",
         TEST_CHAT,
     ),
     Mutant(
@@ -337,14 +337,14 @@ MUTANTS = [
     ),
     Mutant(
         "a file's identity changes when it is written again",
-        SOURCES,
+        "dflash_dist/data/files.py",
         " {stat.st_size} {stat.st_mtime_ns}",
         " {stat.st_size}",
         f"{TEST_DOCUMENTS} {TEST_SOURCES}",
     ),
     Mutant(
         "rows are numbered over all chunks",
-        SOURCES,
+        "dflash_dist/data/files.py",
         "first, size, rows = number + 1, 0, []",
         "first, size, rows = number, 0, []",
         TEST_SOURCES,
@@ -352,12 +352,24 @@ MUTANTS = [
     Mutant(
         "a folder gives its files in order of their names",
         SOURCES,
-        "files = sorted(file for file in local.rglob",
-        "files = list(file for file in local.rglob",
+        "for file in sorted(folder.data)]",
+        "for file in folder.data]",
         TEST_SOURCES,
     ),
-    Mutant("a hub dataset's split", SOURCES, 'split=parts["split"] or "train"', 'split="train"', TEST_SOURCES),
-    Mutant("a hub dataset's revision", SOURCES, 'revision=parts["revision"]', "revision=None", TEST_SOURCES),
+    Mutant(
+        "a hub dataset's split",
+        "dflash_dist/data/files.py",
+        'split=parts["split"] or "train"',
+        'split="train"',
+        TEST_SOURCES,
+    ),
+    Mutant(
+        "a hub dataset's revision",
+        "dflash_dist/data/files.py",
+        'revision=parts["revision"]',
+        "revision=None",
+        TEST_SOURCES,
+    ),
     Mutant(
         "bad rows are named by file and row",
         SOURCES,

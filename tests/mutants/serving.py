@@ -213,9 +213,9 @@ MUTANTS = [
     ),
     Mutant(
         "check: every shard's tensors",
-        CHECK,
-        "    for file in weight_files(folder):\n        try:",
-        "    for file in weight_files(folder)[:1]:\n        try:",
+        "dflash_dist/contract/folder.py",
+        "    for file in weight_files(folder):\n        with",
+        "    for file in weight_files(folder)[:1]:\n        with",
         TEST_CHECK,
     ),
     Mutant("check: missing tensors", RULES, "missing(draft.sizes, draft.expected)", "[]", TEST_CHECK),
@@ -234,8 +234,8 @@ MUTANTS = [
     Mutant(
         "check: two block sizes",
         RULES,
-        "if len(set(stated.values())) > 1:",
-        "if len(set(stated.values())) > 2:",
+        "if any(size != draft.shape.block_size for size in stated.values()):",
+        "if all(size != draft.shape.block_size for size in stated.values()):",
         TEST_CHECK,
     ),
     Mutant(
@@ -413,8 +413,8 @@ MUTANTS = [
     Mutant(
         "the second question follows the target's own first answer",
         EVALUATE,
-        "messages = [*messages, as_message(self.encoder, ids, text, finished)]",
-        "messages = [*messages, as_message(self.encoder, ids, 'yes', finished)]",
+        "answer = as_message(self.encoder, ids, text, finished)",
+        "answer = as_message(self.encoder, ids, 'yes', finished)",
         LATER,
     ),
     Mutant(
@@ -547,8 +547,8 @@ MUTANTS = [
     Mutant(
         "--limit: the first N prompts of each suite",
         SUITES,
-        "[prompt for prompts in asked.values() for prompt in itertools.islice(prompts, limit)]",
-        "list(itertools.islice((prompt for prompts in asked.values() for prompt in prompts), limit))",
+        "itertools.islice(prompts, limit):",
+        "itertools.islice(prompts, limit and limit - len(taken)):",
         TEST_SUITES,
     ),
     Mutant(
@@ -582,8 +582,8 @@ MUTANTS = [
     Mutant(
         "--prompts: the conversation's tools",
         SUITES,
-        "asked, (), row.tools, row.template_args",
-        "asked, (), None, row.template_args",
+        "question = replace(row, messages=asked)",
+        "question = replace(row, messages=asked, tools=None)",
         TEST_SUITES,
     ),
     Mutant(
@@ -596,8 +596,8 @@ MUTANTS = [
     Mutant(
         "mtbench: the second question is asked later",
         SUITES,
-        '[{"role": "user", "content": first}], later)',
-        '[{"role": "user", "content": first}])',
+        '[{"role": "user", "content": first}]), later)',
+        '[{"role": "user", "content": first}]))',
         TEST_SUITES,
     ),
     Mutant(
@@ -610,8 +610,8 @@ MUTANTS = [
     Mutant(
         "a JSON string may hold other line separators",
         SUITES,
-        'text.decode().split("\\n") if line',
-        "text.decode().splitlines() if line",
+        'text.split("\\n") if line',
+        "text.splitlines() if line",
         TEST_SUITES,
     ),
     Mutant(

@@ -133,7 +133,13 @@ MUTANTS = [
         TEST_CAPTURE,
     ),
     Mutant("ids that repeat are refused", CAPTURE, "if len(set(ids)) != len(ids):", "if False:", TEST_CAPTURE),
-    Mutant("only as deep as the deepest captured layer", LOAD, "max(layer_ids) + 1)", "max(layer_ids) + 2)", TEST_LOAD),
+    Mutant(
+        "only as deep as the deepest captured layer",
+        LOAD,
+        "max(layer_ids, default=-1) + 1)",
+        "max(layer_ids, default=-1) + 2)",
+        TEST_LOAD,
+    ),
     Mutant("the last layer is refused", LOAD, "    if last in layer_ids:\n", "    if False:\n", TEST_LOAD),
     Mutant(
         "every kind of layer is truncated",
@@ -142,15 +148,21 @@ MUTANTS = [
         "        pass\n",
         TEST_LOAD,
     ),
-    Mutant("missing tensors are an error", LOAD, 'if report["missing_keys"]:', "if False:", TEST_LOAD),
+    Mutant(
+        "missing tensors are an error",
+        "dflash_dist/target/rehearsal.py",
+        'if missing := sorted(report["missing_keys"]):',
+        "if missing := []:",
+        TEST_LOAD,
+    ),
     Mutant(
         "the target is frozen", LOAD, "    model.requires_grad_(False)\n\n    embedding", "    embedding", TEST_LOAD
     ),
     Mutant(
         "an answer ends with any token of the generation config",
         LOAD,
-        "stops.append(GenerationConfig",
-        "_ = (GenerationConfig",
+        'stops["generation_config.json"] = told.eos_token_id',
+        "pass",
         TEST_LOAD,
     ),
     Mutant(
@@ -330,8 +342,8 @@ MUTANTS = [
     Mutant(
         "parts: whichever rank finds the last one merges",
         PARTS,
-        "if len(places) == len(rows):",
-        "if places:",
+        "if set(rows) <= places.keys():",
+        "if True:",
         TEST_ANSWERS,
     ),
     Mutant(

@@ -426,7 +426,7 @@ MUTANTS = [
         "the target's base frequency, of its full attention",
         SETUP,
         'rope = rope.get("full_attention", rope)\n',
-        "",
+        "pass\n",
         f"{TEST_INIT}::test_the_rotary_base_is_the_targets_wherever_its_config_has_it",
     ),
     Mutant(
