@@ -64,11 +64,11 @@ def says_nothing(value: Any) -> bool:
     return value is None or (not value and isinstance(value, str | list | dict))
 
 
-def refused_keys(values: Mapping[str, Any], refused: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def refused_keys(values: Mapping[str, Any], refused: Mapping[str, str]) -> list[tuple[str, str]]:
     """The keys with which `values` cannot be used, and why."""
-    for key in values.keys() & refused.keys():
-        if not says_nothing(values[key]):
-            yield key, refused[key]
+    if refused.keys().isdisjoint(values):
+        return []
+    return [(key, refused[key]) for key in values if key in refused and not says_nothing(values[key])]
 
 
 def unread_in_row(row: Mapping[str, Any], shape: str) -> Iterator[str]:
@@ -80,7 +80,9 @@ def unread_in_row(row: Mapping[str, Any], shape: str) -> Iterator[str]:
 
 def unread_in_message(message: Mapping[str, Any]) -> Iterator[str]:
     """The same of a message, of its tool calls and of the parts of its content."""
-    yield from _others(message, ANSWER_KEYS if message["role"] == "assistant" else MESSAGE_KEYS, "message.")
+    known = ANSWER_KEYS if message["role"] == "assistant" else MESSAGE_KEYS
+    if not message.keys() <= known:
+        yield from _others(message, known, "message.")
     for key, known in (("tool_calls", CALL_KEYS), ("content", PART_KEYS)):
         if isinstance(message.get(key), list):
             for part in filter(_is_object, message[key]):

@@ -222,7 +222,8 @@ def read_row(row: dict[str, Any]) -> Conversation | Rendered:
     messages = []
     for turn in turns:
         messages.append(_message(turn))
-        unread.update(dict.fromkeys(unread_in_message(turn)))
+        for key in unread_in_message(turn):
+            unread[key] = None
     return Conversation(_with_system(messages, row), _tools(row), finished, _template_args(row), unread=tuple(unread))
 
 
@@ -268,6 +269,8 @@ def _from_sharegpt(turns: Any) -> list[Any]:
 
 def _with_system(messages: list[Message], row: dict[str, Any]) -> list[Message]:
     """The messages behind the system prompt that stands beside them; it may be theirs already."""
+    if row.keys().isdisjoint(SYSTEM_KEYS):
+        return messages
     found = [row[key] for key in SYSTEM_KEYS if not says_nothing(row.get(key))]
     if not found:
         return messages
@@ -283,6 +286,8 @@ def _with_system(messages: list[Message], row: dict[str, Any]) -> list[Message]:
 
 def _template_args(row: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the chat template that a row was written under."""
+    if row.keys().isdisjoint({"chat_template_kwargs", *THINKING_SWITCHES}):
+        return {}
     stated = row.get("chat_template_kwargs") or {}
     if isinstance(stated, str):
         stated = _json(stated, "chat_template_kwargs")
@@ -303,7 +308,7 @@ def _message(raw: Any) -> Message:
         raise BadRow(f"unknown role: {role!r} is not one of {', '.join(ROLES)}")
     _refuse_keys(raw, REFUSED_IN_MESSAGE)
     message: Message = {"role": role, "content": _content(raw.get("content"), role)}
-    if role == "assistant":
+    if role == "assistant" and not raw.keys() <= {"role", "content"}:
         message |= _answer(raw)
     for key in ("name", "tool_call_id"):
         if isinstance(raw.get(key), str):
