@@ -105,7 +105,13 @@ MUTANTS = [
         "        str(",
         TESTS,
     ),
-    Mutant("a changed run is refused by name", CHECKPOINT, "    if changed:\n", "    if False:\n", TESTS),
+    Mutant(
+        "a changed run is refused by name",
+        "dflash_dist/training/identity.py",
+        "    if refused:\n",
+        "    if False:\n",
+        "tests/training/test_identity.py",
+    ),
     # ------------------------------------------------------------------------------------------- what a run shows
     Mutant(
         "validation does not count as training",

@@ -476,7 +476,7 @@ MUTANTS = [
     Mutant(
         "τ is pooled over prompts",
         REPORT,
-        '"tau": float(emitted.sum() / max(passes.sum(), 1))',
+        '"tau": float(emitted.sum() / passes.sum())',
         '"tau": float((emitted / passes.clip(1)).mean())',
         TEST_REPORT,
     ),
@@ -497,15 +497,15 @@ MUTANTS = [
     Mutant(
         "acceptance of slot k: the share of passes whose first k proposals were accepted",
         REPORT,
-        "(accepted >= k).sum()",
-        "(accepted > k).sum()",
+        "(accepted >= k).mean()",
+        "(accepted > k).mean()",
         TEST_REPORT,
     ),
     Mutant("a 95 % interval", REPORT, "[0.025, 0.975]", "[0.05, 0.95]", TEST_REPORT),
     Mutant(
         "the interval is of the pooled τ",
         REPORT,
-        "(drawn @ emitted) / (drawn @ passes).clip(1)",
+        "(drawn @ emitted) / (drawn @ passes)",
         "drawn @ (emitted / passes.clip(1)) / len(passes)",
         TEST_REPORT,
     ),

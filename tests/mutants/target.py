@@ -175,8 +175,8 @@ MUTANTS = [
     Mutant(
         "the mask token is in the vocabulary",
         LOAD,
-        "if not 0 <= mask_token_id < info.text.vocab_size:",
-        "if not 0 <= mask_token_id <= info.text.vocab_size:",
+        "if 0 <= mask_token_id < vocab and",
+        "if 0 <= mask_token_id <= vocab and",
         TEST_LOAD,
     ),
     Mutant(
