@@ -217,9 +217,10 @@ def _parquet_chunks(path: Path) -> Iterator[Chunk]:
 
 def arrow_files(state: Path) -> list[Path]:
     """The files of the dataset that `datasets` saved with this state; caches of its own may lie beside them."""
-    told = json.loads(state.read_bytes())
-    listed = told.get("_data_files") if isinstance(told, dict) else None
-    return [state.with_name(file["filename"]) for file in listed or []]
+    try:
+        return [state.with_name(file["filename"]) for file in json.loads(state.read_bytes())["_data_files"]]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return []  # another file of this name
 
 
 def _arrow_chunks(path: Path) -> Iterator[Chunk]:

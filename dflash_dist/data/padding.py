@@ -10,6 +10,7 @@ that is called, this says more: what the tool requires is there, null or not, an
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,9 @@ from typing import Any
 
 import pyarrow as pa
 
-FREE_JSON = ("arguments", "tools", "functions")  # under these keys stands whatever the tools ask for
+from dflash_dist.data.keys import TOOL_KEYS
+
+FREE_JSON = ("arguments", *TOOL_KEYS)  # under these keys stands whatever the tools ask for
 SCHEMA_NULLS = ("default", "const")  # what may be null in a tool's description; nothing else says anything by it
 ITEM = "[]"  # step from a list to what it holds
 
@@ -140,21 +143,26 @@ class _Cleaner:
 
 def _tools(row: dict[str, Any]) -> dict[str, Tool]:
     """By name, as far as they are described."""
-    tools = row.get("tools") or row.get("functions")
-    if isinstance(tools, str):
-        with contextlib.suppress(ValueError):
-            tools = json.loads(tools)
+    lists = [_parsed(row.get(key)) for key in TOOL_KEYS]
     found = {}
-    for tool in tools if isinstance(tools, list) else ():
-        function = _object(_object(tool).get("function", tool))
+    for tool in itertools.chain(*(tools for tools in lists if isinstance(tools, list))):
+        tool = _object(_parsed(tool))
+        function = _object(tool.get("function", tool))
         parameters = _object(function.get("parameters"))
-        properties = parameters.get("properties")
+        properties, required = parameters.get("properties"), parameters.get("required")
         if isinstance(properties, dict) and isinstance(function.get("name"), str):
             known = frozenset(key for key, schema in properties.items() if schema is not None)
-            required = parameters.get("required")
             names = required if isinstance(required, list) else []
             found[function["name"]] = Tool(known, frozenset(key for key in names if isinstance(key, str)))
     return found
+
+
+def _parsed(value: Any) -> Any:
+    """What text says that is JSON, as some rows have their tools."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return value
 
 
 def _object(value: Any) -> dict[str, Any]:

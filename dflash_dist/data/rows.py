@@ -16,11 +16,10 @@ from dflash_dist.config import DataConfig
 from dflash_dist.data.chat import ChatEncoder, Document
 from dflash_dist.data.documents import NO_ANCHOR, Documents, Summary, open_documents
 from dflash_dist.data.packing import SOURCE_SHARE, PackedRows, random_stream
-from dflash_dist.data.sources import BadRows, describe_unread, find_sources
+from dflash_dist.data.sources import BadRows, describe_noted, describe_unread, find_sources
 from dflash_dist.data.template import today
 
 LEAST_SUPERVISED = 0.01
-NOTED = 10  # notes that are said of a source, the most frequent ones
 
 
 @dataclass(frozen=True)
@@ -106,10 +105,8 @@ class Data:
         """What became of the data, a line a fact."""
         for summary in self.summaries:
             yield f"{summary.source}: {summary.rows:,} rows, read as '{summary.shape}'"
-            for noted, count in summary.noted.most_common(NOTED):
-                yield f"{summary.source}: {count:,} x {noted}"
-            if len(summary.noted) > NOTED:
-                yield f"{summary.source}: and {len(summary.noted) - NOTED:,} further notes like these"
+            for noted in describe_noted(summary.noted):
+                yield f"{summary.source}: {noted}"
         if self.passed_over:
             yield "no data, and passed over: " + ", ".join(map(str, self.passed_over))
         if self.cut:

@@ -53,6 +53,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+NOTED = 10  # notes of one kind that are said
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -449,18 +450,24 @@ def _refuse_broken(text: str) -> None:
 # ------------------------------------------------------------------------------------------------ small data at once
 
 
-def read_conversations(path: str | Path, max_bad_rows: float = 0) -> Iterator[tuple[int, Conversation]]:
+def read_conversations(
+    path: str | Path, max_bad_rows: float = 0, noted: Counter[str] | None = None
+) -> Iterator[tuple[int, Conversation]]:
     """The conversations at `path` with their row numbers, counted from 1 over all files; for what is read once.
+
+    Args:
+        noted: counts what was assumed of nulls, for `describe_noted`.
 
     Raises:
         ValueError: nothing is there, or more than `max_bad_rows` rows are bad; names file and row.
     """
     before, found, bad = 0, False, BadRows()
+    noted = Counter() if noted is None else noted
     for source in find_sources(str(path)):
         last = 0
         for chunk in source.chunks():
             last = chunk.first + len(chunk.rows) - 1
-            for number, row in chunk.parsed(Counter()):
+            for number, row in chunk.parsed(noted):
                 try:
                     if isinstance(row, BadRow):
                         raise row
@@ -527,6 +534,14 @@ class BadRows:
 def describe_unread(unread: Counter[str]) -> str:
     """Names keys with the numbers of rows that have them."""
     return "keys that nothing reads: " + ", ".join(f"{key} ({count:,} rows)" for key, count in unread.most_common())
+
+
+def describe_noted(noted: Counter[str]) -> Iterator[str]:
+    """What was read otherwise than it stands there, a line a fact, the most frequent ones."""
+    for note, count in noted.most_common(NOTED):
+        yield f"{count:,} x {note}"
+    if len(noted) > NOTED:
+        yield f"and {len(noted) - NOTED:,} further notes like these"
 
 
 def digest(*parts: Any) -> str:

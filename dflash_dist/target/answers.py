@@ -28,6 +28,7 @@ from dflash_dist.data.sources import (
     BadRows,
     Conversation,
     Message,
+    describe_noted,
     describe_unread,
     is_context,
     read_conversations,
@@ -156,8 +157,8 @@ def _encoder(args: argparse.Namespace, world: World) -> ChatEncoder | None:
 def _read_prompts(args: argparse.Namespace, world: World) -> tuple[list[int], dict[int, Conversation], str]:
     """The numbers of all rows, this rank's conversations by row, and a digest of all conversations."""
     rows: list[int] = []
-    mine, bad, digest, unread = {}, BadRows(), hashlib.sha256(), Counter[str]()
-    for row, asked in read_conversations(args.prompts, args.max_bad_rows):
+    mine, bad, digest, unread, noted = {}, BadRows(), hashlib.sha256(), Counter[str](), Counter[str]()
+    for row, asked in read_conversations(args.prompts, args.max_bad_rows, noted):
         unread.update(asked.unread)
         if next(answer_turns(asked), None) is None:
             bad.add(args.prompts, row, BadRow("nothing to answer: nobody asks anything of the target"))
@@ -170,6 +171,8 @@ def _read_prompts(args: argparse.Namespace, world: World) -> tuple[list[int], di
         digest.update(json.dumps([row, asked.messages, asked.tools, *own]).encode() + b"\n")
     if unread and world.is_main:
         print(describe_unread(unread))
+    for line in describe_noted(noted) if world.is_main else ():
+        print(line)
     return rows, mine, digest.hexdigest()[:16]
 
 

@@ -12,9 +12,10 @@ from dflash_dist.config import DataConfig
 from dflash_dist.data import documents as module
 from dflash_dist.data import files
 from dflash_dist.data.documents import open_documents
+from dflash_dist.data.files import BadRow, FileSource
 from dflash_dist.data.keys import LABELS
 from dflash_dist.data.rows import load_data
-from dflash_dist.data.sources import BadRow, Conversation, FileSource, Rendered, is_context, read_row
+from dflash_dist.data.sources import Conversation, Rendered, is_context, read_row
 from dflash_dist.target.tiny import CHATML
 from tests.data.files import chat, make_encoder, write_rows
 

@@ -109,13 +109,17 @@ def test_what_lies_in_a_folder_beside_its_data_is_no_data(tmp_path):
         pytest.param('{"messages": [\n', id="a row that was cut"),
         pytest.param("{}\n{}\n", id="two rows"),
         pytest.param("[]", id="no rows"),
+        pytest.param('{"_data_files": [{"name": "x"}]}\n{}', id="rows that name files"),
         pytest.param("[" * 20_000, id="nested too deeply"),
     ],
 )
 def test_whatever_could_be_data_is_data(tmp_path, content):
     """Else rows would be lost without a word."""
-    (tmp_path / "rows.json").write_text(content)
-    assert find_sources(str(tmp_path)) == [FileSource(tmp_path / "rows.json")]
+    for name in ("rows.json", "state.json"):  # the one that `datasets` has, too
+        (tmp_path / name).write_text(content)
+    by_name = content.startswith('{"prompt"')  # known to be no row where `datasets` calls it so
+    expected = ["rows.json"] if by_name else ["rows.json", "state.json"]
+    assert find_sources(str(tmp_path)) == [FileSource(tmp_path / name) for name in expected]
 
 
 def test_a_file_counts_once_whatever_links_lead_to_it(tmp_path):

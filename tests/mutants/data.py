@@ -4,7 +4,9 @@ from tests.mutants import Mutant
 
 CHAT, TEST_CHAT = "dflash_dist/data/chat.py", "tests/data/test_chat.py"
 DOCUMENTS, TEST_DOCUMENTS = "dflash_dist/data/documents.py", "tests/data/test_documents.py"
+FILES, TEST_FILES = "dflash_dist/data/files.py", "tests/data/test_files.py"
 PACKING, TEST_PACKING = "dflash_dist/data/packing.py", "tests/data/test_packing.py"
+PADDING = "dflash_dist/data/padding.py"
 ROWS, TEST_ROWS = "dflash_dist/data/rows.py", "tests/data/test_rows.py"
 SOURCES, TEST_SOURCES = "dflash_dist/data/sources.py", "tests/data/test_sources.py"
 
@@ -403,6 +405,90 @@ MUTANTS = [
         SOURCES,
         '        arguments = _json(arguments, "arguments of a tool call")\n',
         '        arguments = {"arguments": arguments}\n',
+        TEST_SOURCES,
+    ),
+    Mutant(
+        "an answer ends at the first of several stop tokens",
+        CHAT,
+        "int(stops[0])",
+        "int(stops[-1])",
+        TEST_CHAT,
+    ),
+    Mutant(
+        "an answer that goes on behind its end is counted",
+        DOCUMENTS,
+        "if encoder.goes_on(read):",
+        "if False:",
+        TEST_ROWS,
+    ),
+    Mutant(
+        "the code behind an entry is all that documents imports",
+        DOCUMENTS,
+        'CODE = ("padding", ',
+        "CODE = (",
+        TEST_DOCUMENTS,
+    ),
+    Mutant(
+        "JSON in a map of a column is read",
+        FILES,
+        "{key: _read(item, kind.item_type) for key, item in value}",
+        "dict(value)",
+        TEST_FILES,
+    ),
+    Mutant(
+        "a null at the edge of what is read at once is seen",
+        FILES,
+        "block = block[-16:] + more",
+        "block = more",
+        TEST_FILES,
+    ),
+    Mutant(
+        "a null is padding if other rows have a value there",
+        PADDING,
+        "            self.valued |= other.valued",
+        "            pass",
+        TEST_FILES,
+    ),
+    Mutant(
+        "objects that differ in keys were not padded",
+        PADDING,
+        "self.keys[path] = keys if self.keys.setdefault(path, keys) == keys else None",
+        "self.keys[path] = keys",
+        TEST_FILES,
+    ),
+    Mutant(
+        "a column that never had a value is not padded",
+        PADDING,
+        "if free and not pa.types.is_null(kind):",
+        "if free:",
+        TEST_FILES,
+    ),
+    Mutant(
+        "what a tool requires its calls have",
+        PADDING,
+        "            return place[-1] in tool.required\n        valued",
+        "            return False\n        valued",
+        TEST_FILES,
+    ),
+    Mutant(
+        "a folder in a folder counts once",
+        SOURCES,
+        "        if self._is_new(folder):",
+        "        if True:",
+        TEST_SOURCES,
+    ),
+    Mutant(
+        "a file counts once",
+        SOURCES,
+        "        elif self._is_new(path):",
+        "        else:",
+        TEST_SOURCES,
+    ),
+    Mutant(
+        "one object on one line could be a row",
+        SOURCES,
+        'b"\\n" in content or path.name in DESCRIPTIONS',
+        "True",
         TEST_SOURCES,
     ),
 ]

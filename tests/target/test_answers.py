@@ -671,3 +671,14 @@ def test_a_conversation_with_nothing_to_answer_is_refused(arguments, alone, writ
     args.prompts = str(write_chats([("user", "Hi")], [("assistant", "I talk to myself")], name="monologue.jsonl"))
     with pytest.raises(ValueError, match=r"monologue\.jsonl, row 2: nothing to answer"):
         regenerate(args, alone)
+
+
+def test_what_was_assumed_of_nulls_is_said(arguments, alone, capsys):
+    calls = [{"function": {"name": "weather", "arguments": {"city": "Oslo", "unit": unit}}} for unit in (None, "C")]
+    turns = [[_user("Hi"), {"role": "assistant", "tool_calls": [call]}] for call in calls]
+    args = arguments()
+    Path(args.prompts).write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    regenerate(args, alone)
+    place = "messages[].tool_calls[].function.arguments.unit"
+    expected = f"1 x null left out as padding, since other rows have a value there: {place}\n"
+    assert capsys.readouterr().out.startswith(expected)
