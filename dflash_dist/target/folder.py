@@ -38,8 +38,9 @@ def find(path: str, revision: str, name: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def reading_target(what: str, path: str, revision: str, advice: str = AGAIN) -> Iterator[None]:
-    """As `reading`, of something of the target: names what is damaged of the files that describe it.
+def reading_target(what: str, path: str, revision: str, advice: str = AGAIN, weights: bool = False) -> Iterator[None]:
+    """As `reading`, of something of the target: names what is damaged of the files that describe it, and of its weights
+    if they are read too.
 
     Raises:
         ValueError: instead of any error of a library; or the target has code that is not trusted.
@@ -47,7 +48,8 @@ def reading_target(what: str, path: str, revision: str, advice: str = AGAIN) -> 
 
     def files() -> list[Path]:
         config = find(path, revision, CONFIG)
-        return sorted(config.parent.glob("*.json")) if config else []
+        described = sorted(config.parent.glob("*.json")) if config else []
+        return described + (weight_files(path, revision) if weights else [])
 
     try:
         with reading(f"{what} of {path}", advice, files):

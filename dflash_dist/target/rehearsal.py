@@ -84,7 +84,7 @@ def refuse_gaps(report: dict[str, Any], path: str) -> None:
 def reading_model(path: str, revision: str) -> contextlib.AbstractContextManager[None]:
     """As `reading_target`, of the model itself."""
     advice = f"update transformers if the model is newer than it, or {AGAIN}"
-    return reading_target("the model", path, revision, advice)
+    return reading_target("the model", path, revision, advice, weights=True)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from tests.mutants import Mutant
 
 CAPTURE, TEST_CAPTURE = "dflash_dist/target/capture.py", "tests/target/test_capture.py"
 PROBE, TEST_PROBE = "dflash_dist/target/probe.py", "tests/target/test_probe.py"
+FOLDER, REHEARSAL = "dflash_dist/target/folder.py", "dflash_dist/target/rehearsal.py"
+TEST_FOLDER, TEST_READING = "tests/target/test_folder.py", "tests/test_reading.py"
 LOAD, TEST_LOAD = "dflash_dist/target/load.py", "tests/target/test_load.py"
 FEATURES, TEST_FEATURES = "dflash_dist/target/features.py", "tests/target/test_features.py"
 ATTENTION, TEST_ATTENTION = "dflash_dist/target/attention.py", "tests/target/test_attention.py"
@@ -12,6 +14,61 @@ ENDPOINT, TEST_ENDPOINT = "dflash_dist/target/endpoint.py", "tests/target/test_e
 PARTS = "dflash_dist/target/parts.py"
 
 MUTANTS = [
+    Mutant(
+        "loading is rehearsed before the data is read",
+        "dflash_dist/training/trainer.py",
+        "        setup.check_models(config, info)\n",
+        "",
+        TEST_FOLDER,
+    ),
+    Mutant(
+        "other shapes than the config's show in the rehearsal",
+        REHEARSAL,
+        "    refuse_gaps(report, path)\n\n\ndef skeleton",
+        "\n\ndef skeleton",
+        TEST_FOLDER,
+    ),
+    Mutant(
+        "missing packages show in the rehearsal", REHEARSAL, "if quantised and Auto", "if False and Auto", TEST_FOLDER
+    ),
+    Mutant(
+        "half files are said", FOLDER, "        if fault := damage(file):", "        if fault := None:", TEST_FOLDER
+    ),
+    Mutant(
+        "Python code that a model brings runs only with target.trust_remote_code",
+        LOAD,
+        "config = read_config(path, revision, trust_remote_code)",
+        "config = read_config(path, revision, True)",
+        TEST_FOLDER,
+    ),
+    Mutant(
+        "a tokenizer written in Python is refused",
+        FOLDER,
+        'if not getattr(tokenizer, "is_fast", False):',
+        "if False:",
+        TEST_FOLDER,
+    ),
+    Mutant(
+        "want of memory is no file's fault",
+        "dflash_dist/reading.py",
+        "if _is_out_of_memory(error) or (",
+        "if (",
+        TEST_READING,
+    ),
+    Mutant(
+        "the end of another rank is no file's fault",
+        "dflash_dist/__main__.py",
+        "        error = error.__cause__\n",
+        "        pass\n",
+        TEST_READING,
+    ),
+    Mutant(
+        "whole numbers from JSON fit into 64 bits",
+        "dflash_dist/reading.py",
+        " and -(2**63) <= value < 2**63",
+        "",
+        TEST_READING,
+    ),
     Mutant(
         "features in the caller's order",
         CAPTURE,
