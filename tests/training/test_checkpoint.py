@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dflash_dist.config import TrainConfig
 from dflash_dist.draft.model import DFlashDraftModel
@@ -38,14 +39,17 @@ def everything(draft, optimizer) -> list[torch.Tensor]:
     return [tensor.clone() for tensor in (*draft.state_dict().values(), *moments)]
 
 
-def test_what_is_loaded_is_what_was_saved_bitwise(tmp_path: Path) -> None:
+def test_what_is_loaded_is_what_was_saved_bitwise(tmp_path: Path, monkeypatch) -> None:
+    changed = threading.Event()
+    monkeypatch.setattr(checkpoint, "save_file", lambda *given: (changed.wait(), save_file(*given)))
     checkpoints = Checkpoints(tmp_path, keep=2)
     draft, optimizer = trained()
     saved = everything(draft, optimizer)
     checkpoints.save(7, draft, optimizer, {"identity": {"seed": 1}})
     with torch.no_grad():  # training goes on while the thread writes
-        for parameter in draft.parameters():
-            parameter.zero_()
+        for tensor in (*draft.parameters(), *(value for of in optimizer.state.values() for value in of.values())):
+            tensor.zero_()
+    changed.set()
     checkpoints.wait()
     other, other_optimizer = trained(seed=1)
     checkpoints.load(7, other, other_optimizer)
