@@ -10,6 +10,7 @@ import argparse
 import logging
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +31,11 @@ from transformers import (
 
 from dflash_dist.ranks import World
 from dflash_dist.target.capture import HFDFlashTargetModel, capture_layers, decoder_layers
+from dflash_dist.target.head import HeadGap
+from dflash_dist.target.load import whole_class
 from dflash_dist.target.probe import Packing, probe_packing, refuse_lookahead
+from dflash_dist.target.tiny import tiny_tokenizer
+from tests.ends import begin_draft, compare_head, copies_follow, head_is_right
 
 ALONE = World(0, 1, torch.device("cpu"))
 VOCABULARY, LAYERS, SEQ_LEN = 160, 6, 96
@@ -40,6 +45,7 @@ LEAK = 1e-3  # in float32 rounding stays below 2e-5, and documents that see each
 # ------------------------------------------------------------------------------------------ configs, made small
 
 Rule = tuple[re.Pattern[str], Callable[[int], int]]
+WINDOWS = {"sliding_window", "attention_window", "sliding_window_size"}
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 
 
@@ -201,6 +207,39 @@ class Family:
         count = len(decoder_layers(self.model))
         return sorted({0, count // 2, count - 1})
 
+    @cached_property
+    def folder(self) -> Path:
+        """The whole model with its LM head, saved; its sliding windows are longer than the texts that layers are
+        compared on, as real ones are."""
+        self._saved = tempfile.TemporaryDirectory()  # goes with the family
+        config = tiny_config(self.kind, **self.changes)
+        for part in {id(part): part for part in (config, config.get_text_config())}.values():
+            for name in WINDOWS & vars(part).keys():
+                if isinstance(getattr(part, name), int):
+                    setattr(part, name, 64)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            lively(whole_class(config).from_config(config, dtype=torch.float32)).save_pretrained(self._saved.name)
+        tiny_tokenizer().save_pretrained(self._saved.name)
+        return Path(self._saved.name)
+
+    @cached_property
+    def head(self) -> HeadGap:
+        return compare_head(self.folder)
+
+    @cached_property
+    def start(self) -> tuple[Any, list[str]]:
+        """A draft that begins from the target, and what is said of that."""
+        return begin_draft(self.folder)
+
+    @property
+    def copied(self) -> list[int]:
+        """The draft's layers that are the target's."""
+        return [
+            int(n)
+            for n in re.findall(r"\d+", (re.findall(r"^draft layers (.*) begin as", self.start[1][0]) or [""])[0])
+        ]
+
     def target(self, dtype: torch.dtype = torch.float32) -> HFDFlashTargetModel:
         return HFDFlashTargetModel(self.model.to(dtype), self.layer_ids)
 
@@ -273,17 +312,48 @@ def show_causal(of: Family) -> str:
     return "yes"
 
 
+def show_head(of: Family) -> str:
+    if of.head.none:
+        return "yes"
+    return "scaled or capped" if of.head.same_order else "**no**"
+
+
+def show_start(of: Family) -> str:
+    try:
+        said = of.start[1]
+    except ValueError as error:
+        return "refused: " + re.sub(r"^.* is no Llama-like decoder", "no Llama-like decoder", str(error))
+    if not of.copied:
+        return re.sub(r"^.*random; (of the target's layer \d+, )?", "random: ", said[0])
+    return "yes" if len(said) == 1 else f"layers {of.copied} of 2"
+
+
 COLUMNS: dict[str, Callable[[Family], str]] = {
     "model": show_class,
     "packs exactly": show_packing,
     "error, float32": show_error,
     "error, bfloat16": show_error_bfloat16,
     "sees only what came before": show_causal,
+    "head right": show_head,
+    "warm start": show_start,
 }
 
 
+def check_ends(of: Family) -> Iterator[str]:
+    """What is wrong with a verdict on the head or the start."""
+    try:
+        head, start = of.head, of.start
+    except Exception:  # its cell says so
+        return
+    text = list(TOKENS[:20])
+    if head.none != head_is_right(of.folder, text):
+        yield f"{of.name}: the head is {'not right' if head.none else 'right'}, and the probe says otherwise"
+    if not copies_follow(start[0], of.copied, of.folder, text):
+        yield f"{of.name}: a copied layer does not follow the target's"
+
+
 def check(of: Family) -> str | None:
-    """What is wrong with a verdict; None if it is the truth."""
+    """What is wrong with a verdict on packing; None if it is the truth."""
     mixes = of.mixes()
     if of.packing().exact == mixes:
         return (
@@ -320,8 +390,7 @@ def table(only: list[str]) -> tuple[list[str], list[str]]:
                 cells.append(type(error).__name__)
         lines.append(f"| {of.name} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-        if found := check(of):
-            wrong.append(found)
+        wrong += [*filter(None, [check(of)]), *check_ends(of)]
     encoders = [name for name, reason in other if reason == "no decoder layers found"]
     lines += ["", f"Not targets, since no decoder layers are found where they are looked for: {', '.join(encoders)}."]
     lines += ["", "Not tried, since they did not build or run this small:", ""]
@@ -332,8 +401,10 @@ def table(only: list[str]) -> tuple[list[str], list[str]]:
 INTRODUCTION = """# Families of targets
 
 Written by `make families`: every decoder family of transformers {version} that builds tiny with random weights, and
-what the probes of `dflash_dist/target/probe.py` find. A run makes the same probes on its own target; nothing reads this
-table. Where documents do not pack exactly, each runs alone, one a row.
+what the probes of `dflash_dist/target/` find. A run makes the same probes on its own target; nothing reads this table.
+Where documents do not pack exactly, each runs alone, one a row. The head is right where states times the head that a
+training takes are the whole model's logits. A warm start (`draft.init: target`) copies the layers that compute what a
+draft's layers can; the reason names the first that does not.
 """
 
 

@@ -87,7 +87,8 @@ def read_info(path: str, revision: str = "main", trust_remote_code: bool = False
         generation = None
         with contextlib.suppress(OSError):  # a model need not have a generation config
             generation = cached_file(path, "generation_config.json", revision=revision)
-        stops = {"the tokenizer": tokenizer.eos_token_id, CONFIG: config.get_text_config().eos_token_id}
+        of_config = getattr(config.get_text_config(), "eos_token_id", None)  # some wrappers' decoders know no such key
+        stops = {"the tokenizer": tokenizer.eos_token_id, CONFIG: of_config}
         if generation:
             told = GenerationConfig.from_pretrained(path, revision=revision)
             stops["generation_config.json"] = told.eos_token_id

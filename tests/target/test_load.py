@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3VLConfig,
+)
 
 from dflash_dist.config import Config
 from dflash_dist.data.packing import PackedBatch
@@ -210,3 +218,10 @@ def test_an_unfit_mask_token_is_refused(folders, token: int, message: str) -> No
 def test_replicas_must_divide_the_ranks(folders, alone) -> None:
     with pytest.raises(ValueError, match=r"target.replicas 2 does not divide the 1 ranks"):
         load_target(read_info(str(folders["qwen3"])), LAYER_IDS, torch.float32, alone, replicas=2)
+
+
+def test_a_config_that_names_no_stop_token_leaves_that_to_the_tokenizer(tmp_path: Path) -> None:
+    """As the decoders of some multimodal wrappers, whose configs know no such key."""
+    Qwen3VLConfig(text_config={k: v for k, v in SMALL.items() if "token" not in k}).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert read_info(str(tmp_path)).stop_ids == [2]
