@@ -584,6 +584,6 @@ def test_all_that_is_advised_for_a_batch_that_does_not_divide_fits(
 
 
 def test_a_draft_that_cannot_be_is_refused_before_data_is_read(debug_config, monkeypatch) -> None:
-    monkeypatch.setattr(setup, "make_data", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr(setup, "read_data", lambda *_: pytest.fail("data was read"))
     with pytest.raises(ValueError, match="must be a multiple of"):
         Trainer(debug_config("draft.num_attention_heads=3"), ALONE)
