@@ -15,7 +15,7 @@ from dflash_dist.config import FREE, KNOBS, Config, values
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import make_tiny_chats, make_tiny_target
 from dflash_dist.training import setup
-from dflash_dist.training.checkpoint import read_state, step_folders
+from dflash_dist.training.checkpoint import FILES, read_state, step_folders
 from dflash_dist.training.evaluation import find_prompts
 from dflash_dist.training.identity import identity_of, refuse_another, refuse_changed_knobs
 from dflash_dist.training.trainer import Trainer
@@ -25,6 +25,7 @@ CHANGES = {
     "output_dir": "{tmp}/elsewhere",
     "target.path": "{tmp}/other-target",
     "target.revision": "v2 target.path={tmp}/other-target",
+    "target.trust_remote_code": "true",
     "target.layer_ids": "[1,2,3]",
     "target.dtype": "bfloat16",
     "target.replicas": "2",
@@ -38,6 +39,7 @@ CHANGES = {
     "data.max_bad_rows": "3",
     "data.chat_template": "{tmp}/other.jinja",
     "data.template_args": '{{"enable_thinking":false}}',
+    "data.date": "2001-01-01",
     "data.last_turn_only": "true",
     "data.drop_reasoning": "true",
     "data.cache_dir": "{tmp}/cache",
@@ -90,6 +92,8 @@ MAY_CHANGE = set(
 # What the first version saved, and nothing else.
 SAVED_AT_FIRST = ("train.seed", "train.global_batch_size", "data.seq_len", "data fingerprint")
 
+DAY_AND_SWITCH = "{{ strftime_now('%Y') }}{% if enable_thinking %}{% endif %}"  # so that their knobs matter
+
 Load = Callable[..., Config]
 
 
@@ -97,7 +101,7 @@ def identify(config: Config) -> dict[str, Any]:
     """As a trainer would, without loading the target."""
     world = World(0, 1, setup.torch.device("cpu"))
     info = setup.check_target(config)
-    data = setup.make_data(config, info, world)
+    data = setup.lay_out(setup.read_data(config, info, world), True, "", world)
     shape = setup.draft_shape(config, info.text, info.path)
     return identity_of(config, info, data, shape, find_prompts(config, info, data) if config.eval.every else [])
 
@@ -105,13 +109,14 @@ def identify(config: Config) -> dict[str, Any]:
 @pytest.fixture
 def load(tmp_path: Path, tiny_target: Path, debug_config) -> Load:
     """The debug preset with validation and real decoding, on files of this test's own."""
-    shutil.copytree(tiny_target, tmp_path / "target")
-    shutil.copytree(tiny_target, tmp_path / "other-target")
+    template = DAY_AND_SWITCH + (tiny_target / "chat_template.jinja").read_text()
+    for name in ("target", "other-target"):
+        shutil.copytree(tiny_target, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(template)
     scale_weights(tmp_path / "other-target")
     make_tiny_chats(tmp_path / "chat.jsonl")
     lines = (tmp_path / "chat.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "others.jsonl").write_text("".join(lines[:-1]))
-    template = (tiny_target / "chat_template.jinja").read_text()
     (tmp_path / "other.jinja").write_text(template + "{# another #}")
     files = [f"target.path={tmp_path / 'target'}", f"data.path={tmp_path / 'chat.jsonl'}"]
     on = ["eval.every=5", "target.full_depth=true", "validate.every=5"]
@@ -177,7 +182,8 @@ def test_every_knob_may_change_or_is_refused_by_name(load: Load, compare, tmp_pa
 def test_what_the_config_alone_says_is_refused_before_anything_is_read(load: Load, compare, tmp_path, name) -> None:
     checkpoint = tmp_path / "run/checkpoints/step-00000001"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps({"identity": identify(load())}))
+    state = {"step": 1, "identity": identify(load()), "checksums": dict.fromkeys(FILES, "0")}
+    (checkpoint / "state.json").write_text(json.dumps(state))
     shutil.rmtree(tmp_path / "target")
     with pytest.raises(ValueError, match=f"cannot be resumed. Changed: .*{name}"):
         Trainer(load(f"{name}={CHANGES[name].format()}"), World(0, 1, setup.torch.device("cpu")))
