@@ -29,7 +29,7 @@ from dflash_dist.target.attention import suit_device
 from dflash_dist.target.capture import HFDFlashTargetModel
 from dflash_dist.target.folder import AGAIN, CONFIG, looks_like_hub_id, read_config, read_tokenizer, reading_target
 from dflash_dist.target.head import check_head
-from dflash_dist.target.rehearsal import REPORTING, quiet, reading_model, refuse_gaps, rehearse
+from dflash_dist.target.rehearsal import REPORTING, end_names, quiet, reading_model, refuse_gaps, rehearse
 
 RESERVED = re.compile("mask|reserved|unused", re.IGNORECASE)  # in the name of a token that no text contains
 
@@ -272,7 +272,8 @@ def load_ends(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> End
         ValueError: the checkpoint lacks an end, or `check_head` refuses the target.
     """
     config = _shallow(info, [])
-    model = _from_pretrained(whole_class(config), info, config=config, dtype=dtype, device_map=device).eval()
+    options = {"config": config, "dtype": dtype, "device_map": device}
+    model = _from_pretrained(whole_class(config), info, ends_only=True, **options).eval()
     embedding, head = (end.weight.detach() for end in (model.get_input_embeddings(), model.get_output_embeddings()))
     tied = head.data_ptr() == embedding.data_ptr()
     return Ends(embedding, embedding if tied else head, check_head(info.path, model, head))
@@ -321,8 +322,9 @@ def check_loading(
         ValueError: as `rehearse`.
     """
     place = (info.path, info.revision, info.trust_remote_code)
-    rehearse(AutoModel, _shallow(info, layer_ids, full_depth), *place, attention)
-    rehearse(whole_class(info.config), _shallow(info, []), *place)
+    advice = AGAIN if full_depth else f"set target.full_depth=true, if a tensor is of all layers, or {AGAIN}"
+    rehearse(AutoModel, _shallow(info, layer_ids, full_depth), *place, attention, advice=advice)
+    rehearse(whole_class(info.config), _shallow(info, []), *place, ends_only=True)
 
 
 def check_loading_whole(info: TargetInfo) -> None:
@@ -335,13 +337,14 @@ def check_loading_whole(info: TargetInfo) -> None:
     rehearse(whole_class(config), config, info.path, info.revision, info.trust_remote_code)
 
 
-def _from_pretrained(auto_class: Any, info: TargetInfo, **options: Any) -> Any:
-    """Loads weights without the report of the layers that were left out on purpose, but never with missing ones."""
+def _from_pretrained(auto_class: Any, info: TargetInfo, ends_only: bool = False, **options: Any) -> Any:
+    """Loads weights without the report of the layers that were left out on purpose, but never with missing ones, or
+    with no missing ends."""
     with quiet(), reading_model(info.path, info.revision):
         model, report = auto_class.from_pretrained(
             info.path, revision=info.revision, trust_remote_code=info.trust_remote_code, **options, **REPORTING
         )
-    refuse_gaps(report, info.path)
+    refuse_gaps(report, info.path, end_names(model) if ends_only else None)
     if "attn_implementation" not in options:
         suit_device(model)
     return model

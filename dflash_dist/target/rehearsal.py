@@ -4,7 +4,7 @@ shares with that."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,18 @@ REPORTING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def rehearse(
-    auto_class: Any, config: Any, path: str, revision: str, trust_remote_code: bool, attention: str | None = None
+    auto_class: Any,
+    config: Any,
+    path: str,
+    revision: str,
+    trust_remote_code: bool,
+    attention: str | None = None,
+    ends_only: bool = False,
+    advice: str = AGAIN,
 ) -> None:
     """Lets transformers load the target from the headers of its weights alone, onto torch's "meta" device, which holds
     shapes and no numbers: a second at the most. Weights that the hub's cache does not hold yet, and such as are no
-    safetensors or quantised, are only looked at as files.
+    safetensors or quantised, are only looked at as files. `ends_only` and `advice` as `refuse_gaps`.
 
     Raises:
         ValueError: a file is missing, cut or damaged; the config describes a model that cannot be built, or another one
@@ -46,7 +53,15 @@ def rehearse(
         _, report = type(model).from_pretrained(
             None, config=config, state_dict=headers, device_map={"": "meta"}, **options, **REPORTING
         )
-    refuse_gaps(report, path)
+    refuse_gaps(report, path, end_names(model) if ends_only else None, advice)
+
+
+def end_names(model: Any) -> set[str]:
+    """The parameters of a whole model's embedding and LM head."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = [parameter for end in ends if end is not None for parameter in end.parameters()]
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if any(parameter is weight for weight in weights)}
 
 
 def skeleton(auto_class: Any, config: Any, trust_remote_code: bool, **options: Any) -> Any:
@@ -61,23 +76,26 @@ def _shapes(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, torch.empty(header.get_slice(name).get_shape(), device="meta")
 
 
-def refuse_gaps(report: dict[str, Any], path: str) -> None:
+def refuse_gaps(report: dict[str, Any], path: str, wanted: Collection[str] | None = None, advice: str = AGAIN) -> None:
     """Refuses a model whose tensors did not all come from its checkpoint.
 
     Args:
         report: that of `from_pretrained`.
+        wanted: names of the tensors that count; all by default. A model of fewer layers may have others of other
+            shapes, where one tensor is of all layers (Gemma 4's embeddings for each of them).
+        advice: what to do about another shape.
 
     Raises:
         ValueError: naming tensors that are missing, or have another shape than the config asks for.
     """
-    if missing := sorted(report["missing_keys"]):
+    if missing := sorted(name for name in report["missing_keys"] if wanted is None or name in wanted):
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise ValueError(f"the checkpoint of {path} lacks {', '.join(missing[:SHOWN])}{more}: {AGAIN}, whole")
-    if report["mismatched_keys"]:
-        name, found, expected = min(report["mismatched_keys"])
+    if others := [shapes for shapes in report["mismatched_keys"] if wanted is None or shapes[0] in wanted]:
+        name, found, expected = min(others)
         raise ValueError(
             f"{name} is {list(found)} in the checkpoint of {path} and {list(expected)} by its {CONFIG}, the first"
-            f" of {len(report['mismatched_keys'])} such tensors: they do not belong together; {AGAIN}"
+            f" of {len(others)} such tensors: they do not belong together; {advice}"
         )
 
 

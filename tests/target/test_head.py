@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, PhiConfig, Qwen3VLConfig
 
 from dflash_dist.target.head import check_head, head_gap
-from dflash_dist.target.load import load_ends, load_target, load_whole, read_info
+from dflash_dist.target.load import check_loading, load_ends, load_target, load_whole, read_info
 from dflash_dist.target.tiny import tiny_tokenizer
 from dflash_dist.training.trainer import Trainer
 from tests.ends import CPU, SIZES, compare_head, save_lively
+from tests.families import family
 
 ALL_FAMILIES = ["Qwen3", "Qwen2", "Llama", "Gemma", "Olmo2", "Phi3", "Qwen3Moe", "GptOss"]
 EXPERTS = {
@@ -122,3 +123,16 @@ def test_a_checkpoint_without_a_head_is_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"the checkpoint of .* lacks lm_head\.weight"):
         load_ends(read_info(str(tmp_path)), torch.float32, CPU)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_of_all_layers_hides_no_head_and_asks_for_full_depth(alone) -> None:
+    """Gemma 4 embeds each token once more for every layer."""
+    of = family("Gemma4Text")
+    assert of.head.error == 0
+    info = read_info(str(of.folder))
+    with pytest.raises(ValueError, match=r"embed_tokens_per_layer\.weight is .*; set target\.full_depth=true"):
+        check_loading(info, [1])
+    check_loading(info, [1], full_depth=True)
+    target = load_target(info, [1], torch.float32, alone, full_depth=True)
+    assert torch.equal(target.head, load_whole(info, torch.float32, CPU).get_output_embeddings().weight)

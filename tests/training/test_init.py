@@ -148,3 +148,18 @@ def test_a_checkpoint_wins_over_the_draft_to_begin_from(debug_config, tmp_path, 
         assert torch.equal(tensor, saved[name]), name
     assert not torch.equal(saved["fc.weight"], began)
     assert "resuming from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rope", "theta"),
+    [
+        ({"rope_type": "default", "rope_theta": 5e5}, 5e5),
+        ({"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}, 1e6),
+        ({"full_attention": None, "sliding_attention": {"rope_theta": 3e4}}, 3e4),  # no positions in full layers
+        (None, 1e4),
+    ],
+)
+def test_the_drafts_rotary_base_is_the_targets(debug_config, tiny_target, rope, theta):
+    config, info = debug_config(f"target.path={tiny_target}"), read_info(str(tiny_target))
+    info.config.rope_parameters = rope
+    assert draft_shape(config, info.text, "it").rope_theta == theta
