@@ -327,7 +327,7 @@ def test_a_slow_network_bounds_and_a_copy_a_node_helps(tmp_path: Path) -> None:
     [
         (["--gpus", "7"], "does not divide by 7 ranks"),
         (["--like", "Qwen/Qwen3-0.6B"], r"do not fit Qwen/Qwen3-0.6B: capture layers up to 26 of its 28"),
-        (["target.replicas=3"], "target.replicas 3 does not divide 8 ranks"),
+        (["target.replicas=3"], "target.replicas 3 does not divide the 8 ranks"),
     ],
 )
 def test_what_cannot_run_is_refused(args: list[str], message: str) -> None:

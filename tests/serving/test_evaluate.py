@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from dflash_dist.contract.folder import write_draft
+from dflash_dist.contract.folder import TRAINING, write_draft
 from dflash_dist.decoding.speculative import Decoded, Decoder
 from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.ranks import World
@@ -271,7 +271,7 @@ def test_a_difference_is_reported_with_its_place_and_gap_and_is_a_loss(evaluate,
     (difference,) = report["differences"]
 
     # The gap is that of the plain output's own choice at token 5.
-    model, ids = Qwen3ForCausalLM.from_pretrained(target), torch.tensor([prompt_ids(target, QUESTIONS[1])])
+    model, ids = Qwen3ForCausalLM.from_pretrained(target), torch.tensor([prompt_ids(target, turns[0])])
     tokens = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5)
     best, second = model(input_ids=tokens).logits[0, -1].topk(2).values.tolist()
     place = {"suite": "chats", "prompt": 1, "turn": 0, "token": 5}
@@ -305,7 +305,7 @@ def test_an_output_that_ends_early_is_a_difference_at_its_end(monkeypatch, evalu
 
 
 def test_a_later_question_follows_the_targets_own_answer(monkeypatch, evaluate, target, tmp_path):
-    turns = ["Hi", "Say it again."]
+    turns = ["Tell me more.", "Say it again."]
     (tmp_path / "question.jsonl").write_text(json.dumps({"turns": turns}) + "\n")
     asked, plain = [], Decoder.plain
     monkeypatch.setattr(Decoder, "plain", lambda self, *args: (asked.append(args[0]), plain(self, *args))[1])
@@ -314,7 +314,7 @@ def test_a_later_question_follows_the_targets_own_answer(monkeypatch, evaluate, 
     assert (report["suites"]["mtbench"]["prompts"], report["prompts"]) == (1, 4)
 
     tokenizer = AutoTokenizer.from_pretrained(target)
-    model, ids = Qwen3ForCausalLM.from_pretrained(target), torch.tensor([prompt_ids(target, "Hi")])
+    model, ids = Qwen3ForCausalLM.from_pretrained(target), torch.tensor([prompt_ids(target, turns[0])])
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=13)
     answer = tokenizer.decode(whole[0, ids.shape[1] :])
     messages = [
@@ -334,7 +334,7 @@ def test_an_answer_goes_on_without_its_stop_token(monkeypatch, evaluate, target,
         plain=lambda ids, limit: (asked.append(ids), yes)[1],
         speculative=lambda ids, limit: yes,
     )
-    monkeypatch.setattr(program.Evaluation, "load", lambda self: setattr(self, "decoder", decoder))
+    monkeypatch.setattr(program.Evaluation, "load", lambda self, _: setattr(self, "decoder", decoder))
     monkeypatch.setattr(program.Evaluation, "examiner", None, raising=False)
     (tmp_path / "question.jsonl").write_text(json.dumps({"turns": ["Hi", "Sure?"]}) + "\n")
     evaluate("--suite", f"mtbench={tmp_path / 'question.jsonl'}", "--limit", "1")
@@ -468,7 +468,7 @@ def test_a_prompt_that_cannot_be_used_is_named_before_the_first_is_decoded(
 ):
     draft = export()
     refusing = "{% if messages[-1].content == 'no' %}{{ raise_exception('never no') }}{% endif %}" + CHATML
-    (draft / program.TRAINING).write_text(json.dumps({"chat_template": refusing, "template_args": {}}))
+    (draft / TRAINING).write_text(json.dumps({"chat_template": refusing, "template_args": {}}))
     (tmp_path / "asked").mkdir()
     write_rows(tmp_path / "asked/a.jsonl", [*chats(3), ""])
     write_rows(tmp_path / "asked/b.jsonl", [*chats(2), chat(content, "a")])
