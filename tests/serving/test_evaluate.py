@@ -271,7 +271,7 @@ def test_a_difference_is_reported_with_its_place_and_gap_and_is_a_loss(evaluate,
     (difference,) = report["differences"]
 
     # The gap is that of the plain output's own choice at token 5.
-    model, ids = Qwen3ForCausalLM.from_pretrained(target), torch.tensor([prompt_ids(target, turns[0])])
+    model, ids = Qwen3ForCausalLM.from_pretrained(target), torch.tensor([prompt_ids(target, QUESTIONS[1])])
     tokens = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5)
     best, second = model(input_ids=tokens).logits[0, -1].topk(2).values.tolist()
     place = {"suite": "chats", "prompt": 1, "turn": 0, "token": 5}
