@@ -22,6 +22,8 @@ TRUST = (
 )
 DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
 MOST_LAYERS = 10_000  # libraries make lists of this length as they read a config
+OTHER_SIZES = ("head_dim", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+LARGEST_SIZE = 1 << 24  # no model has one above, and tables of a size are made before any weight is read
 
 
 def looks_like_hub_id(path: str) -> bool:
@@ -89,10 +91,11 @@ def read_config(path: str, revision: str, trust_remote_code: bool, local_files_o
             f"{where} is of a model of type {written.get('model_type')!r}, which transformers"
             f" {transformers.__version__} does not know: update transformers, or choose another target"
         ) from error
-    sizes: dict[str, Any] = {
-        name: getattr(text, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")
-    }
-    if wrong := [f"{name} {shown(size)}" for name, size in sizes.items() if not is_kind(size, int) or size < 1]:
+    needed = ("num_hidden_layers", "hidden_size", "vocab_size")
+    sizes: dict[str, Any] = {name: getattr(text, name, None) for name in needed}
+    sizes |= {name: size for name in OTHER_SIZES if is_kind(size := getattr(text, name, None), int)}
+    wrong = [f"{name} {shown(n)}" for name, n in sizes.items() if not is_kind(n, int) or not 1 <= n <= LARGEST_SIZE]
+    if wrong:
         raise ValueError(f"{where} describes no decoder ({', '.join(wrong)}): choose another target")
     return config
 

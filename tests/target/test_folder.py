@@ -82,6 +82,7 @@ DESCRIPTIONS = {
         "num_hidden_layers in config.json of {} is 10+, which is no number",
     ),
     "no decoder": (config(hidden_size=0), "config.json of {} describes no decoder .hidden_size 0"),
+    "a head of gigabytes": (config(head_dim=2**31), "config.json of {} describes no decoder .head_dim 2147483648"),
     "cut tokenizer": (cut("tokenizer.json"), "{}/tokenizer.json is not JSON .*: download or copy the model again"),
     "empty tokenizer": (put("tokenizer.json", b""), "{}/tokenizer.json is empty"),
     "tokenizer in Python": (slow_tokenizer, "the tokenizer of {} is a ByT5Tokenizer, written in Python"),
