@@ -42,7 +42,7 @@ fault-test: setup  ## runs of 2 ranks, killed and stopped at chosen moments, end
 mutants: setup  ## faults of one line, one at a time, and the test that notices each (docs/mutants.md): about an hour
 	$(BIN)/python -m tests.mutate $(ROOMS)
 
-families: setup  ## every decoder family of transformers, tiny: what the probes say of it, and whether that is true: about 3 minutes
+families: setup  ## every decoder family of transformers, tiny: what the probes say of it, and whether that is true: about 5 minutes
 	$(BIN)/python -m tests.families --write docs/families.md
 
 vllm-test: setup  ## a draft trained here, served by vLLM in an environment of its own (3.4 GB): about 5 minutes, 2 of them once

@@ -301,7 +301,7 @@ def _refuse_another(shape: DraftShape, begun_from: DraftShape, name: str) -> Non
 
 
 def _rope_theta(text: Any) -> float:
-    rope = getattr(text, "rope_parameters", None) or {}
+    rope: Any = getattr(text, "rope_parameters", None) or {}
     rope = rope.get("full_attention") or rope.get("sliding_attention") or rope  # some give it for each kind of layer
     return float(rope.get("rope_theta") or getattr(text, "rope_theta", 10_000.0))
 
