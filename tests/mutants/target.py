@@ -24,8 +24,8 @@ MUTANTS = [
     Mutant(
         "other shapes than the config's show in the rehearsal",
         REHEARSAL,
-        "    refuse_gaps(report, path)\n\n\ndef skeleton",
-        "\n\ndef skeleton",
+        "    refuse_gaps(report, path, end_names(model) if ends_only else None, advice)\n",
+        "",
         TEST_FOLDER,
     ),
     Mutant(
@@ -208,8 +208,8 @@ MUTANTS = [
     Mutant(
         "missing tensors are an error",
         "dflash_dist/target/rehearsal.py",
-        'if missing := sorted(report["missing_keys"]):',
-        "if missing := []:",
+        'if missing := sorted(name for name in report["missing_keys"] if',
+        "if missing := sorted(name for name in () if",
         TEST_LOAD,
     ),
     Mutant(

@@ -425,8 +425,8 @@ MUTANTS = [
     Mutant(
         "the target's base frequency, of its full attention",
         SETUP,
-        'rope = rope.get("full_attention", rope)\n',
-        "pass\n",
+        'rope = rope.get("full_attention") or rope.get("sliding_attention") or rope',
+        "rope = rope",
         f"{TEST_INIT}::test_the_rotary_base_is_the_targets_wherever_its_config_has_it",
     ),
     Mutant(
