@@ -36,8 +36,10 @@ def test_a_resumed_run_is_cut_back_to_the_checkpoints_step_and_goes_on(tmp_path:
 
 
 def test_a_run_that_starts_over_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
-    """Killed before its first checkpoint."""
-    write(tmp_path, 0, 4, 0.5)
+    """Killed before its first checkpoint, but after the validation of step 0."""
+    log = MetricLog(tmp_path, 0, 20, "seed: 0")
+    log.write(0, {"train/loss": 0.5})
+    log.close()
     write(tmp_path, 0, 2, 7.5)
     assert [row["train/loss"] for row in lines(tmp_path)] == [8.5, 9.5]
     assert board(tmp_path) == [(1, 8.5), (2, 9.5)]
