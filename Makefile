@@ -27,7 +27,8 @@ debug: setup  ## a whole run with a tiny random target: under a minute
 test: setup  ## two files at a time, for two cores: about 4 minutes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-thorough: setup  ## random conversations by the ten thousand: about 3 minutes
+test-thorough: setup  ## what is too long for every day, and random conversations by the ten thousand: about 6 minutes
+	$(BIN)/python -m pytest -m long --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest tests/data/test_templates.py --hypothesis-profile=thorough
 
 launch-check: setup  ## what each component of launch/ would submit, compared with what is meant: under a minute

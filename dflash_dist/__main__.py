@@ -17,7 +17,7 @@ COMMANDS = {
         "dflash_dist.training.capture",
         "store the target's features, so that training need not run the target",
     ),
-    "train": ("dflash_dist.training.trainer", "train a draft from a config; alone or under torchrun"),
+    "train": ("dflash_dist.training.train", "train a draft from a config; alone or under torchrun"),
     "preview": ("dflash_dist.training.preview", "look at the data of a config as training will see it"),
     "regenerate": ("dflash_dist.target.answers", "let the target write the answers of a data set again"),
     "export": ("dflash_dist.serving.export", "write a run's draft as serving engines load it"),

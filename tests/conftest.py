@@ -32,8 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files of this folder first: they start whole programs, and two workers should end at about the same time."""
-    items.sort(key=lambda item: item.path.parent != REPOSITORY / "tests")
+    """The longest files first, so that two workers end at about the same time: those of this folder, which start whole
+    programs, and of training."""
+    folders = [REPOSITORY / "tests", REPOSITORY / "tests/training"]
+    items.sort(key=lambda item: folders.index(item.path.parent) if item.path.parent in folders else len(folders))
 
 
 def pytest_sessionfinish() -> None:

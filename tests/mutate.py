@@ -96,7 +96,7 @@ def run_tests(copy: Path, tests: Sequence[str], notes: Path, output: Path) -> No
         os.dup2(file.fileno(), 2)
     code = 1
     try:
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[Notice(notes)])
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "", *tests], plugins=[Notice(notes)])
     finally:
         sys.stdout.flush()
         os._exit(code)

@@ -1,7 +1,7 @@
 """Real gloo ranks for tests: `run_ranks(fn, n, *args)` calls `fn(world, *args)` on `n` processes.
 
-The processes live for the whole test session, because a spawned one costs seconds of imports. They meet through a file,
-so no port is taken.
+The processes live for the whole test session, and are forks of one that has the imports behind it, which take seconds.
+They meet through a file, so no port is taken.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def close_pools() -> None:
 
 class Pool:
     def __init__(self, ranks: int):
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["dflash_dist.training.trainer", "tests.tiny"])
         self.folder = tempfile.TemporaryDirectory()
         rendezvous = str(Path(self.folder.name) / "rendezvous")
         self.pipes, self.processes = [], []

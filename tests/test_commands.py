@@ -86,9 +86,14 @@ def test_the_debug_preset_trains_exports_and_evaluates(undisturbed: Path, tmp_pa
     assert json.loads((tmp_path / "report.json").read_text())["lossless"] is True
 
 
-def test_a_killed_run_continues_with_the_exact_losses(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_killed_run_continues_with_the_exact_losses_and_no_second_one_beside_it(
+    undisturbed: Path, tmp_path: Path
+) -> None:
     process = start(PROGRAM, *debug(tmp_path / "run"))
     read_until(process, "step 16/24")
+    process.send_signal(signal.SIGSTOP)
+    output = finish(PROGRAM, *debug(tmp_path / "run"), status=1)
+    assert f"run is in use by process {process.pid} on " in output
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert len(losses(tmp_path / "run")) < 24
@@ -96,42 +101,21 @@ def test_a_killed_run_continues_with_the_exact_losses(undisturbed: Path, tmp_pat
     assert losses(tmp_path / "run") == losses(undisturbed)
 
 
-def stop_at(folder: Path, text: str) -> list[Path]:
-    """Runs until `text` is printed, then asks for the end; the checkpoints that are there."""
+def test_a_signal_saves_and_a_full_disk_or_a_damaged_file_costs_a_checkpoint_and_not_the_run(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
     process = start(PROGRAM, *debug(folder, "checkpoint.every=1000"))
-    read_until(process, text)
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    return sorted((folder / "checkpoints").iterdir())
-
-
-def test_a_signal_saves_and_the_same_command_goes_on(undisturbed: Path, tmp_path: Path) -> None:
-    process = start(PROGRAM, *debug(tmp_path / "run", "checkpoint.every=1000"))
     read_until(process, "step 4/24")
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate()
     assert process.returncode == 0 and "start the same command again to continue" in output
-    assert (tmp_path / "run/PREEMPTED").exists()
-    assert "resuming from" in finish(PROGRAM, *debug(tmp_path / "run", "checkpoint.every=1000"))
-    assert not (tmp_path / "run/PREEMPTED").exists()
-    assert losses(tmp_path / "run") == losses(undisturbed)
+    assert (folder / "PREEMPTED").exists()
+    [saved] = (folder / "checkpoints").iterdir()
 
-
-def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
-    first = start(PROGRAM, *debug(tmp_path / "run"))
-    read_until(first, "step 1/24")
-    first.send_signal(signal.SIGSTOP)
-    output = finish(PROGRAM, *debug(tmp_path / "run"), status=1)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
-    assert f"run is in use by process {first.pid} on " in output
-
-
-def test_a_full_disk_or_a_damaged_file_costs_the_checkpoint_and_not_the_run(undisturbed: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    [saved] = stop_at(folder, "step 4/24")
     no_file_above_4_kib = ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash"]  # neither checkpoints, nor metrics, nor logs
     output = finish([*no_file_above_4_kib, *PROGRAM], *debug(folder), status=1)
+    assert f"resuming from {saved}" in output
     assert "STEP 12 NOT YET LOGGED" in output
     assert "CHECKPOINT OF STEP 12 NOT WRITTEN" in output
     assert f"the last one is of step {int(saved.name.removeprefix('step-'))}" in output
@@ -144,6 +128,7 @@ def test_a_full_disk_or_a_damaged_file_costs_the_checkpoint_and_not_the_run(undi
     output = finish(PROGRAM, *debug(folder))
     assert f"{damaged} is not used: draft.safetensors is cut or damaged" in output
     assert f"resuming from {saved}" in output
+    assert not (folder / "PREEMPTED").exists()
     assert losses(folder) == losses(undisturbed)
 
 
@@ -165,6 +150,7 @@ def test_torchrun_with_two_ranks_gives_the_same_run(undisturbed: Path, undisturb
         assert step == same and ours == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.long
 def test_ranks_that_are_struck_come_back_with_the_exact_losses(undisturbed_pair: Path, tmp_path: Path) -> None:
     """As in tests/faults.py: a rank is killed as a checkpoint is about to get its name, and torchrun
     starts the ranks again; then both are stopped in the middle of a step, and the same command goes on."""
@@ -190,8 +176,9 @@ def test_slurms_signal_in_set_up_ends_all_ranks_as_a_run_that_is_to_go_on(tmp_pa
     assert (tmp_path / "run/PREEMPTED").exists() and not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_a_users_mistake_is_one_clear_line(tmp_path: Path) -> None:
-    output = finish(PROGRAM, *debug(tmp_path), "train.max_step=3", status=1)
+def test_a_users_mistake_is_one_clear_line_before_anything_slow_is_imported(tmp_path: Path) -> None:
+    without_torch = "import sys; sys.modules['torch'] = None; from dflash_dist.__main__ import main; main()"
+    output = finish([sys.executable, "-c", without_torch], *debug(tmp_path), "train.max_step=3", status=1)
     assert output == "error: configs/debug.yaml: unknown key 'train.max_step'; did you mean 'train.max_steps'?\n"
 
 

@@ -354,6 +354,7 @@ def test_a_pod_passes_the_signal_on_and_asks_to_be_made_again(tmp_path: Path, fa
     assert {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [75]}} in rules
 
 
+@pytest.mark.long
 def test_two_nodes_of_a_slurm_job_save_on_its_signal_and_the_job_goes_on_where_they_were(tmp_path: Path, fake) -> None:
     """launch/slurm.sbatch itself, where srun starts what it is given twice, on this machine, as on two nodes."""
     fake("scontrol", "[ $1 = requeue ] || echo localhost")

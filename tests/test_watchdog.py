@@ -226,6 +226,7 @@ def test_a_stuck_rank_and_a_lost_store_end_all_ranks(tmp_path: Path) -> None:
     host.communicate()
 
 
+@pytest.mark.long
 def test_a_stopped_rank_ends_a_torchrun(tmp_path: Path) -> None:
     run = start(
         TORCHRUN, *debug(tmp_path / "run", "train.max_steps=100000", "validate.every=0", "train.hang_timeout=5")

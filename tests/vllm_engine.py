@@ -25,7 +25,7 @@ from dflash_dist.serving import export
 from dflash_dist.serving.check import check
 from dflash_dist.target.load import load_whole, read_info
 from dflash_dist.target.tiny import make_tiny_chats, tiny_tokenizer
-from dflash_dist.training import trainer
+from dflash_dist.training.train import main as train_main
 from tests.conftest import REPOSITORY
 
 VLLM = REPOSITORY / ".venv-vllm"
@@ -83,7 +83,7 @@ def write_target(folder: Path, chats: Path) -> None:
 
 def train(target: Path, chats: Path, run: Path) -> tuple[Path, Path]:
     """A draft for the target, through the same commands that a user gives; returns its folder in both layouts."""
-    trainer.main(
+    train_main(
         [
             *("--config", str(REPOSITORY / "configs/debug.yaml")),
             *(f"target.path={target}", f"data.path={chats}", "data.val_conversations=0", "validate.every=0"),

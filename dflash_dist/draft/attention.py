@@ -9,9 +9,11 @@ and returns [B, heads, A*K, D]. Neither ever holds a dense [A*K, S + A*K] mask.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -242,11 +244,13 @@ class _Scores:
         self.context.copy_(self.wide_context)
 
 
+@functools.cache  # once asked for, on a GPU: it imports the compiler, which takes a second of every start
+def _compile(function: Callable) -> Any:
+    return torch.compile(function, dynamic=False)
+
+
 class FlexAttention:
     """One compiled FlexAttention call over context and block, with a sparse block mask."""
-
-    _attend = staticmethod(torch.compile(flex_attention, dynamic=False))
-    _block_mask = staticmethod(torch.compile(create_block_mask, dynamic=False))
 
     def __init__(self, blocks: Blocks, document_ids: torch.Tensor, compiled: bool = True):
         rows, length = document_ids.shape
@@ -259,8 +263,8 @@ class FlexAttention:
             seen = sees_context(anchors[b, block], documents[b, block], context, document_ids[b, context])
             return torch.where(kv < length, seen, sees_slot(block, (kv - length) // size))
 
-        self.attend = self._attend if compiled else flex_attention
-        build = self._block_mask if compiled else create_block_mask
+        self.attend = _compile(flex_attention) if compiled else flex_attention
+        build = _compile(create_block_mask) if compiled else create_block_mask
         self.mask = build(visible, rows, None, slots, length + slots, device=document_ids.device)
 
     def __call__(self, query, context_key, context_value, block_key, block_value) -> torch.Tensor:

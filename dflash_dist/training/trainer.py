@@ -1,8 +1,7 @@
-"""Trains a draft: `python -m dflash_dist train --config C.yaml [a.b=c ...]`, alone or under torchrun."""
+"""The run: builds what it needs, resumes, steps, validates, saves, and stops when asked to."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import math
@@ -12,34 +11,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dflash_dist.config import Config, describe, load_config
+from dflash_dist.config import Config
 from dflash_dist.ranks import World, join_world
 from dflash_dist.training import setup
 from dflash_dist.training.checkpoint import Checkpoints, newest_whole, read_state, step_folders
 from dflash_dist.training.context import TargetContext, make_context
 from dflash_dist.training.evaluation import Evaluation, SharedTarget, find_prompts
 from dflash_dist.training.identity import identity_of, refuse_another, refuse_changed_knobs
-from dflash_dist.training.logs import LOGS, keep_logs
+from dflash_dist.training.logs import LOGS
 from dflash_dist.training.optim import describe_jump, gather_state, restore_hyperparameters
 from dflash_dist.training.sampling import Sampler
 from dflash_dist.training.step import TrainingStep
 from dflash_dist.training.watch import Watch, due
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="dflash_dist train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"knobs, as YAML sections or overrides:\n{describe()}",
-    )
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="knobs set on the command line")
-    args = parser.parse_intermixed_args(argv)
-    config = load_config(args.config, args.overrides)
+def train(config: Config) -> None:
+    """A whole run, as one of torchrun's ranks or alone."""
     folder = Path(config.output_dir)
     with (
-        keep_logs(folder),
         join_world(config.train.hang_timeout, folder / LOGS) as world,
         setup.claim_folder(folder, world),
         setup.stoppable(folder, world),

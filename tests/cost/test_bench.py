@@ -67,6 +67,7 @@ def test_the_report_has_every_figure_and_they_fit_together(tmp_path, capsys) -> 
     assert {line.split()[0] for line in lines[7:]} == report.keys() - {"stages"}
 
 
+@pytest.mark.long
 def test_the_reference_is_timed_beside_ours(tmp_path, capsys) -> None:
     out = tmp_path / "report.json"
     main([*TINY, "--steps", "1", "--rounds", "1", "--reference", "--json", str(out)])

@@ -249,7 +249,7 @@ MUTANTS = [
         TRAINER,
         "        if step < 0:",
         "        if True:",
-        f"{TEST_COMMANDS}::test_a_killed_run_continues_with_the_exact_losses",
+        f"{TEST_COMMANDS}::test_a_killed_run_continues_with_the_exact_losses_and_no_second_one_beside_it",
     ),
     Mutant(
         "ranks that see different checkpoints are refused together",
@@ -291,7 +291,7 @@ MUTANTS = [
         TRAINER,
         "(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)",
         "(signal.SIGTERM, signal.SIGINT)",
-        f"{TEST_COMMANDS}::test_a_signal_saves_and_the_same_command_goes_on",
+        f"{TEST_COMMANDS}::test_a_signal_saves_and_a_full_disk_or_a_damaged_file_costs_a_checkpoint_and_not_the_run",
     ),
     Mutant(
         "a second signal ends the process at once",
@@ -342,7 +342,7 @@ MUTANTS = [
         TRAINER,
         "            contextlib.closing(self.checkpoints),\n",
         "",
-        f"{TEST_COMMANDS}::test_a_full_disk_or_a_damaged_file_costs_the_checkpoint_and_not_the_run",
+        f"{TEST_COMMANDS}::test_a_signal_saves_and_a_full_disk_or_a_damaged_file_costs_a_checkpoint_and_not_the_run",
     ),
     Mutant(
         "a training loop expects to get on",
@@ -371,14 +371,14 @@ MUTANTS = [
         SETUP,
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_SH | fcntl.LOCK_NB",
-        f"{TEST_COMMANDS}::test_a_second_run_on_the_same_folder_is_refused",
+        f"{TEST_COMMANDS}::test_a_killed_run_continues_with_the_exact_losses_and_no_second_one_beside_it",
     ),
     Mutant(
         "PREEMPTED goes when the run goes on",
         SETUP,
         "(folder / PREEMPTED).unlink(missing_ok=True)",
         "pass",
-        f"{TEST_COMMANDS}::test_a_signal_saves_and_the_same_command_goes_on",
+        f"{TEST_COMMANDS}::test_a_signal_saves_and_a_full_disk_or_a_damaged_file_costs_a_checkpoint_and_not_the_run",
     ),
     Mutant(
         "USR1 in set-up leaves PREEMPTED",

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel
 
+from dflash_dist.draft import attention
 from dflash_dist.draft.attention import FlexAttention
 from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.draft.objective import PADDING
@@ -243,11 +244,9 @@ def test_nothing_is_compiled_again_after_the_first_step(alone, tiny_target, monk
     torch._dynamo.reset()
     masks, attends, layers = CompileCounter(), CompileCounter(), CompileCounter()
 
-    def compiled(function: Callable, counter: CompileCounter) -> staticmethod:
-        return staticmethod(torch.compile(function, dynamic=False, backend=counter))
-
-    monkeypatch.setattr(FlexAttention, "_block_mask", compiled(flex.create_block_mask, masks))
-    monkeypatch.setattr(FlexAttention, "_attend", compiled(flex.flex_attention, attends))
+    counters = {flex.create_block_mask: masks, flex.flex_attention: attends}
+    compiled = {f: torch.compile(f, dynamic=False, backend=counter) for f, counter in counters.items()}
+    monkeypatch.setattr(attention, "_compile", compiled.get)
     monkeypatch.setattr(module, "training_attention", lambda blocks, ids, _: FlexAttention(blocks, ids))
     target, draft = lively_target(tiny_target), DFlashDraftModel(tiny_shape())
     ends = target.model.embed_tokens.weight, target.lm_head.weight
@@ -268,7 +267,7 @@ def test_nothing_is_compiled_again_after_the_first_step(alone, tiny_target, monk
         assert (masks.frame_count, layers.frame_count) == (1, 1)  # one for all layers
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_compiled_layers_train_alike_and_share_their_graphs(alone, tiny_target, monkeypatch, checkpointing) -> None:
     compiler = CompileCounterWithBackend("aot_eager")  # inductor's code would take a compiler and half a minute
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
