@@ -63,6 +63,17 @@ def in_shards(*then: Callable[[Path], None]) -> Callable[[Path], None]:
     return split
 
 
+def in_older(then: Callable[[Path], None]) -> Callable[[Path], None]:
+    """The weights as torch saves them; then what else befalls them."""
+
+    def convert(folder: Path) -> None:
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        write(folder / "model.safetensors", None)
+        then(folder)
+
+    return convert
+
+
 def slow_tokenizer(folder: Path) -> None:
     write(folder / "tokenizer.json", None)
     edit(folder / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
@@ -100,6 +111,7 @@ WEIGHTS = {
     "no weights": (put("model.safetensors", None), "{} holds no weights, neither model.safetensors nor shards"),
     "a missing shard": (in_shards(put("b.safetensors", None)), "{} lacks b.safetensors, which .*index.json names"),
     "half a shard": (in_shards(cut("b.safetensors")), "{}/b.safetensors is cut or damaged"),
+    "half an older file": (in_older(cut("pytorch_model.bin")), "{}/pytorch_model.bin is cut: its end is missing"),
     "a cut index": (in_shards(cut("model.safetensors.index.json")), "{}/model.safetensors.index.json is not JSON"),
     "an index without a map": (
         in_shards(put("model.safetensors.index.json", b"{}")),
@@ -234,16 +246,18 @@ def with_code(tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return folder
 
 
-def test_code_of_a_models_own_runs_only_where_it_is_trusted(with_code: Path, alone: World) -> None:
+def test_code_of_a_models_own_runs_only_where_it_is_trusted(with_code: Path, tmp_path: Path, alone: World) -> None:
     refusal(
         lambda: read_info(str(with_code)), with_code, "{} brings Python code .* target.trust_remote_code .*--trust-rem"
     )
+    assert not list((tmp_path / "modules").rglob("*_quiet.py")), "none of it was even fetched"
     info = read_info(str(with_code), trust_remote_code=True)
     assert type(info.config).__name__ == "QuietConfig" and type(info.tokenizer).__name__ == "QuietTokenizer"
     check_loading(info, IDS)
     check_loading_whole(info)
     assert type(load_target(info, IDS, torch.float32, alone).model.model).__name__ == "QuietModel"
     assert type(load_whole(info, torch.float32, CPU)).__name__ == "QuietForCausalLM"
+    assert list((tmp_path / "modules").rglob("*_quiet.py"))
 
 
 def test_a_run_trains_on_a_trusted_target_and_its_draft_is_exported(

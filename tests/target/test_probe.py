@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from dflash_dist.ranks import World
@@ -72,6 +74,38 @@ def test_rows_of_a_micro_batch_that_disturb_each_other_are_found() -> None:
 
     assert probe_packing(target, ALONE, TOKENS, SEQ_LEN, rows=1).exact
     assert not probe_packing(target, ALONE, TOKENS, SEQ_LEN, rows=2).exact
+
+
+class Chaotic(nn.Module):
+    """Keeps documents apart, and makes `gain` times as much of the last bit, which it rounds otherwise in every second
+    place of a packed row."""
+
+    target_layer_ids = (0,)
+
+    def __init__(self, gain: float):
+        super().__init__()
+        self.gain, self.embedding = gain, nn.Embedding(max(TOKENS) + 1, 8)
+        nn.init.uniform_(self.embedding.weight, 1, 2, torch.Generator().manual_seed(0))
+
+    def takes_positions(self) -> bool:
+        return True
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def generate_batch(self, ids, _mask, _loss_mask, positions=None) -> SimpleNamespace:
+        second = torch.arange(ids.shape[1])[:, None] % 2 * (positions is not None)
+        embedded = self.embedding(ids)
+        return SimpleNamespace(
+            hidden_states=torch.sin(self.gain * embedded * (1 + torch.finfo(embedded.dtype).eps * second))
+        )
+
+
+@pytest.mark.parametrize(("gain", "exact"), [(1.0, True), (1e4, True), (1e9, False)])
+def test_what_the_target_makes_of_the_last_bit_is_rounding_and_noise_is_none(gain: float, exact: bool) -> None:
+    found = probe_packing(Chaotic(gain), ALONE, TOKENS, SEQ_LEN)  # type: ignore[arg-type]
+    assert found.exact == exact
+    assert {1.0: found.error < 1e-6, 1e4: 1e-4 < found.error < found.rounding, 1e9: found.rounding == 0.2}[gain]
 
 
 def test_a_target_whose_features_know_later_tokens_is_refused() -> None:
