@@ -52,6 +52,7 @@ MUTANTS = [
         "/ max(total_weight, 1e-30)",
         "/ total_weight",
         f"{TEST_TRAINER}::test_a_step_without_any_anchor_is_no_division_by_zero",
+        "where no slot is learned from, no gradient comes to what is divided",
     ),
     Mutant(
         "the learning rate is this step's",

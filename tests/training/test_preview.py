@@ -43,6 +43,11 @@ def test_counts_lengths_anchors_and_steps(preview):
     assert "steps: 60 of 4 rows, 120.0 passes over the data" in lines
 
 
+def test_a_row_uses_no_more_blocks_than_loss_anchors(preview):
+    lines = "\n".join(preview([("abc", "x" * 20)], "loss.anchors=5"))
+    assert "train: 20 tokens can be an anchor; 5 of loss.anchors 5 are used in a row" in lines
+
+
 def test_a_row_is_printed_token_by_token_with_its_mask(preview):
     lines = preview([("abc", "xy"), ("def", "z!")], "--row", "2")
     start = next(i for i, line in enumerate(lines) if line.startswith("row 2, document 1 of 1"))
