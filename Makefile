@@ -24,7 +24,7 @@ demo: setup  ## a real target, real training over 2 ranks, export, evaluation: 1
 debug: setup  ## a whole run with a tiny random target: under a minute
 	$(RUN) train --config configs/debug.yaml
 
-test: setup  ## two files at a time, for two cores: about 4 minutes
+test: setup  ## two files at a time, for two cores: about 6 minutes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-thorough: setup  ## what is too long for every day, and random conversations by the ten thousand: about 6 minutes

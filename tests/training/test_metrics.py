@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from dflash_dist.training.metrics import MetricLog
+
+
+@pytest.fixture(autouse=True)
+def first_in_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run's writer is. TensorBoard reads files in the order of their names, which end in the writer's number: of
+    one second, that of the tenth comes before that of the ninth."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def write(folder: Path, begin: int, end: int, value: float) -> None:
