@@ -169,6 +169,7 @@ def test_ranks_that_are_struck_come_back_with_the_exact_losses(undisturbed_pair:
         assert (folder / last / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.long
 def test_slurms_signal_in_set_up_ends_all_ranks_as_a_run_that_is_to_go_on(tmp_path: Path) -> None:
     choose(tmp_path, [Fault("SIGUSR1", "all ranks", "start", line_of(Trainer.__init__, "setup.check_target("), 1)])
     output = finish([*RANKS, "-m", "tests.faulty", str(tmp_path)], *debug(tmp_path / "run"))
