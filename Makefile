@@ -18,7 +18,7 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --constraint .constraints.txt --editable ".[demo,dev]"
 	touch $@
 
-demo: setup  ## a real target, real training over 2 ranks, export, evaluation: 10 to 20 minutes on 2 cores
+demo: setup  ## a real target, real training over 2 ranks, export, evaluation: 10 to 35 minutes on 2 cores
 	$(RUN) demo
 
 debug: setup  ## a whole run with a tiny random target: under a minute

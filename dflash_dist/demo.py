@@ -10,6 +10,7 @@ user could type, and is printed as one.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
             path.unlink()
         shutil.rmtree(FOLDER / "checkpoints", ignore_errors=True)
     untrained = evaluate_untrained(heldout)
-    torchrun("train", "--config", str(CONFIG))
+    torchrun("train", "--config", str(CONFIG), *fast_dtypes())
     run("export", "--run", str(FOLDER), "--out", str(FOLDER / "export"))
     trained = evaluate(FOLDER / "export", heldout, FOLDER / "evaluation.json", MAX_NEW_TOKENS)
 
@@ -207,7 +208,15 @@ def evaluate_untrained(heldout: Path) -> dict[str, Any]:
     """The draft as training begins, on a few prompts: the least that any training must beat."""
     folder = FOLDER / "untrained"
     shutil.rmtree(folder, ignore_errors=True)
-    run("train", "--config", str(CONFIG), f"output_dir={folder}", "train.max_steps=0", "validate.every=0")
+    run(
+        "train",
+        "--config",
+        str(CONFIG),
+        f"output_dir={folder}",
+        "train.max_steps=0",
+        "validate.every=0",
+        *fast_dtypes(),
+    )
     run("export", "--run", str(folder), "--out", str(folder / "export"))
     return evaluate(folder / "export", heldout, folder / "evaluation.json", 48, "--limit", "3")
 
@@ -216,6 +225,17 @@ def evaluate(draft: Path, heldout: Path, out: Path, max_new_tokens: int, *option
     inputs = ["--target", str(TARGET), "--draft", str(draft), "--prompts", str(heldout)]
     run("evaluate", *inputs, "--max-new-tokens", str(max_new_tokens), "--json", str(out), *options)
     return json.loads(out.read_text())
+
+
+@functools.cache  # one answer for all of the demo
+def fast_dtypes() -> list[str]:
+    """Knobs for a CPU without instructions for bfloat16, on which an hour and a half would become of the demo."""
+    import torch
+
+    from dflash_dist.machine import TOO_SLOW, bfloat16_slowdown
+
+    slow = bfloat16_slowdown(torch.device("cpu")) > TOO_SLOW
+    return ["target.dtype=float32", "train.precision=float32"] if slow else []
 
 
 def seconds_in_steps(curves: list[dict[str, Any]]) -> float:

@@ -14,6 +14,7 @@ FLOORS = {
     "watchdog": 0,
     "files": 0,
     "reading": 0,
+    "machine": 0,
     "ranks": 1,
     "data": 1,
     "draft": 1,

@@ -27,13 +27,14 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from dflash_dist.config import PUBLISHED_GAMMA, Config, DataConfig, load_config
-from dflash_dist.cost.meter import Meter, Time, collective_mib, matmul_flops_per_s
+from dflash_dist.cost.meter import Meter, Time, collective_mib
 from dflash_dist.cost.reference import ReferenceStep
 from dflash_dist.cost.shapes import PUBLISHED, TargetShape, Work, spread_layers, step_flops, target_config
 from dflash_dist.data.chat import Document
 from dflash_dist.data.documents import Documents
 from dflash_dist.data.packing import PackedRows
 from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.machine import matmul_flops_per_s
 from dflash_dist.ranks import World, join_world, keep_freed_memory
 from dflash_dist.target.attention import suit_device
 from dflash_dist.target.capture import HFDFlashTargetModel, decoder_layers

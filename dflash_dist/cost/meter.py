@@ -61,20 +61,6 @@ class Time:
     cpu_seconds: float  # of all threads of the process
 
 
-def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
-    """The best of several matrix products, on as many threads as torch uses now."""
-    size, times = (8192, 20) if device.type == "cuda" else (1024, 20)
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.float32).to(dtype)
-    best = math.inf
-    for _ in range(times):
-        begin = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
-
-
 def resting_mib(device: torch.device) -> float:
     """Memory in use now [MiB]; from here on `peak_memory_mib` tells the most."""
     if device.type == "cuda":

@@ -26,6 +26,7 @@ from dflash_dist.data.rows import Data, load_data, make_encoder
 from dflash_dist.data.template import today
 from dflash_dist.draft.model import DFlashDraftModel, DraftShape
 from dflash_dist.files import writing
+from dflash_dist.machine import TOO_SLOW, bfloat16_slowdown
 from dflash_dist.ranks import World
 from dflash_dist.target.features import DATE, INDEX, read_index
 from dflash_dist.target.folder import check_decoder
@@ -126,6 +127,18 @@ def check_world(config: Config, world: World) -> None:
             f"train.global_batch_size {batch} does not divide by {world.size} ranks x train.micro_batch_size {micro}:"
             f" choose a multiple of {micro * world.size}, or a number of ranks that divides {batch // micro}{smaller}"
         )
+
+
+def say_slow_dtypes(config: Config, world: World) -> None:
+    """Says it where the run computes in bfloat16, and this machine's CPU does that slowly."""
+    in_bfloat16 = "bfloat16" in (config.target.dtype, config.train.precision)
+    if world.is_main and world.device.type == "cpu" and in_bfloat16:
+        slowdown = bfloat16_slowdown(world.device)
+        if slowdown > TOO_SLOW:
+            print(
+                f"bfloat16 takes {slowdown:.1f} times as long as float32 on this CPU, which has no instructions for it:"
+                " target.dtype=float32 train.precision=float32 is the faster run"
+            )
 
 
 def check_target(config: Config) -> TargetInfo:

@@ -44,6 +44,7 @@ class Trainer:
 
     def __init__(self, config: Config, world: World):
         setup.check_world(config, world)
+        setup.say_slow_dtypes(config, world)
         config = setup.make_builtins(config, world)
         self.world = world
         self.folder = Path(config.output_dir)

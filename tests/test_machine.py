@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dflash_dist import demo, machine
+from dflash_dist.machine import bfloat16_slowdown, matmul_flops_per_s
+from dflash_dist.training import setup
+
+CPU = torch.device("cpu")
+
+
+def test_a_product_of_half_the_speed_is_twice_as_slow(monkeypatch) -> None:
+    assert matmul_flops_per_s(torch.float32, CPU, size=64, times=2) > 0
+    monkeypatch.setattr(machine, "matmul_flops_per_s", lambda dtype, *_, **__: 2e9 if dtype == torch.float32 else 1e9)
+    assert bfloat16_slowdown(CPU) == 2
+
+
+@pytest.mark.parametrize("slowdown", [0.2, 4.25])
+def test_a_run_in_bfloat16_says_where_float32_is_faster(debug_config, alone, monkeypatch, capsys, slowdown) -> None:
+    monkeypatch.setattr(setup, "bfloat16_slowdown", lambda device: slowdown)
+    knobs = "target.dtype=float32 train.precision=float32"
+    for config in (debug_config("train.precision=bfloat16"), debug_config("target.dtype=bfloat16")):
+        setup.say_slow_dtypes(config, alone)
+        assert ("4.2 times as long as float32 on this CPU" in (said := capsys.readouterr().out)) == (slowdown > 1)
+        assert said.endswith(f"{knobs} is the faster run\n") == (slowdown > 1)
+    setup.say_slow_dtypes(debug_config(*knobs.split()), alone)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("slowdown", [0.2, 4.25])
+def test_the_demo_trains_in_the_faster_dtype(monkeypatch, slowdown) -> None:
+    monkeypatch.setattr(machine, "bfloat16_slowdown", lambda device: slowdown)
+    knobs = ["target.dtype=float32", "train.precision=float32"]
+    assert demo.fast_dtypes.__wrapped__() == (knobs if slowdown > 1 else [])
