@@ -7,9 +7,8 @@ import time
 
 import torch
 
-TOO_SLOW = (
-    1.5  # times as long as float32: CPUs with instructions for bfloat16 take less time, those without 3 to 5 times
-)
+# Times as long as in float32: CPUs with instructions for bfloat16 take less, and those without 3 to 5 times as long.
+TOO_SLOW = 1.5
 
 
 def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, size: int | None = None, times: int = 20) -> float:
