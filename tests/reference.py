@@ -156,7 +156,9 @@ def reference_blocks(rows: Rows, anchors: Sequence[Sequence[int]], slots: int, b
 # --------------------------------------------------------------------------------------------------------- attention
 
 
-def dense_mask(blocks: Blocks, document_ids: torch.Tensor, row: int) -> torch.Tensor:
+def dense_mask(
+    blocks: Blocks, document_ids: torch.Tensor, row: int, window: int | None = None, causal: bool = False
+) -> torch.Tensor:
     """[A*K, S + A*K] bool: which slot of a row sees which context token (first S columns) and which slot.
 
     A slot sees the context strictly before its anchor, in its anchor's document, and all slots of its own block. The
@@ -164,6 +166,8 @@ def dense_mask(blocks: Blocks, document_ids: torch.Tensor, row: int) -> torch.Te
 
     Args:
         document_ids: [B, S].
+        window: a slot sees the context tokens among the `window` tokens that end with itself.
+        causal: a slot sees no later slot.
     """
     anchors, documents = blocks.anchors[row].tolist(), blocks.documents[row].tolist()
     context_documents = document_ids[row].tolist()
@@ -173,8 +177,10 @@ def dense_mask(blocks: Blocks, document_ids: torch.Tensor, row: int) -> torch.Te
         block = slot // size
         for context in range(length):
             mask[slot, context] = context < anchors[block] and context_documents[context] == documents[block]
+            if window is not None and context not in range(anchors[block] + slot % size - window + 1, length):
+                mask[slot, context] = False
         for other in range(len(anchors) * size):
-            mask[slot, length + other] = other // size == block
+            mask[slot, length + other] = other // size == block and not (causal and other > slot)
     return mask
 
 
@@ -190,8 +196,9 @@ class DenseAttention:
         [B, heads, A*K, D].
     """
 
-    def __init__(self, blocks: Blocks, document_ids: torch.Tensor):
-        self.mask = torch.stack([dense_mask(blocks, document_ids, row) for row in range(len(document_ids))])
+    def __init__(self, blocks: Blocks, document_ids: torch.Tensor, window: int | None = None, causal: bool = False):
+        rows = range(len(document_ids))
+        self.mask = torch.stack([dense_mask(blocks, document_ids, row, window, causal) for row in rows])
 
     def __call__(self, query, context_key, context_value, block_key, block_value) -> torch.Tensor:
         group = query.shape[1] // block_key.shape[1]

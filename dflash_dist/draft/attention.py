@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dflash_dist.draft.blocks import Blocks
-from dflash_dist.draft.visibility import seen_by_all, sees_context, sees_slot
+from dflash_dist.draft.mask import FULL, Mask, seen_by_all
 
 # A run's context is extended to a multiple of this, masked [tokens]. For each shape of a product in bfloat16, oneDNN
 # compiles kernels, which takes longer than many such products, and keeps half a MiB.
@@ -35,18 +35,24 @@ LOG2_E = math.log2(math.e)
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def training_attention(blocks: Blocks, document_ids: torch.Tensor, dtype: torch.dtype) -> Attend:
+def training_attention(blocks: Blocks, document_ids: torch.Tensor, dtype: torch.dtype, mask: Mask) -> Attend:
     """The fastest backend for queries of `dtype` on the device of `blocks`. `document_ids` [B, S] lie there too."""
     if document_ids.is_cuda:
-        return FlexAttention(blocks, document_ids)
-    return ChunkedAttention(blocks, document_ids, context_step=CONTEXT_STEP[dtype])
+        return FlexAttention(blocks, document_ids, mask)
+    return ChunkedAttention(blocks, document_ids, mask, context_step=CONTEXT_STEP[dtype])
 
 
-def full_attention(query, context_key, context_value, block_key, block_value) -> torch.Tensor:
-    """Every slot sees all of the context and its block: one block at a time, as in decoding."""
-    key = torch.cat([context_key, block_key], dim=2)
-    value = torch.cat([context_value, block_value], dim=2)
-    return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+class OneBlockAttention:
+    """One block behind `length` tokens of context, as in decoding: the same interface, with A = 1."""
+
+    def __init__(self, length: int, block_size: int, mask: Mask, device: torch.device):
+        visible = mask.after_context(length, block_size)  # on the host, which is not to wait for a GPU
+        self.visible = None if visible.all() else visible.to(device)  # without a mask, kernels are faster
+
+    def __call__(self, query, context_key, context_value, block_key, block_value) -> torch.Tensor:
+        key = torch.cat([context_key, block_key], dim=2)
+        value = torch.cat([context_value, block_value], dim=2)
+        return F.scaled_dot_product_attention(query, key, value, self.visible, enable_gqa=True)
 
 
 class ChunkedAttention:
@@ -60,13 +66,16 @@ class ChunkedAttention:
         self,
         blocks: Blocks,
         document_ids: torch.Tensor,
+        mask: Mask = FULL,
         anchors_at_once: int | None = None,
         context_step: int = CONTEXT_STEP[torch.float32],
     ):
         self.block_size = blocks.block_size
         anchors_at_once = anchors_at_once or max(RUN_SLOTS // self.block_size, 1)
+        within_block = _to_bias(mask.within_block(self.block_size))
+        self.within_block = within_block if within_block.any() else None
         self.runs = [
-            Run.of(row, slice(start, min(start + anchors_at_once, used)), blocks, document_ids, context_step)
+            Run.of(row, slice(start, min(start + anchors_at_once, used)), blocks, document_ids, mask, context_step)
             for row, used in enumerate((blocks.documents >= 0).sum(dim=1).tolist())
             for start in range(0, used, anchors_at_once)
         ]
@@ -79,6 +88,7 @@ class ChunkedAttention:
         split = query.unflatten(1, (block_key.shape[1], -1)).unflatten(3, (-1, size))
         output = _AttendInRuns.apply(
             self.runs,
+            self.within_block,
             split.transpose(2, 3).flatten(3, 4),
             context_key,
             context_value,
@@ -98,20 +108,25 @@ class Run:
     anchors: slice
     context: slice  # what they can reach, and a little more
     clear: int  # so many tokens at its beginning all of them see
-    bias: torch.Tensor  # [anchors, 1, rest of the context] float32: 0 where visible, else -inf
+    bias: torch.Tensor  # [anchors, 1, K, rest of the context] float32, with 1 for K where all slots see the same
 
     @staticmethod
-    def of(row: int, anchors: slice, blocks: Blocks, document_ids: torch.Tensor, context_step: int) -> Run:
-        anchor, document = blocks.anchors[row, anchors, None], blocks.documents[row, anchors, None]
-        length = document_ids.shape[1]
-        begin, end = int((document_ids[row] == document[0]).int().argmax()), int(anchor.max())
+    def of(row: int, anchors: slice, blocks: Blocks, document_ids: torch.Tensor, mask: Mask, context_step: int) -> Run:
+        anchor, document = (each[row, anchors, None, None] for each in (blocks.anchors, blocks.documents))
+        slot, length = torch.arange(blocks.block_size)[:, None], document_ids.shape[1]
+
+        def visible(begin: int, end: int) -> torch.Tensor:
+            """[anchors, K, context], with 1 for K as above."""
+            index = torch.arange(begin, end)
+            return mask.sees_context(anchor, slot, document, index, document_ids[row, begin:end])
+
+        reached = visible(0, length).any(dim=1).any(dim=0).nonzero()
+        begin, end = (int(reached[0]), int(reached[-1]) + 1) if len(reached) else (0, 0)
         size = min(math.ceil((end - begin) / context_step) * context_step, length)
         begin = min(begin, length - size)
-        context = slice(begin, begin + size)
-        index = torch.arange(context.start, context.stop)
-        visible = sees_context(anchor, document, index, document_ids[row, context])
-        clear = seen_by_all(visible)
-        return Run(row, anchors, context, clear, torch.where(visible[:, clear:], 0.0, -math.inf)[:, None])
+        seen = visible(begin, begin + size)
+        clear = seen_by_all(seen.flatten(0, 1))
+        return Run(row, anchors, slice(begin, begin + size), clear, _to_bias(seen[..., clear:])[:, None])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -127,6 +142,11 @@ class Run:
         return tensor[self.row, heads, self.context]
 
 
+def _to_bias(visible: torch.Tensor) -> torch.Tensor:
+    """What is added to scores, in float32: 0 where visible, else -inf."""
+    return torch.where(visible, 0.0, -math.inf)
+
+
 class _AttendInRuns(torch.autograd.Function):
     """Products in the dtype of the query, powers and sums over runs in float32. Backward computes the probabilities
     again: kept, they would take more memory than all other activations together. Scores are those of a softmax to base
@@ -139,7 +159,7 @@ class _AttendInRuns(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, runs, query, *keys_and_values):
+    def forward(ctx, runs, within_block, query, *keys_and_values):
         with torch.autocast("cpu", enabled=False):
             scaled = (query * (LOG2_E * query.shape[-1] ** -0.5)).contiguous()
             *of_context, block_key, block_value = (each.contiguous() for each in keys_and_values)
@@ -151,7 +171,7 @@ class _AttendInRuns(torch.autograd.Function):
                 key, value = (run.of_context(each, heads) for each in of_context)
                 q, out, of_block, total, log_total = (run.of_slots(each, heads) for each in of_slots)
                 scores.fill(q, key, of_block)
-                scores.hide(run)
+                scores.hide(run, within_block)
                 peak = scores.wide.amax(-1, keepdim=True)
                 scores.to_powers(peak)
                 torch.sum(scores.wide, -1, keepdim=True, out=total)
@@ -161,7 +181,7 @@ class _AttendInRuns(torch.autograd.Function):
             output += block_scores @ block_value
             output /= totals
         ctx.save_for_backward(log_totals, query, *keys_and_values)
-        ctx.runs = runs
+        ctx.runs, ctx.within_block = runs, within_block
         return output
 
     @staticmethod
@@ -179,7 +199,7 @@ class _AttendInRuns(torch.autograd.Function):
             key, value, d_key, d_value = (run.of_context(each, heads) for each in (*of_context, *d_of_context))
             q, d_out, d_q, of_block, d_of_block, log_total = (run.of_slots(each, heads) for each in of_slots)
             scores.fill(q, key, of_block)
-            scores.hide(run)
+            scores.hide(run, ctx.within_block)
             scores.to_powers(log_total)
             d_scores.fill(d_out, value, d_of_block)
             d_scores.back_through_softmax(scores)
@@ -192,7 +212,7 @@ class _AttendInRuns(torch.autograd.Function):
         d_block_key, d_block_value = d_block_scores.mT @ scaled, block_scores.mT @ gradient
         d_context_key, d_context_value = d_of_context
         keys = d_context_key / LOG2_E, d_context_value, d_block_key / LOG2_E, d_block_value
-        return None, *(each.to(query.dtype) for each in (d_query * scale, *keys))
+        return None, None, *(each.to(query.dtype) for each in (d_query * scale, *keys))
 
 
 def _with_rooms(runs: list[Run], block_scores: torch.Tensor, rooms: int) -> Iterator[tuple[Run, slice, list[_Scores]]]:
@@ -228,9 +248,12 @@ class _Scores:
         self.wide_context.copy_(self.context)
         self.wide_block.copy_(block)
 
-    def hide(self, run: Run) -> None:
-        """What the run does not see."""
-        self.wide_context[..., run.clear :].unflatten(1, (len(run.bias), -1)).add_(run.bias)
+    def hide(self, run: Run, within_block: torch.Tensor | None) -> None:
+        """What the run does not see; of their own blocks nothing, where `within_block` [K, K] is None."""
+        anchors, _, slots, _ = run.bias.shape
+        self.wide_context[..., run.clear :].unflatten(1, (anchors, -1, slots)).add_(run.bias)
+        if within_block is not None:
+            self.wide_block.unflatten(1, (-1, len(within_block))).add_(within_block)
 
     def to_powers(self, less: torch.Tensor) -> None:
         """2 to the scores less [heads, a * Q, 1]: probabilities, if that is the logarithm of their sum."""
@@ -252,16 +275,17 @@ def _compile(function: Callable) -> Any:
 class FlexAttention:
     """One compiled FlexAttention call over context and block, with a sparse block mask."""
 
-    def __init__(self, blocks: Blocks, document_ids: torch.Tensor, compiled: bool = True):
+    def __init__(self, blocks: Blocks, document_ids: torch.Tensor, mask: Mask = FULL, compiled: bool = True):
         rows, length = document_ids.shape
         slots = blocks.anchors.shape[1] * blocks.block_size
         anchors, documents, size = blocks.anchors, blocks.documents, blocks.block_size
 
         def visible(b, h, q, kv):
-            block = q // size
-            context = torch.clamp(kv, max=length - 1)
-            seen = sees_context(anchors[b, block], documents[b, block], context, document_ids[b, context])
-            return torch.where(kv < length, seen, sees_slot(block, (kv - length) // size))
+            block, slot = q // size, q % size
+            context, other = torch.clamp(kv, max=length - 1), kv - length
+            of_context = anchors[b, block], slot, documents[b, block], context, document_ids[b, context]
+            of_slots = block, slot, other // size, other % size
+            return torch.where(kv < length, mask.sees_context(*of_context), mask.sees_slot(*of_slots))
 
         self.attend = _compile(flex_attention) if compiled else flex_attention
         build = _compile(create_block_mask) if compiled else create_block_mask

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dflash_dist.draft.attention import Attend, full_attention
+from dflash_dist.draft.attention import Attend, OneBlockAttention
 from dflash_dist.draft.elementwise import GatedDown, NormalizeRMS, Rope, Rotate
+from dflash_dist.draft.mask import FULL, Mask
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 class DFlashDraftModel(nn.Module):
     """Maps slot embeddings and target features to the slots' final hidden states."""
+
+    mask: Mask = FULL  # of every layer, in training and in decoding
 
     def __init__(self, shape: DraftShape, gradient_checkpointing: bool = False):
         super().__init__()
@@ -106,8 +109,9 @@ class DFlashDraftModel(nn.Module):
         """One block [1, K, H] after the cached context, its anchor at the next position; returns hidden states."""
         positions = torch.arange(cache.length, cache.length + slots.shape[1], device=slots.device)[None]
         rope, hidden = self._rope(positions), slots
+        attend = OneBlockAttention(cache.length, slots.shape[1], self.mask, slots.device)
         for layer, context in zip(self.layers, cache.layers, strict=True):
-            hidden = layer(hidden, rope, context, full_attention)
+            hidden = layer(hidden, rope, context, attend)
         return self.norm(hidden)
 
     def _rope(self, positions: torch.Tensor) -> Rope:

@@ -131,7 +131,9 @@ class Examiner:
             blocks.position_ids.flatten(1),
             torch.cat(captured(), dim=-1),
             positions.to(self.device),
-            training_attention(blocks, documents.to(self.device), self.decoder.embedding.dtype),
+            training_attention(
+                blocks, documents.to(self.device), self.decoder.embedding.dtype, self.decoder.draft.mask
+            ),
         ).unflatten(1, (anchors, shape.block_size))[0, :, 1:]
         proposals = torch.stack([(block @ self.decoder.head.T).argmax(dim=-1) for block in hidden])  # no large logits
         counts = blocks.weights[0] > 0

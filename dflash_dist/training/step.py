@@ -104,7 +104,7 @@ class TrainingStep:
     def propose(self, draft: nn.Module, micro: MicroBatch, context: torch.Tensor) -> torch.Tensor:
         """The hidden states [B, A * K, H] of all slots."""
         batch, blocks = micro.batch, micro.blocks
-        attend = training_attention(blocks, batch.document_ids, self.compute_dtype)
+        attend = training_attention(blocks, batch.document_ids, self.compute_dtype, self.draft.mask)
         slots = F.embedding(blocks.input_ids.flatten(1), self.embedding)
         positions = blocks.position_ids.flatten(1)
         bf16 = self.compute_dtype == torch.bfloat16

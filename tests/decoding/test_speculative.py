@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dflash_dist.decoding.speculative import Decoder, first_difference, leading_run
-from dflash_dist.draft.attention import full_attention
+from dflash_dist.draft.attention import OneBlockAttention
+from dflash_dist.draft.mask import FULL
 from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.target.capture import HFDFlashTargetModel
 from tests.tiny import lively_target, tiny_shape
@@ -253,7 +254,7 @@ def test_proposals_are_those_of_the_training_forward_on_the_same_anchor(monkeypa
             torch.arange(length, length + 4)[None],
             features,
             torch.arange(length)[None],
-            full_attention,
+            OneBlockAttention(length, 4, FULL, torch.device("cpu")),
         )
         assert proposals == target.lm_head(hidden)[0, 1:].argmax(-1).tolist()
         seen.append(tuple(proposals))

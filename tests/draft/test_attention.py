@@ -6,6 +6,8 @@ import torch
 from dflash_dist.draft import attention
 from dflash_dist.draft.attention import ChunkedAttention, FlexAttention, training_attention
 from dflash_dist.draft.blocks import Blocks
+from dflash_dist.draft.mask import FULL, Mask
+from dflash_dist.draft.model import ContextCache
 from dflash_dist.draft.objective import WeightedSlots, block_loss
 from tests.reference import (
     DenseAttention,
@@ -23,9 +25,10 @@ A, K = 10, 4
 HEADS, KV_HEADS, D = 4, 2, 16
 BACKENDS = {
     **{
-        f"chunked by {n}": lambda blocks, ids, n=n: ChunkedAttention(blocks, ids, anchors_at_once=n) for n in (1, 3, 16)
+        f"chunked by {n}": lambda blocks, ids, mask=FULL, n=n: ChunkedAttention(blocks, ids, mask, anchors_at_once=n)
+        for n in (1, 3, 16)
     },
-    "flex": lambda blocks, ids: FlexAttention(blocks, ids, compiled=False),
+    "flex": lambda blocks, ids, mask=FULL: FlexAttention(blocks, ids, mask, compiled=False),
 }
 both_backends = pytest.mark.parametrize("backend", ["chunked by 1", "chunked by 3", "chunked by 16", "flex"])
 # torch warns that FlexAttention without a compiler is slow
@@ -84,7 +87,7 @@ def heads_in_turns(request, monkeypatch):
 def test_chunked_attention_equals_the_dense_reference(anchors_at_once, heads_in_turns):
     rows, blocks = two_rows()
     inputs = random_inputs(rows, blocks)
-    attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once)
+    attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once=anchors_at_once)
     output, gradients = outputs_and_gradients(attend, inputs, blocks)
     expected, expected_gradients = outputs_and_gradients(DenseAttention(blocks, rows.document_ids), inputs, blocks)
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
@@ -97,7 +100,7 @@ def test_chunked_attention_in_bfloat16_is_off_by_its_rounding_alone(heads_in_tur
     rounded = [each.bfloat16() for each in random_inputs(rows, blocks)]
     exact = [each.float() for each in rounded]
     expected, expected_gradients = outputs_and_gradients(DenseAttention(blocks, rows.document_ids), exact, blocks)
-    attend = training_attention(blocks, rows.document_ids, torch.bfloat16)
+    attend = training_attention(blocks, rows.document_ids, torch.bfloat16, FULL)
     output, gradients = outputs_and_gradients(attend, rounded, blocks)
     for ours, dense in zip([output, *gradients], [expected, *expected_gradients], strict=True):
         assert ours.dtype == torch.bfloat16
@@ -134,6 +137,71 @@ def test_backends_equal_the_dense_reference_on_random_rows(backend, seed):
     torch.testing.assert_close(output.transpose(1, 2)[used], expected.transpose(1, 2)[used], rtol=0, atol=2e-6)
 
 
+MASKS = {
+    "a window": Mask(window=5),
+    "a window shorter than a block": Mask(window=2),
+    "causal": Mask(causal=True),
+    "a causal window": Mask(window=7, causal=True),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@both_backends
+def test_backends_see_what_the_mask_says(backend, mask, heads_in_turns):
+    rows, blocks = two_rows()
+    inputs = random_inputs(rows, blocks)
+    attend = BACKENDS[backend](blocks, rows.document_ids, mask)
+    dense = DenseAttention(blocks, rows.document_ids, mask.window, mask.causal)
+    if backend == "flex":  # it has no backward on a CPU
+        used = used_slots(blocks)
+        ours, theirs = (of(*inputs).transpose(1, 2)[used] for of in (attend, dense))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+        return
+    output, gradients = outputs_and_gradients(attend, inputs, blocks)
+    expected, expected_gradients = outputs_and_gradients(dense, inputs, blocks)
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
+    for gradient, exact in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=0, atol=3e-6)
+
+
+def test_a_run_begins_where_its_window_does():
+    rows = packed_row([1] * 200, length=200)
+    blocks = reference_blocks(rows, [list(range(100, 108))], 8, K, gamma=4.0)
+    [run] = ChunkedAttention(blocks, rows.document_ids, Mask(window=9), context_step=1).runs
+    assert run.context == slice(92, 107)
+
+
+class OddMask(Mask):
+    """Another rule: of the context, odd places alone; of the block, no neighbour on the left."""
+
+    def sees_context(self, anchor, slot, document, context, context_document):
+        return super().sees_context(anchor, slot, document, context, context_document) & (context % 2 == 1)
+
+    def sees_slot(self, block, slot, other_block, other_slot):
+        return super().sees_slot(block, slot, other_block, other_slot) & (other_slot != slot - 1)
+
+
+@pytest.mark.parametrize("mask", [FULL, *MASKS.values(), OddMask()], ids=["full", *MASKS, "another rule"])
+def test_decoding_and_every_backend_follow_one_rule(mask):
+    """A block behind its cached context, as in decoding, is that block of a training's forward, whatever the rule."""
+    rows = packed_row([1] * 30, length=30)
+    blocks = reference_blocks(rows, [[0, 1, 9, 22]], 4, K, gamma=4.0)
+    draft = lively_draft(tiny_shape(block_size=K))
+    draft.mask = mask
+    slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
+    forwards = []
+    with torch.no_grad():
+        for make in BACKENDS.values():
+            attend = make(blocks, rows.document_ids, draft.mask)
+            forwards.append(draft(slots, slot_positions, features, positions, attend).unflatten(1, (4, K))[0])
+        for a, anchor in enumerate(blocks.anchors[0].tolist()):
+            cache = ContextCache()
+            draft.extend(cache, features[:, :anchor])
+            decoded = draft.propose(cache, slots.unflatten(1, (4, K))[:, a])[0]
+            for forward in forwards:
+                torch.testing.assert_close(forward[a], decoded, rtol=0, atol=1e-5)
+
+
 def test_flex_attention_equals_the_dense_reference():
     rows, blocks = two_rows()
     inputs = random_inputs(rows, blocks)
@@ -148,7 +216,7 @@ def test_the_attention_for_gpus_equals_the_dense_reference_in_outputs_and_gradie
     device = torch.device("cuda")
     inputs = random_inputs(rows, blocks)
     on_device = [tensor.to(device).requires_grad_() for tensor in inputs]
-    attend = training_attention(blocks.to(device), rows.document_ids.to(device), torch.float32)
+    attend = training_attention(blocks.to(device), rows.document_ids.to(device), torch.float32, FULL)
     assert isinstance(attend, FlexAttention)
     output = attend(*on_device).transpose(1, 2)[used_slots(blocks).to(device)]
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(device)
@@ -162,7 +230,7 @@ def test_the_attention_for_gpus_equals_the_dense_reference_in_outputs_and_gradie
 
 def test_the_cpu_trains_with_chunked_attention():
     rows, blocks = two_rows()
-    assert isinstance(training_attention(blocks, rows.document_ids, torch.float32), ChunkedAttention)
+    assert isinstance(training_attention(blocks, rows.document_ids, torch.float32, FULL), ChunkedAttention)
 
 
 def test_chunked_attention_holds_no_dense_mask():
@@ -181,7 +249,7 @@ def test_a_block_has_gradient_from_the_context_before_its_anchor_in_its_document
     rows, blocks = two_rows()
     draft = lively_draft(tiny_shape(block_size=K))
     slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
-    attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once)
+    attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once=anchors_at_once)
     hidden = draft(slots, slot_positions, features, positions, attend).unflatten(1, (A, K))
     for b, a in [(0, 0), (0, 2), (0, 3), (0, 4), (0, 5), (0, 6), (0, 8), (1, 1), (1, 2), (1, 4)]:
         anchor, document = int(blocks.anchors[b, a]), int(blocks.documents[b, a])
@@ -199,7 +267,7 @@ def test_a_block_has_gradient_from_all_of_its_own_slots_and_from_no_other_block(
     rows, blocks = two_rows()
     draft = lively_draft(tiny_shape(block_size=K))
     slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
-    attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once)
+    attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once=anchors_at_once)
     hidden = draft(slots, slot_positions, features, positions, attend).unflatten(1, (A, K))
     for b, a, slot in [(0, 0, 0), (0, 1, 3), (0, 5, 1), (0, 9, 0), (1, 0, 2), (1, 4, 0)]:
         (gradient,) = torch.autograd.grad(hidden[b, a, slot].sum(), slots, retain_graph=True)

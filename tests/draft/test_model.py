@@ -8,9 +8,10 @@ import torch
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
-from dflash_dist.draft.attention import Attend, ChunkedAttention, FlexAttention, full_attention
+from dflash_dist.draft.attention import Attend, ChunkedAttention, FlexAttention, OneBlockAttention
 from dflash_dist.draft.blocks import Blocks
 from dflash_dist.draft.elementwise import Rotate
+from dflash_dist.draft.mask import FULL
 from dflash_dist.draft.model import ContextCache, DFlashDraftModel, DraftLayer, RMSNorm
 from dflash_dist.draft.objective import WeightedSlots, block_loss
 from tests.reference import DenseAttention, Rows, lively_draft, packed_row, reference_blocks, used_slots
@@ -133,7 +134,9 @@ def test_a_layer_is_a_qwen3_layer():
     positions = torch.arange(37, 45)[None]
     nothing = torch.zeros(1, 2, 0, 16)
     with torch.no_grad():
-        output = ours(hidden, draft._rope(positions), (nothing, nothing), full_attention)
+        output = ours(
+            hidden, draft._rope(positions), (nothing, nothing), OneBlockAttention(0, 8, FULL, torch.device("cpu"))
+        )
         rope = Qwen3RotaryEmbedding(theirs_config)(hidden, positions)
         expected = theirs(hidden, attention_mask=None, position_embeddings=rope)
     torch.testing.assert_close(output, expected, rtol=0, atol=5e-6)

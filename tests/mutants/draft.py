@@ -3,7 +3,7 @@ from __future__ import annotations
 from tests.mutants import Mutant
 
 BLOCKS, TEST_BLOCKS = "dflash_dist/draft/blocks.py", "tests/draft/test_blocks.py"
-VISIBILITY, ATTENTION = "dflash_dist/draft/visibility.py", "dflash_dist/draft/attention.py"
+MASK, ATTENTION = "dflash_dist/draft/mask.py", "dflash_dist/draft/attention.py"
 TEST_ATTENTION = "tests/draft/test_attention.py"
 MODEL, ELEMENTWISE, TEST_MODEL = (
     "dflash_dist/draft/model.py",
@@ -78,51 +78,51 @@ MUTANTS = [
     ),
     Mutant(
         "the context strictly before the anchor",
-        VISIBILITY,
+        MASK,
         "(context < anchor) &",
         "(context <= anchor) &",
         TEST_ATTENTION,
     ),
     Mutant(
         "in the anchor's document",
-        VISIBILITY,
-        "(context < anchor) & (context_document == anchor_document)",
+        MASK,
+        "(context < anchor) & (context_document == document)",
         "context < anchor",
         TEST_ATTENTION,
     ),
     Mutant(
         "a block sees itself in both directions, and no other block",
-        VISIBILITY,
-        "return block == other_block",
-        "return block >= other_block",
+        MASK,
+        "seen = block == other_block",
+        "seen = block >= other_block",
         TEST_ATTENTION,
     ),
     Mutant(
         "what every query sees needs no mask, and nothing else",
-        VISIBILITY,
+        MASK,
         "visible.all(dim=0).cumprod(dim=0).sum()",
         "visible.all(dim=0).sum()",
         TEST_ATTENTION,
     ),
     Mutant(
         "what one query sees is not seen by all",
-        VISIBILITY,
+        MASK,
         "visible.all(dim=0)",
         "visible.any(dim=0)",
         TEST_ATTENTION,
     ),
     Mutant(
-        "each run goes over the context that it can reach: from its first anchor's document",
+        "each run goes over the context that it can reach: from the first that it sees",
         ATTENTION,
-        "document_ids[row] == document[0]",
-        "document_ids[row] == document[-1]",
+        "(int(reached[0]),",
+        "(int(reached[0]) + 1,",
         TEST_ATTENTION,
     ),
     Mutant(
-        "each run goes over the context that it can reach: up to its last anchor",
+        "each run goes over the context that it can reach: up to the last that it sees",
         ATTENTION,
-        "int(anchor.max())",
-        "int(anchor.min())",
+        "int(reached[-1]) + 1)",
+        "int(reached[-1]))",
         TEST_ATTENTION,
     ),
     Mutant(
@@ -135,8 +135,8 @@ MUTANTS = [
     Mutant(
         "decoding: every slot sees all of the context and its block",
         ATTENTION,
-        "F.scaled_dot_product_attention(query, key, value, enable_gqa=True)",
-        "F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)",
+        "(query, key, value, self.visible, enable_gqa=True)",
+        "(query, key, value, is_causal=True, enable_gqa=True)",
         "tests/draft/test_model.py",
     ),
     Mutant(
@@ -170,7 +170,7 @@ MUTANTS = [
     Mutant(
         "backward sees what forward saw",
         ATTENTION,
-        "            scores.hide(run)\n            scores.to_powers(log_total)",
+        "            scores.hide(run, ctx.within_block)\n            scores.to_powers(log_total)",
         "            scores.to_powers(log_total)",
         TEST_ATTENTION,
     ),
@@ -182,12 +182,29 @@ MUTANTS = [
         TEST_ATTENTION,
     ),
     Mutant(
-        "FlexAttention: the same visibility",
+        "FlexAttention: the same mask",
         ATTENTION,
-        "return torch.where(kv < length, seen, sees_slot(block, (kv - length) // size))",
-        "return torch.where(kv < length, seen, sees_slot(block, (kv - length) // size) & (kv - length <= q))",
+        "other // size, other % size",
+        "block, other % size",
         TEST_ATTENTION,
     ),
+    Mutant(
+        "the kernel for CPUs: the same mask inside a block",
+        ATTENTION,
+        "        if within_block is not None:\n",
+        "        if False:\n",
+        TEST_ATTENTION,
+    ),
+    Mutant("decoding: the same mask", ATTENTION, "None if visible.all() else", "None if True else", TEST_ATTENTION),
+    Mutant(
+        "a window ends with the slot itself",
+        MASK,
+        "(anchor + slot - context < self.window)",
+        "(anchor + slot - context <= self.window)",
+        TEST_ATTENTION,
+    ),
+    Mutant("a window moves with the slot", MASK, "(anchor + slot - context <", "(anchor - context <", TEST_ATTENTION),
+    Mutant("a causal slot sees itself", MASK, "(other_slot <= slot)", "(other_slot < slot)", TEST_ATTENTION),
     Mutant(
         "RoPE tables are computed in float32 each time",
         MODEL,

@@ -18,6 +18,7 @@ from dflash_dist.data.chat import Document
 from dflash_dist.decoding.speculative import Decoded, Decoder
 from dflash_dist.draft.attention import training_attention
 from dflash_dist.draft.blocks import build_blocks
+from dflash_dist.draft.mask import FULL
 from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.draft.objective import WeightedSlots, block_loss
 from dflash_dist.serving.diagnose import Examiner, Verdict, slots
@@ -58,7 +59,9 @@ def folder(tiny_target, tmp_path_factory) -> Path:
             generators=[np.random.default_rng(0)],
         )
         features = target.generate_batch(ids, None, mask).hidden_states
-        batches.append((blocks, features, positions, training_attention(blocks, torch.zeros_like(ids), features.dtype)))
+        batches.append(
+            (blocks, features, positions, training_attention(blocks, torch.zeros_like(ids), features.dtype, FULL))
+        )
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
     for _ in range(60):
         for blocks, features, positions, attend in batches:

@@ -115,7 +115,9 @@ def fake_step(tiny_target, monkeypatch):
     """Makes a training step that lives on a `FakeGpu` but for what it does on the host, and a function that runs one
     step of it and returns the operations that reached the GPU."""
     # FlexAttention as on a GPU, backward included, but not compiled: fake tensors are what a compiler would use.
-    monkeypatch.setattr(module, "training_attention", lambda blocks, ids, _: FlexAttention(blocks, ids, compiled=False))
+    monkeypatch.setattr(
+        module, "training_attention", lambda blocks, ids, *_: FlexAttention(blocks, ids, compiled=False)
+    )
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(flex, "_validate_device", lambda *args: None)  # has no backward on a CPU
 
@@ -247,7 +249,7 @@ def test_nothing_is_compiled_again_after_the_first_step(alone, tiny_target, monk
     counters = {flex.create_block_mask: masks, flex.flex_attention: attends}
     compiled = {f: torch.compile(f, dynamic=False, backend=counter) for f, counter in counters.items()}
     monkeypatch.setattr(attention, "_compile", compiled.get)
-    monkeypatch.setattr(module, "training_attention", lambda blocks, ids, _: FlexAttention(blocks, ids))
+    monkeypatch.setattr(module, "training_attention", lambda blocks, ids, *_: FlexAttention(blocks, ids))
     target, draft = lively_target(tiny_target), DFlashDraftModel(tiny_shape())
     ends = target.model.embed_tokens.weight, target.lm_head.weight
     training = make_step(step_config(), alone, packed_rows(8), draft, target.model, *ends)
