@@ -14,15 +14,15 @@ from dflash_dist.reading import is_ours
 # command -> (module with a `main(argv)`, what it does); modules load when called, so that --help is instant
 COMMANDS = {
     "capture": (
-        "dflash_dist.training.capture",
+        "dflash_dist.prepare.capture",
         "store the target's features, so that training need not run the target",
     ),
     "train": ("dflash_dist.training.train", "train a draft from a config; alone or under torchrun"),
-    "preview": ("dflash_dist.training.preview", "look at the data of a config as training will see it"),
-    "regenerate": ("dflash_dist.target.answers", "let the target write the answers of a data set again"),
-    "export": ("dflash_dist.serving.export", "write a run's draft as serving engines load it"),
-    "check": ("dflash_dist.serving.check", "look for what serving engines would do wrong with a draft folder"),
-    "evaluate": ("dflash_dist.serving.evaluate", "decode speculatively and plainly; report acceptance and speed"),
+    "preview": ("dflash_dist.prepare.preview", "look at the data of a config as training will see it"),
+    "regenerate": ("dflash_dist.answers.regenerate", "let the target write the answers of a data set again"),
+    "export": ("dflash_dist.export.export", "write a run's draft as serving engines load it"),
+    "check": ("dflash_dist.export.check", "look for what serving engines would do wrong with a draft folder"),
+    "evaluate": ("dflash_dist.evaluate.evaluate", "decode speculatively and plainly; report acceptance and speed"),
     "bench": (
         "dflash_dist.cost.bench",
         "time training steps at any shape, against a plain implementation and the peak",

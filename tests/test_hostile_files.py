@@ -12,24 +12,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dflash_dist.answers.parts import Parts
 from dflash_dist.contract.folder import check_draft, read_draft, read_record, write_draft
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.documents import open_documents
 from dflash_dist.data.sources import FileSource
 from dflash_dist.decoding.speculative import Decoded
 from dflash_dist.draft.model import DFlashDraftModel
-from dflash_dist.serving.check import check
-from dflash_dist.serving.evaluate import main as evaluate
-from dflash_dist.serving.evaluate import read_answers
-from dflash_dist.serving.export import main as export
-from dflash_dist.serving.report import Answer, summarise
+from dflash_dist.evaluate.evaluate import main as evaluate
+from dflash_dist.evaluate.evaluate import read_answers
+from dflash_dist.evaluate.report import Answer, summarise
+from dflash_dist.export.check import check
+from dflash_dist.export.export import main as export
 from dflash_dist.target.features import FeatureFolder, read_index, refuse_other
 from dflash_dist.target.load import check_loading, read_info
-from dflash_dist.target.parts import Parts
 from dflash_dist.training.checkpoint import Checkpoints, best_step, newest_whole
 from dflash_dist.training.metrics import _cut_back
+from tests.export.test_export import SHAPE, save_run
 from tests.hostile import as_json, changed, copied, damaged, refused, write
-from tests.serving.test_export import SHAPE, save_run
 from tests.target.test_features import small_disk
 from tests.tiny import tiny_shape
 
@@ -270,7 +270,7 @@ def test_a_damaged_draft_ends_an_evaluation_before_the_target_is_loaded(tiny_tar
     write(tmp_path / "draft/model.safetensors", (tmp_path / "draft/model.safetensors").read_bytes()[:-9])
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
-    monkeypatch.setattr("dflash_dist.serving.evaluate.load_whole", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("dflash_dist.evaluate.evaluate.load_whole", lambda *_: pytest.fail("it was loaded"))
     argv = ["--target", str(tiny_target), "--draft", str(tmp_path / "draft"), "--prompts", str(prompts)]
     assert refused(lambda: evaluate(argv), f"{tmp_path}/draft/model.safetensors is cut or damaged")
 

@@ -21,8 +21,8 @@ from dflash_dist.contract.folder import CONFIG, WEIGHTS, read_draft
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.sources import read_conversations
 from dflash_dist.decoding.speculative import TIE, Decoder
-from dflash_dist.serving import export
-from dflash_dist.serving.check import check
+from dflash_dist.export import export
+from dflash_dist.export.check import check
 from dflash_dist.target.load import load_whole, read_info
 from dflash_dist.target.tiny import make_tiny_chats, tiny_tokenizer
 from dflash_dist.training.train import main as train_main

@@ -1,7 +1,7 @@
 """What z-lab/dflash, vLLM and SGLang expect of a draft folder: one description, read and written here.
 
 vLLM accepts missing tensors in silence, so a folder is checked against the full list before it is written and when it
-is read. What the folder needs in addition, and what engines make of a broken one, is in serving/check.py.
+is read. What the folder needs in addition, and what engines make of a broken one, is in export/check.py.
 """
 
 from __future__ import annotations

@@ -13,9 +13,8 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from dflash_dist.serving.suites import SUITES
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CODE, WORD_PROBLEMS, QUESTIONS = 1400, 1600, 1000
 BATCH = 64

@@ -1,4 +1,4 @@
-"""Mutants: one-line faults, each of which breaks a promise; one module for each room. tests/mutate.py applies them."""
+"""Mutants: one-line faults, each of which breaks a promise; one module a topic. tests/mutate.py applies them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ class Mutant:
 
 
 def read_mutants() -> dict[str, list[Mutant]]:
-    """The mutants of each room."""
+    """The mutants of each topic."""
     rooms = sorted(module.name for module in pkgutil.iter_modules(__path__))
     return {room: importlib.import_module(f"{__name__}.{room}").MUTANTS for room in rooms}

@@ -2,22 +2,22 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-EXPORT, TEST_EXPORT = "dflash_dist/serving/export.py", "tests/serving/test_export.py"
-CARD, TEST_CARD = "dflash_dist/serving/card.py", "tests/serving/test_card.py"
-CHECK, RULES, TEST_CHECK = "dflash_dist/serving/check.py", "dflash_dist/serving/rules.py", "tests/serving/test_check.py"
-EVALUATE = "dflash_dist/serving/evaluate.py"
-REPORT, TEST_REPORT = "dflash_dist/serving/report.py", "tests/serving/test_report.py"
-SUITES, TEST_SUITES = "dflash_dist/serving/suites.py", "tests/serving/test_suites.py"
-DIAGNOSE = "dflash_dist/serving/diagnose.py"
+EXPORT, TEST_EXPORT = "dflash_dist/export/export.py", "tests/export/test_export.py"
+CARD, TEST_CARD = "dflash_dist/export/card.py", "tests/export/test_card.py"
+CHECK, RULES, TEST_CHECK = "dflash_dist/export/check.py", "dflash_dist/export/rules.py", "tests/export/test_check.py"
+EVALUATE = "dflash_dist/evaluate/evaluate.py"
+REPORT, TEST_REPORT = "dflash_dist/evaluate/report.py", "tests/evaluate/test_report.py"
+SUITES, TEST_SUITES = "dflash_dist/evaluate/suites.py", "tests/evaluate/test_suites.py"
+DIAGNOSE = "dflash_dist/evaluate/diagnose.py"
 
 
 def evaluating(*tests: str) -> str:
     """The named tests of an evaluation: all of them take their time."""
-    return " ".join(f"tests/serving/test_evaluate.py::test_{test}" for test in tests)
+    return " ".join(f"tests/evaluate/test_evaluate.py::test_{test}" for test in tests)
 
 
 def diagnosing(*tests: str) -> str:
-    return " ".join(f"tests/serving/test_diagnose.py::test_{test}" for test in tests)
+    return " ".join(f"tests/evaluate/test_diagnose.py::test_{test}" for test in tests)
 
 
 RENDERED = evaluating("prompts_are_rendered_as_in_training_unless_asked_otherwise")

@@ -9,9 +9,9 @@ TEST_FOLDER, TEST_READING = "tests/target/test_folder.py", "tests/test_reading.p
 LOAD, TEST_LOAD = "dflash_dist/target/load.py", "tests/target/test_load.py"
 FEATURES, TEST_FEATURES = "dflash_dist/target/features.py", "tests/target/test_features.py"
 ATTENTION, TEST_ATTENTION = "dflash_dist/target/attention.py", "tests/target/test_attention.py"
-ANSWERS, TEST_ANSWERS = "dflash_dist/target/answers.py", "tests/target/test_answers.py"
-ENDPOINT, TEST_ENDPOINT = "dflash_dist/target/endpoint.py", "tests/target/test_endpoint.py"
-PARTS = "dflash_dist/target/parts.py"
+ANSWERS, TEST_ANSWERS = "dflash_dist/answers/regenerate.py", "tests/answers/test_regenerate.py"
+ENDPOINT, TEST_ENDPOINT = "dflash_dist/answers/endpoint.py", "tests/answers/test_endpoint.py"
+PARTS = "dflash_dist/answers/parts.py"
 
 MUTANTS = [
     Mutant(
@@ -241,7 +241,7 @@ MUTANTS = [
         LOAD,
         "                state.update(content.read(2**20))\n",
         "                pass\n",
-        f"{TEST_LOAD} tests/training/test_capture.py",
+        f"{TEST_LOAD} tests/prepare/test_capture.py",
     ),
     Mutant(
         "layers that fold all tokens into one state are refused in decoding",

@@ -4,11 +4,12 @@ from tests.mutants import Mutant
 
 STEP, SAMPLING, OPTIM = (f"dflash_dist/training/{name}.py" for name in ("step", "sampling", "optim"))
 TRAINER, SETUP, CONTEXT = (f"dflash_dist/training/{name}.py" for name in ("trainer", "setup", "context"))
-CAPTURE, EVALUATION, PREVIEW = (f"dflash_dist/training/{name}.py" for name in ("capture", "evaluation", "preview"))
+CAPTURE, PREVIEW = (f"dflash_dist/prepare/{name}.py" for name in ("capture", "preview"))
+EVALUATION = "dflash_dist/training/evaluation.py"
 TEST_OPTIM, TEST_SAMPLING = "tests/training/test_optim.py", "tests/training/test_sampling.py"
-TEST_TRAINER, TEST_CAPTURE = "tests/training/test_trainer.py", "tests/training/test_capture.py"
+TEST_TRAINER, TEST_CAPTURE = "tests/training/test_trainer.py", "tests/prepare/test_capture.py"
 TEST_EVALUATION, TEST_INIT = "tests/training/test_evaluation.py", "tests/training/test_init.py"
-TEST_PREVIEW, TEST_COMMANDS = "tests/training/test_preview.py", "tests/test_commands.py"
+TEST_PREVIEW, TEST_COMMANDS = "tests/prepare/test_preview.py", "tests/test_commands.py"
 TWO_RANKS = f"{TEST_TRAINER}::test_two_ranks_give_the_loss_and_gradients_of_one"
 TOGETHER = f"{TEST_TRAINER}::test_ranks_stay_bitwise_together_and_average_once_a_step"
 WRITTEN_OUT = f"{TEST_OPTIM}::test_a_step_updates_as_adamw_written_out_with_its_clipping_and_its_rate"

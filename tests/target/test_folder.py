@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dflash_dist.answers.regenerate import main as regenerate
 from dflash_dist.contract.folder import write_draft
 from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.evaluate.evaluate import main as evaluate
+from dflash_dist.export.check import check
+from dflash_dist.export.export import main as export
+from dflash_dist.prepare import capture
 from dflash_dist.ranks import World
 from dflash_dist.reading import is_ours
-from dflash_dist.serving.check import check
-from dflash_dist.serving.evaluate import main as evaluate
-from dflash_dist.serving.export import main as export
-from dflash_dist.target.answers import main as regenerate
 from dflash_dist.target.folder import weight_files
 from dflash_dist.target.load import check_loading, check_loading_whole, load_ends, load_target, load_whole, read_info
-from dflash_dist.training import capture
 from dflash_dist.training.trainer import Trainer
 from tests.hostile import POINTER, copied, write
 from tests.tiny import tiny_shape

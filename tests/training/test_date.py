@@ -14,10 +14,11 @@ import yaml
 
 from dflash_dist.config import Config
 from dflash_dist.data import template
+from dflash_dist.prepare import preview
+from dflash_dist.prepare.capture import capture
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import CHATML
-from dflash_dist.training import preview, setup
-from dflash_dist.training.capture import capture
+from dflash_dist.training import setup
 from dflash_dist.training.trainer import Trainer
 from tests.data.files import chats, write_rows
 from tests.ranks import run_ranks

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from dflash_dist.contract.folder import write_draft
 from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.export import export
 from dflash_dist.ranks import World
-from dflash_dist.serving import export
 from dflash_dist.target.load import read_info
 from dflash_dist.training.setup import draft_shape, make_draft
 from dflash_dist.training.trainer import Trainer

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dflash_dist.config import Config
+from dflash_dist.prepare.capture import capture
+from dflash_dist.prepare.preview import main as preview
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import make_tiny_chats, tiny_tokenizer
-from dflash_dist.training.capture import capture
 from dflash_dist.training.context import PACKED
-from dflash_dist.training.preview import main as preview
 from dflash_dist.training.trainer import Trainer
 from tests.conftest import REPOSITORY
 from tests.families import ALONE, family, tiny_config
@@ -128,9 +128,9 @@ def test_features_of_earlier_versions_are_read_and_filled_up(few, tmp_path, caps
 def test_packed_features_of_a_target_that_mixes_documents_are_not_filled_up(few, gpt_oss, tmp_path) -> None:
     config, out = few(gpt_oss), tmp_path / "features"
     with pytest.MonkeyPatch.context() as patch:  # an interrupted capture of an earlier version
-        patch.setattr("dflash_dist.training.capture.load_probed", lambda *_: (None, True, "not tried"))
-        patch.setattr("dflash_dist.training.capture.run_target", lambda *_: None)
-        patch.setattr("dflash_dist.training.capture.run", lambda *_: None)
+        patch.setattr("dflash_dist.prepare.capture.load_probed", lambda *_: (None, True, "not tried"))
+        patch.setattr("dflash_dist.prepare.capture.run_target", lambda *_: None)
+        patch.setattr("dflash_dist.prepare.capture.run", lambda *_: None)
         with pytest.raises(ValueError, match="which was just written"):
             captured_by(ALONE, config, out)
     with pytest.raises(ValueError, match=r"packed rows, but .* mixes packed documents .*Capture into another folder"):

@@ -16,9 +16,9 @@ from typing import Any
 
 import openai
 
+from dflash_dist.answers.parts import Row
+from dflash_dist.answers.regenerate import answer_turns, split_reasoning
 from dflash_dist.data.sources import REASONING_KEYS, Conversation, Message
-from dflash_dist.target.answers import answer_turns, split_reasoning
-from dflash_dist.target.parts import Row
 
 FIRST_BACK_OFF, LONGEST_BACK_OFF = 0.5, 8.0  # [s], as the client's own
 MOST_CONNECTIONS = 1000  # that the client opens

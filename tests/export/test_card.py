@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from dflash_dist.config import Config, DataConfig, DraftConfig, TargetConfig
-from dflash_dist.serving.check import check
-from dflash_dist.serving.export import main
+from dflash_dist.export.check import check
+from dflash_dist.export.export import main
 from dflash_dist.target.load import read_info
-from tests.serving.test_export import save_run
+from tests.export.test_export import save_run
 
 REPORT = {"prompts": 15, "tau": 2.7041, "speed_up": 1.206, "acceptance_by_slot": [0.71, 0.5, 0.333, 0.1, 0.0]}
 

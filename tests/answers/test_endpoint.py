@@ -17,11 +17,11 @@ from typing import Any
 import openai._base_client
 import pytest
 
+from dflash_dist.answers import endpoint
+from dflash_dist.answers.regenerate import main, regenerate
 from dflash_dist.config import DataConfig
 from dflash_dist.data.rows import load_data
 from dflash_dist.ranks import World
-from dflash_dist.target import endpoint
-from dflash_dist.target.answers import main, regenerate
 from tests.data.files import chat, make_encoder, write_rows
 from tests.ranks import run_ranks
 from tests.test_commands import ENVIRONMENT, REPOSITORY

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dflash_dist.contract.folder import find_draft, from_config, read_config, read_headers
-from dflash_dist.serving.rules import COMPLETE, RULES, TARGET_RULES, Draft, Rule
+from dflash_dist.export.rules import COMPLETE, RULES, TARGET_RULES, Draft, Rule
 from dflash_dist.target.load import read_info
 
 SHOWN = 4  # of what breaks one rule

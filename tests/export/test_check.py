@@ -14,8 +14,8 @@ from dflash_dist.__main__ import main as program
 from dflash_dist.contract.folder import write_draft
 from dflash_dist.contract.speculators import to_speculators
 from dflash_dist.draft.model import DFlashDraftModel
-from dflash_dist.serving.check import check
-from dflash_dist.serving.rules import RULES, TARGET_RULES
+from dflash_dist.export.check import check
+from dflash_dist.export.rules import RULES, TARGET_RULES
 from tests.tiny import tiny_shape
 
 WINDOW = {"sliding_window": 64, "use_sliding_window": True}

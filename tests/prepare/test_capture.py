@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 from dflash_dist.config import Config, load_config
+from dflash_dist.prepare import capture as module
+from dflash_dist.prepare.capture import agree_on_lacking, capture, share
 from dflash_dist.ranks import World
 from dflash_dist.target.features import FeatureFolder
 from dflash_dist.target.load import load_ends, load_target, name_weights, read_info
-from dflash_dist.training import capture as module
-from dflash_dist.training.capture import agree_on_lacking, capture, share
 from dflash_dist.training.context import TargetContext
 from dflash_dist.training.trainer import Trainer
 from tests.conftest import REPOSITORY
@@ -230,7 +230,7 @@ def test_a_capture_killed_by_the_system_keeps_its_shards_and_goes_on_with_other_
     code = (
         "import os, signal, sys\n"
         "from dflash_dist.target import features\n"
-        "from dflash_dist.training.capture import main\n"
+        "from dflash_dist.prepare.capture import main\n"
         "write = features._write_safetensors\n"
         "def dies(path, rows, metadata):\n"
         "    write(path, rows, metadata)\n"

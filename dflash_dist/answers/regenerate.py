@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dflash_dist.answers.parts import Parts, Row, stored_settings
 from dflash_dist.config import TrainConfig, is_day
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.sources import (
@@ -37,7 +38,6 @@ from dflash_dist.data.sources import (
 from dflash_dist.data.template import today
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.load import check_loading_whole, load_whole, read_info
-from dflash_dist.target.parts import Parts, Row, stored_settings
 
 
 def main(argv: list[str]) -> None:
@@ -111,7 +111,7 @@ def regenerate(args: argparse.Namespace, world: World) -> None:
                 bar.update("turn" not in row)
 
             if encoder is None:
-                from dflash_dist.target.endpoint import answer_from_server  # slow to import, and only needed here
+                from dflash_dist.answers.endpoint import answer_from_server  # slow to import, and only needed here
 
                 answer_from_server(todo, parts.turns(todo), args, write)
             else:

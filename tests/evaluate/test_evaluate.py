@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from dflash_dist.contract.folder import TRAINING, write_draft
 from dflash_dist.decoding.speculative import Decoded, Decoder
 from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.evaluate import evaluate as program
+from dflash_dist.evaluate.evaluate import main
 from dflash_dist.ranks import World
-from dflash_dist.serving import evaluate as program
-from dflash_dist.serving.evaluate import main
 from dflash_dist.target.load import read_info
 from dflash_dist.target.tiny import CHATML
 from tests.data.files import chat, chats, write_rows

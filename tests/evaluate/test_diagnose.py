@@ -21,8 +21,8 @@ from dflash_dist.draft.blocks import build_blocks
 from dflash_dist.draft.mask import FULL
 from dflash_dist.draft.model import DFlashDraftModel
 from dflash_dist.draft.objective import WeightedSlots, block_loss
-from dflash_dist.serving.diagnose import Examiner, Verdict, slots
-from dflash_dist.serving.evaluate import main
+from dflash_dist.evaluate.diagnose import Examiner, Verdict, slots
+from dflash_dist.evaluate.evaluate import main
 from dflash_dist.target.capture import HFDFlashTargetModel
 from dflash_dist.target.tiny import CHATML
 from tests.tiny import lively_target, tiny_shape

@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dflash_dist.decoding.speculative import Decoded
-from dflash_dist.serving.report import Answer, summarise, table, tau_interval, to_tensorboard
+from dflash_dist.evaluate.report import Answer, summarise, table, tau_interval, to_tensorboard
 
 
 def answer(tokens: int, plain_seconds: float, seconds: float, emitted: list[int], **changes) -> Answer:

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from dflash_dist.config import load_written, to_tree
 from dflash_dist.contract.folder import TRAINING, write_draft
 from dflash_dist.draft.model import DraftShape
+from dflash_dist.export.card import Card, shown
 from dflash_dist.files import writing
 from dflash_dist.reading import check_fields, parse, reading
-from dflash_dist.serving.card import Card, shown
 from dflash_dist.target.load import looks_like_hub_id, read_info
 from dflash_dist.training.checkpoint import BEST, best_step, damage, read_state, step_folders
 from dflash_dist.training.setup import CHAT_TEMPLATE, CONFIG

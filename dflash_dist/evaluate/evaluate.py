@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dflash_dist.answers.parts import Parts, stored_settings
+from dflash_dist.answers.regenerate import as_message, json_object
 from dflash_dist.config import TrainConfig
 from dflash_dist.contract.folder import find_draft, read_draft, read_record, target_faults
 from dflash_dist.data.chat import ChatEncoder
@@ -27,13 +29,12 @@ from dflash_dist.data.sources import Conversation, read_row
 from dflash_dist.data.template import today
 from dflash_dist.decoding.sampling import Sampling
 from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_difference
+from dflash_dist.evaluate.diagnose import Evidence, Examiner, add_up, judge
+from dflash_dist.evaluate.report import Answer, print_report, summarise, to_tensorboard
+from dflash_dist.evaluate.suites import SUITES, Prompt, read_prompts
 from dflash_dist.files import writing
 from dflash_dist.ranks import World, join_world
 from dflash_dist.reading import check_fields, reading
-from dflash_dist.serving.diagnose import Evidence, Examiner, add_up, judge
-from dflash_dist.serving.report import Answer, print_report, summarise, to_tensorboard
-from dflash_dist.serving.suites import SUITES, Prompt, read_prompts
-from dflash_dist.target.answers import as_message, json_object
 from dflash_dist.target.head import check_head
 from dflash_dist.target.load import (
     TargetInfo,
@@ -45,7 +46,6 @@ from dflash_dist.target.load import (
     name_weights,
     read_info,
 )
-from dflash_dist.target.parts import Parts, stored_settings
 
 ANSWERED_WITH = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "rejection")
 

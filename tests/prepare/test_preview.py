@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dflash_dist.training.preview import main
+from dflash_dist.prepare.preview import main
 
 CONFIG = str(Path(__file__).parents[2] / "configs/debug.yaml")
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from dflash_dist.answers import regenerate as answers
+from dflash_dist.answers.regenerate import answer_turns, main, regenerate, split_reasoning
 from dflash_dist.data.sources import BadRow, Conversation, Message, read_row
 from dflash_dist.ranks import World
-from dflash_dist.target import answers
-from dflash_dist.target.answers import answer_turns, main, regenerate, split_reasoning
 from dflash_dist.target.tiny import CHATML
 from tests.data.files import make_encoder
 from tests.ranks import run_ranks

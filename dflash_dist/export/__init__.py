@@ -1,0 +1,1 @@
+"""A run's draft as serving engines load it, and what they would do wrong with a draft folder."""

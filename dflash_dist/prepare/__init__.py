@@ -1,0 +1,1 @@
+"""What a run would use, looked at or stored ahead of it."""
