@@ -108,6 +108,7 @@ class DataConfig:
 
 @dataclass
 class DraftConfig:
+    kind: str = knob("dflash", "kind of draft", FIXED)
     mask_token_id: int | None = knob(
         None, "id of the mask token: reserved, inside the vocabulary, not pad, eos or bos", FIXED
     )

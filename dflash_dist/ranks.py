@@ -36,16 +36,22 @@ class World:
     size: int
     device: torch.device
     activity: Activity = field(default_factory=Activity, compare=False)
+    sharing: int = 1  # neighbouring ranks that work on the same rows, each on a part of the model
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's contiguous slice; the length must divide by the world size."""
-        assert len(items) % self.size == 0, f"{len(items)} items do not divide by {self.size} ranks"
-        each = len(items) // self.size
-        return items[self.rank * each : (self.rank + 1) * each]
+    @property
+    def rows_size(self) -> int:
+        """Among how many the rows are shared out: groups of ranks that work on the same ones."""
+        return self.size // self.sharing
+
+    def share(self, rows: Sequence[T]) -> Sequence[T]:
+        """This rank's contiguous slice, which is that of its group; the length must divide by `rows_size`."""
+        assert len(rows) % self.rows_size == 0, f"{len(rows)} rows do not divide by {self.rows_size}"
+        each, group = len(rows) // self.rows_size, self.rank // self.sharing
+        return rows[group * each : (group + 1) * each]
 
     def sum_numbers(self, *numbers: float) -> list[float]:
         """Sums host numbers over the ranks, in float64."""

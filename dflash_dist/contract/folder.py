@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from dflash_dist.contract.speculators import METHOD, from_speculators, to_speculators
 from dflash_dist.data.template import check_day
-from dflash_dist.draft.model import DFlashDraftModel, DraftShape
+from dflash_dist.draft.base import Draft
+from dflash_dist.draft.kinds import KINDS
+from dflash_dist.draft.shape import DraftShape
 from dflash_dist.reading import check_fields, parse, read_object, read_shards, reading, shown
 from dflash_dist.target.folder import looks_like_hub_id
 
@@ -33,76 +35,31 @@ SHAPE = "dflash_shape"  # in the metadata of the weights: the shape they were tr
 
 Sizes = dict[str, list[int]]  # tensor name -> shape
 
-KINDS = typing.get_type_hints(DraftShape)
-# What rules of their own are about may be any number.
-SIZES = [name for name, kind in KINDS.items() if kind is int and name != "mask_token_id"]
 RECORD = {
     "template_args": dict[str, Any],
     "chat_template": str | None,
     "drop_reasoning": bool | None,
     "step": int | None,
 }
-MOST = {"num_layers": 1000}  # its tensors are listed by name
+# Tensors are listed by layer, and their sizes multiplied; what rules of their own are about may be any number.
+MOST = {"num_layers": 1000, "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1}
+WIDEST = 2**20
 
 
-def tensor_shapes(shape: DraftShape, attention_bias: bool = False) -> Sizes:
-    """Every tensor of a draft by name: 11 a layer and 3 more. No embedding, LM head or rotary buffer, no prefix.
-
-    Drafts trained elsewhere may have biases in attention, 4 more a layer.
-    """
-    hidden, mlp, head = shape.hidden_size, shape.intermediate_size, shape.head_dim
-    queries, keys = shape.num_attention_heads * head, shape.num_key_value_heads * head
-    layer = {
-        "input_layernorm": [hidden],
-        "post_attention_layernorm": [hidden],
-        "self_attn.q_proj": [queries, hidden],
-        "self_attn.k_proj": [keys, hidden],
-        "self_attn.v_proj": [keys, hidden],
-        "self_attn.o_proj": [hidden, queries],
-        "self_attn.q_norm": [head],
-        "self_attn.k_norm": [head],
-        "mlp.gate_proj": [mlp, hidden],
-        "mlp.up_proj": [mlp, hidden],
-        "mlp.down_proj": [hidden, mlp],
-    }
-    outside = {"fc": [hidden, len(shape.target_layer_ids) * hidden], "hidden_norm": [hidden], "norm": [hidden]}
-    tensors = {f"{name}.weight": size for name, size in layer.items()}
-    if attention_bias:
-        tensors |= {f"self_attn.{x}_proj.bias": layer[f"self_attn.{x}_proj"][:1] for x in "qkvo"}
-    shapes = {f"layers.{i}.{name}": size for i in range(shape.num_layers) for name, size in tensors.items()}
-    return shapes | {f"{name}.weight": size for name, size in outside.items()}
+def expected_tensors(kind: type[Draft], shape: DraftShape, attention_bias: bool = False) -> Sizes:
+    """Every tensor of a draft by name. Drafts trained elsewhere may have biases in attention, 4 more a layer."""
+    tensors = kind.tensors(shape)
+    if not attention_bias:
+        return tensors
+    projections = [name for name in tensors if name.endswith(tuple(f"self_attn.{x}_proj.weight" for x in "qkvo"))]
+    return tensors | {f"{name.removesuffix('weight')}bias": tensors[name][:1] for name in projections}
 
 
-def to_config(shape: DraftShape, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a draft."""
-    return {
-        "architectures": ["DFlashDraftModel"],
-        "model_type": "qwen3",
-        "dtype": dtype,
-        "block_size": shape.block_size,
-        "num_target_layers": shape.num_target_layers,
-        "dflash_config": {
-            "mask_token_id": shape.mask_token_id,
-            "target_layer_ids": shape.target_layer_ids,
-            "block_size": shape.block_size,
-        },
-        "num_hidden_layers": shape.num_layers,
-        "layer_types": ["full_attention"] * shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "vocab_size": shape.vocab_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "head_dim": shape.head_dim,
-        "intermediate_size": shape.intermediate_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": shape.rms_norm_eps,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "max_position_embeddings": shape.max_position_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
-        "rope_theta": shape.rope_theta,  # engines that know only the older key
-        "tie_word_embeddings": False,
-    }
+def kind_of_config(config: dict[str, Any]) -> type[Draft]:
+    """The kind of draft that a `config.json` names by its architecture; plain DFlash where it names none of ours, so
+    that what differs can be told."""
+    named = config.get("architectures")
+    return next((kind for kind in KINDS.values() if [kind.architecture] == named), KINDS["dflash"])
 
 
 def from_config(config: dict[str, Any], where: str = f"the draft's {CONFIG}") -> DraftShape:
@@ -117,15 +74,15 @@ def from_config(config: dict[str, Any], where: str = f"the draft's {CONFIG}") ->
     if not isinstance(inner, dict) or not isinstance(rope, dict):
         raise ValueError(f"dflash_config and rope_parameters in {where} must be JSON objects")
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(DraftShape):
-        key = "num_hidden_layers" if field.name == "num_layers" else field.name
+    shape = kind_of_config(config).Shape
+    for name, type_of in typing.get_type_hints(shape).items():
+        key = "num_hidden_layers" if name == "num_layers" else name
         place = next((place for place in (inner, rope) if key in place), config)
-        check_fields(place, {key: KINDS[field.name]}, where, AGAIN)
-        values[field.name] = place[key]
-    for name in SIZES:
-        if not 1 <= values[name] <= MOST.get(name, 2**31 - 1):
+        check_fields(place, {key: type_of}, where, AGAIN)
+        values[name] = place[key]
+        if type_of is int and name != "mask_token_id" and not 1 <= values[name] <= MOST.get(name, WIDEST):
             raise ValueError(f"{name} in {where} is {shown(values[name])}, which is no size: {AGAIN}")
-    return DraftShape(**values)
+    return shape(**values)
 
 
 # ---- what must hold of tensors and shape: each rule returns what breaks it ----
@@ -167,8 +124,8 @@ def target_faults(shape: DraftShape, text: Any) -> list[str]:
 
 
 def variants(config: dict[str, Any], shape: DraftShape) -> list[str]:
-    """What makes a draft another model than `DFlashDraftModel` computes, though engines may know it."""
-    ours = to_config(shape, dtype="")
+    """What makes a draft another model than its kind computes here, though engines may know it."""
+    ours = kind_of_config(config).to_config(shape, dtype="")
     inner, rope = config.get("dflash_config") or {}, config.get("rope_parameters") or {}
     found = {key: config.get(key) for key in ("layer_types", "hidden_act") if config.get(key) not in (None, ours[key])}
     found |= {key: config[key] for key in ("attention_bias", "is_causal", "rope_scaling") if config.get(key)}
@@ -177,17 +134,19 @@ def variants(config: dict[str, Any], shape: DraftShape) -> list[str]:
     return [f"{key} {value}" for key, value in found.items()]
 
 
-def refuse_mismatch(tensors: dict[str, torch.Tensor], shape: DraftShape, where: str = "these tensors") -> None:
+def refuse_mismatch(
+    tensors: dict[str, torch.Tensor], kind: type[Draft], shape: DraftShape, where: str = "these tensors"
+) -> None:
     """Refuses a set of tensors that is not exactly a draft's.
 
     Raises:
         ValueError: naming what is missing, left over or of another shape.
     """
-    _refuse_other({name: list(tensor.shape) for name, tensor in tensors.items()}, shape, where)
+    _refuse_other({name: list(tensor.shape) for name, tensor in tensors.items()}, kind, shape, where)
 
 
-def _refuse_other(found: Sizes, shape: DraftShape, where: str) -> None:
-    expected = tensor_shapes(shape)
+def _refuse_other(found: Sizes, kind: type[Draft], shape: DraftShape, where: str) -> None:
+    expected = kind.tensors(shape)
     faults = [fault for rule in (missing, foreign, misshapen) for fault in rule(found, expected)]
     faults += layer_faults(shape) + mask_faults(shape)
     if faults:
@@ -196,6 +155,7 @@ def _refuse_other(found: Sizes, shape: DraftShape, where: str) -> None:
 
 def write_draft(
     folder: Path,
+    kind: type[Draft],
     shape: DraftShape,
     tensors: dict[str, torch.Tensor],
     dtype: str,
@@ -206,12 +166,12 @@ def write_draft(
     Args:
         speculators_of: name and architectures of the target, to write the speculators library's layout.
     """
-    refuse_mismatch(tensors, shape, str(folder))
+    refuse_mismatch(tensors, kind, shape, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", SHAPE: json.dumps(dataclasses.asdict(shape))}
     save_file(weights, folder / WEIGHTS, metadata=metadata)
-    config = to_config(shape, dtype)
+    config = kind.to_config(shape, dtype)
     if speculators_of:
         config = to_speculators(config, *speculators_of)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -302,13 +262,13 @@ def check_draft(folder: Path, target_layers: int | None = None) -> None:
     Raises:
         ValueError: as `read_draft`.
     """
-    shape = read_shape(folder, target_layers)
+    kind, shape = read_kind(folder, target_layers)
     tensors, _ = read_headers(folder)
-    _refuse_other({name: size for name, (size, _) in tensors.items()}, shape, str(folder))
+    _refuse_other({name: size for name, (size, _) in tensors.items()}, kind, shape, str(folder))
 
 
-def read_shape(folder: Path, target_layers: int | None = None) -> DraftShape:
-    """The shape of a draft folder; `target_layers` as `read_config` takes it.
+def read_kind(folder: Path, target_layers: int | None = None) -> tuple[type[Draft], DraftShape]:
+    """The kind and the shape of a draft folder; `target_layers` as `read_config` takes it.
 
     Raises:
         ValueError: its config is none, or one of a draft that does not train here.
@@ -317,21 +277,19 @@ def read_shape(folder: Path, target_layers: int | None = None) -> DraftShape:
     shape = from_config(config, str(folder / CONFIG))
     if other := variants(config, shape):
         raise ValueError(f"{folder} is a draft that engines may serve but this program cannot: {'; '.join(other)}")
-    return shape
+    return kind_of_config(config), shape
 
 
-def read_draft(
-    folder: Path, dtype: torch.dtype, device: torch.device, target_layers: int | None = None
-) -> DFlashDraftModel:
+def read_draft(folder: Path, dtype: torch.dtype, device: torch.device, target_layers: int | None = None) -> Draft:
     """Loads a draft folder for decoding; `target_layers` as `read_config` takes it.
 
     Raises:
         ValueError: a file is missing, or what is there is not exactly a draft of the kind that trains here.
     """
     check_draft(folder, target_layers)
-    shape, files = read_shape(folder, target_layers), weight_files(folder)
+    (kind, shape), files = read_kind(folder, target_layers), weight_files(folder)
     with reading(f"the weights in {folder}", AGAIN, lambda: files):
         tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    draft = DFlashDraftModel(shape)
+    draft = kind(shape)
     draft.load_state_dict(tensors)
     return draft.to(device, dtype).eval().requires_grad_(False)

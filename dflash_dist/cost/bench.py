@@ -33,13 +33,14 @@ from dflash_dist.cost.shapes import PUBLISHED, TargetShape, Work, spread_layers,
 from dflash_dist.data.chat import Document
 from dflash_dist.data.documents import Documents
 from dflash_dist.data.packing import PackedRows
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.base import Draft
+from dflash_dist.draft.kinds import kind_of
+from dflash_dist.kernels.target_attention_cpu import suit_device
 from dflash_dist.machine import matmul_flops_per_s
 from dflash_dist.ranks import World, join_world, keep_freed_memory
-from dflash_dist.target.attention import suit_device
 from dflash_dist.target.capture import HFDFlashTargetModel, decoder_layers
 from dflash_dist.target.load import truncate
-from dflash_dist.training.context import TargetContext
+from dflash_dist.target.run import LiveTarget
 from dflash_dist.training.sampling import Sampler
 from dflash_dist.training.setup import draft_shape
 from dflash_dist.training.step import TrainingStep
@@ -199,7 +200,7 @@ class Ours:
             world,
             Sampler(config, world, _random_rows(config, self.target.vocab), None),
             _random_draft(trial, config.train.gradient_checkpointing).to(world.device),
-            TargetContext(HFDFlashTargetModel(model, ids)),
+            LiveTarget(HFDFlashTargetModel(model, ids)),
             embedding,
             embedding if self.target.tied else torch.randn_like(embedding).mul_(0.02),
             total_steps=10**6,
@@ -218,14 +219,15 @@ class Ours:
         """What a step over all ranks cannot do without, by stage; see `step_flops`."""
         size = self.training.config.draft.block_size
         tokens = pairs = slots = visible = labels = 0
-        for micro in self.training.sample(self.done):
-            blocks = micro.blocks
-            context = blocks.position_ids[..., 0][blocks.documents >= 0]  # as many tokens as the anchor's position
-            tokens += micro.batch.position_ids.numel()
-            pairs += int((micro.batch.position_ids + 1).sum())
-            slots += blocks.input_ids.numel()
+        for batch in self.training.sample(self.done):
+            context = batch.slot_positions[..., 0][
+                batch.anchor_documents >= 0
+            ]  # as many tokens as the anchor's position
+            tokens += batch.position_ids.numel()
+            pairs += int((batch.position_ids + 1).sum())
+            slots += batch.slot_ids.numel()
             visible += size * int((context + size).sum())
-            labels += micro.slots.count
+            labels += batch.count
         every = self.world.size
         work = Work(tokens * every, pairs * every, slots * every, visible * every, labels * every)
         return step_flops(self.target, self.training.draft.shape, work)
@@ -260,9 +262,10 @@ def _random_model(auto_class: Any, config: PretrainedConfig, dtype: torch.dtype,
     return model.eval().requires_grad_(False)
 
 
-def _random_draft(trial: Trial, gradient_checkpointing: bool = False) -> DFlashDraftModel:
+def _random_draft(trial: Trial, gradient_checkpointing: bool = False) -> Draft:
     torch.manual_seed(1)
-    return DFlashDraftModel(draft_shape(trial.config, trial.target, "the target"), gradient_checkpointing)
+    shape = draft_shape(trial.config, trial.target, "the target")
+    return kind_of(trial.config.draft.kind)(shape, gradient_checkpointing)
 
 
 def _random_rows(config: Config, vocab: int) -> PackedRows:

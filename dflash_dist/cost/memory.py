@@ -11,8 +11,8 @@ from typing import Any
 
 from dflash_dist.config import Config
 from dflash_dist.cost.shapes import TargetShape, attention_parameters
-from dflash_dist.draft.model import DraftShape
-from dflash_dist.draft.objective import even_chunk, suitable_chunk, suitable_tile
+from dflash_dist.draft.shape import DraftShape
+from dflash_dist.kernels.cross_entropy import even_chunk, suitable_chunk, suitable_tile
 from dflash_dist.training.setup import draft_shape
 
 FLOAT32 = 4

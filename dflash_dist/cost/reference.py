@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dflash_dist.data.packing import PackedBatch
-from dflash_dist.draft.blocks import Blocks
-from dflash_dist.draft.model import DFlashDraftModel, DraftLayer
+from dflash_dist.batch import Batch
+from dflash_dist.draft.base import Draft
+from dflash_dist.draft.layers import DraftLayer
 from dflash_dist.training.sampling import Sampler
 
 
-def features_of(model: Any, layer_ids: list[int], batch: PackedBatch) -> torch.Tensor:
+def features_of(model: Any, layer_ids: list[int], batch: Batch) -> torch.Tensor:
     """[B, S, L * H] from the whole causal language model."""
     with torch.no_grad():
         output = model(
@@ -27,25 +27,22 @@ def features_of(model: Any, layer_ids: list[int], batch: PackedBatch) -> torch.T
     return torch.cat([output.hidden_states[i + 1] for i in layer_ids], dim=-1)
 
 
-def dense_mask(blocks: Blocks, document_ids: torch.Tensor) -> torch.Tensor:
+def dense_mask(batch: Batch) -> torch.Tensor:
     """[B, 1, A * K, S + A * K] bool: a slot sees the context before its anchor, in its document, and its own block."""
-    size = blocks.block_size
-    block = torch.arange(blocks.anchors.shape[1]).repeat_interleave(size)
-    anchor = blocks.anchors[:, block, None]
-    document = blocks.documents[:, block, None]
-    index = torch.arange(document_ids.shape[1])
-    context = (index < anchor) & (document_ids[:, None, :] == document)
+    block = torch.arange(batch.anchors.shape[1]).repeat_interleave(batch.slot_ids.shape[-1])
+    anchor = batch.anchors[:, block, None]
+    document = batch.anchor_documents[:, block, None]
+    index = torch.arange(batch.document_ids.shape[1])
+    context = (index < anchor) & (batch.document_ids[:, None, :] == document)
     own = (block[:, None] == block).expand(len(anchor), -1, -1)
     return torch.cat([context, own], dim=-1)[:, None]
 
 
-def draft_forward(
-    draft: DFlashDraftModel, blocks: Blocks, batch: PackedBatch, features: torch.Tensor, embedding: torch.Tensor
-) -> torch.Tensor:
+def draft_forward(draft: Draft, batch: Batch, features: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
     """[B, A * K, H], from the draft's parameters and nothing else of it."""
     shape = draft.shape
-    mask = dense_mask(blocks, batch.document_ids)
-    positions = blocks.position_ids.flatten(1)
+    mask = dense_mask(batch)
+    positions = batch.slot_positions.flatten(1)
     all_positions = torch.cat([batch.position_ids, positions], dim=1)
     frequencies = shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
     angles = (all_positions[:, None, :, None] * frequencies).repeat(1, 1, 1, 2)
@@ -76,7 +73,7 @@ def draft_forward(
         return F.linear(output.transpose(1, 2).flatten(2), attention.o_proj.weight)
 
     context = norm(F.linear(features, draft.fc.weight), draft.hidden_norm.weight)
-    hidden = F.embedding(blocks.input_ids.flatten(1), embedding)
+    hidden = F.embedding(batch.slot_ids.flatten(1), embedding)
     for layer in draft.layers:
         hidden = hidden + attend(layer, norm(hidden, layer.input_layernorm.weight), context)
         inner = norm(hidden, layer.post_attention_layernorm.weight)
@@ -85,11 +82,11 @@ def draft_forward(
     return norm(hidden, draft.norm.weight)
 
 
-def loss_of(hidden: torch.Tensor, head: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+def loss_of(hidden: torch.Tensor, head: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Σ w·nll, through the logits of every slot."""
-    logits = F.linear(hidden, head).unflatten(1, blocks.input_ids.shape[1:])
-    nll = F.cross_entropy(logits[:, :, 1:].flatten(0, 2), blocks.labels.flatten(), reduction="none")
-    return (nll * blocks.weights.flatten()).sum()
+    logits = F.linear(hidden, head).unflatten(1, batch.slot_ids.shape[1:])
+    nll = F.cross_entropy(logits[:, :, 1:].flatten(0, 2), batch.labels.flatten(), reduction="none")
+    return (nll * batch.weights.flatten()).sum()
 
 
 class ReferenceStep:
@@ -101,7 +98,7 @@ class ReferenceStep:
         sampler: gives the rows and blocks of a step.
     """
 
-    def __init__(self, model: Any, draft: DFlashDraftModel, sampler: Sampler, lr: float):
+    def __init__(self, model: Any, draft: Draft, sampler: Sampler, lr: float):
         self.model, self.draft, self.sampler = model, draft, sampler
         self.embedding = model.get_input_embeddings().weight
         self.head = model.get_output_embeddings().weight
@@ -109,14 +106,13 @@ class ReferenceStep:
 
     def run(self, step: int) -> float:
         """Returns the loss, Σ w·nll / Σ w over all micro-batches."""
-        micro_batches = self.sampler.training(step)
-        weight = sum(micro.blocks.weights.sum().item() for micro in micro_batches)
+        batches = self.sampler.training(step)
+        weight = sum(batch.weights.sum().item() for batch in batches)
         losses = []
-        for micro in micro_batches:
-            batch, blocks = micro.batch, micro.blocks
+        for batch in batches:
             features = features_of(self.model, self.draft.shape.target_layer_ids, batch)
-            hidden = draft_forward(self.draft, blocks, batch, features, self.embedding)
-            loss = loss_of(hidden, self.head, blocks) / weight
+            hidden = draft_forward(self.draft, batch, features, self.embedding)
+            loss = loss_of(hidden, self.head, batch) / weight
             loss.backward()
             losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from dflash_dist.config import TargetConfig
-from dflash_dist.draft.model import DraftShape
+from dflash_dist.draft.shape import DraftShape
 from dflash_dist.target.folder import CONFIG, check_decoder, find, looks_like_hub_id, read_config
 from dflash_dist.target.tiny import BUILTIN_TARGET, tiny_config, tiny_tokenizer
 

@@ -9,31 +9,14 @@ from __future__ import annotations
 import bisect
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
 import torch
 
+from dflash_dist.batch import Batch, Place
 from dflash_dist.data.chat import Document
 from dflash_dist.data.documents import Documents
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """`B` packed rows of `S` tokens on the host.
-
-    Positions restart with each document. Padding at a row's end is a document of its own without supervision.
-    """
-
-    input_ids: torch.Tensor  # [B, S] int64
-    attention_mask: torch.Tensor  # [B, S] bool, False on padding
-    loss_mask: torch.Tensor  # [B, S] bool, True where supervised
-    position_ids: torch.Tensor  # [B, S] int64
-    document_ids: torch.Tensor  # [B, S] int64, counted within the row
-
-    def to(self, device: torch.device) -> PackedBatch:
-        return PackedBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
 class PackedRows:
@@ -85,14 +68,14 @@ class PackedRows:
             for number in self.chosen[self.starts[index] : self.starts[index + 1]]:
                 yield self.documents[int(number)]
 
-    def batch(self, indices: Sequence[int]) -> PackedBatch:
-        """The rows `indices`; an index past the end gives a row of padding."""
+    def batch(self, indices: Sequence[int], part: str = "") -> Batch:
+        """The rows `indices` of a `part` of the data, on the host and without blocks; an index past the end gives a row
+        of padding."""
         shape = (len(indices), self.seq_len)
         input_ids = np.full(shape, self.pad_id, np.int64)
-        real = np.zeros(shape, bool)
         loss_mask = np.zeros(shape, bool)
-        position_ids = np.zeros(shape, np.int64)
-        document_ids = np.zeros(shape, np.int64)
+        document_ids, position_ids = (np.zeros(shape, np.int64) for _ in range(2))
+        filled = []
         for b, index in enumerate(indices):
             end, count = 0, 0
             for count, document in enumerate(self.row(index), 1):
@@ -103,10 +86,11 @@ class PackedRows:
                 position_ids[b, span] = np.arange(length)
                 document_ids[b, span] = count - 1
                 end += length
-            real[b, :end] = True
             position_ids[b, end:] = np.arange(self.seq_len - end)
             document_ids[b, end:] = count
-        return PackedBatch(*map(torch.from_numpy, (input_ids, real, loss_mask, position_ids, document_ids)))
+            filled.append(end)
+        ids, mask, documents, positions = map(torch.from_numpy, (input_ids, loss_mask, document_ids, position_ids))
+        return Batch.of_rows(ids, mask, documents, positions, Place(part, list(indices)), filled)
 
 
 def pack_best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

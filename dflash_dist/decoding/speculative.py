@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import DynamicCache
 
 from dflash_dist.decoding.sampling import GREEDY, PROPOSAL, Sampling
-from dflash_dist.draft.model import ContextCache, DFlashDraftModel
+from dflash_dist.draft.base import Draft
 from dflash_dist.target.capture import capture_layers, decoder_layers
 from dflash_dist.target.load import check_rollback
 
@@ -52,7 +51,7 @@ class Decoder:
         ValueError: the target's cache cannot be rolled back.
     """
 
-    def __init__(self, target: Any, draft: DFlashDraftModel, stop_ids: Sequence[int], sampling: Sampling = GREEDY):
+    def __init__(self, target: Any, draft: Draft, stop_ids: Sequence[int], sampling: Sampling = GREEDY):
         text = target.config.get_text_config()
         check_rollback(text)
         self.target, self.draft, self.stop_ids = target, draft, frozenset(stop_ids)
@@ -80,7 +79,7 @@ class Decoder:
         """The target verifying the draft's blocks: one block a pass."""
         begun, limit = time.perf_counter(), self._limit(prompt, max_new_tokens)
         # A cache that keeps everything: the target's masks see to its sliding windows, and it can be cut anywhere.
-        cache, context, result = DynamicCache(), ContextCache(), Decoded()
+        cache, context, result = DynamicCache(), self.draft.new_cache(), Decoded()
         logits, features = self._verify(prompt, cache, keep=1)
         self.draft.extend(context, features)
         result.tokens += self._choose(logits, len(prompt))
@@ -104,28 +103,35 @@ class Decoder:
         best, second = self.sampling.scores(logits, len(prompt) + len(tokens))[0].float().topk(2).values.tolist()
         return best - second
 
-    def _pass(self, anchor: int, cache: DynamicCache, context: ContextCache) -> tuple[list[int], torch.Tensor]:
+    def _pass(self, anchor: int, cache: DynamicCache, context: Any) -> tuple[list[int], torch.Tensor]:
         """One verification: the accepted proposals and the target's own token after them; the features of the block."""
         position = context.length + 1  # of the first proposal; the anchor is at `context.length`
         if self.sampling.rejects:
-            foreseen = self.sampling.probabilities(self._foresee(anchor, context))
-            proposals = self.sampling.draw(foreseen, position, PROPOSAL)
-            logits, features = self._verify([anchor, *proposals], cache)
-            return self.sampling.accept(proposals, foreseen, self.sampling.probabilities(logits), position), features
+            return self._pass_by_rejection(anchor, cache, context, position)
         proposals = self._propose(anchor, context)
         logits, features = self._verify([anchor, *proposals], cache)
         choices = self._choose(logits, position)
         return choices[: leading_run(proposals, choices) + 1], features
 
-    def _propose(self, anchor: int, context: ContextCache) -> list[int]:
-        return self._choose(self._foresee(anchor, context), context.length + 1)
+    def _pass_by_rejection(
+        self, anchor: int, cache: DynamicCache, context: Any, position: int
+    ) -> tuple[list[int], torch.Tensor]:
+        foreseen: list[torch.Tensor] = []
 
-    def _foresee(self, anchor: int, context: ContextCache) -> torch.Tensor:
-        """The draft's logits [K - 1, V] of the slots behind the anchor."""
-        shape = self.draft.shape
-        block = torch.tensor([[anchor] + [shape.mask_token_id] * (shape.block_size - 1)], device=self.head.device)
-        hidden = self.draft.propose(context, F.embedding(block, self.embedding))
-        return hidden[0, 1:] @ self.head.T
+        def draw(logits: torch.Tensor, before: int) -> list[int]:
+            foreseen.append(self.sampling.probabilities(logits))
+            return self.sampling.draw(foreseen[-1], position + before, PROPOSAL)
+
+        proposals = self.draft.propose(context, anchor, self.embedding, self.head, draw)
+        logits, features = self._verify([anchor, *proposals], cache)
+        probabilities = self.sampling.probabilities(logits)
+        return self.sampling.accept(proposals, torch.cat(foreseen), probabilities, position), features
+
+    def _propose(self, anchor: int, context: Any) -> list[int]:
+        def choose(logits: torch.Tensor, before: int) -> list[int]:
+            return self._choose(logits, context.length + 1 + before)
+
+        return self.draft.propose(context, anchor, self.embedding, self.head, choose)
 
     def _verify(self, tokens: Sequence[int], cache: DynamicCache, keep: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [N, V], as `_logits`, and features [1, N, L*H] of the next tokens."""

@@ -13,15 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from dflash_dist.batch import Batch, may_be_anchor, sample_blocks
 from dflash_dist.contract.folder import read_headers
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.sources import BadRow, Conversation
 from dflash_dist.decoding.speculative import Decoded, Decoder
-from dflash_dist.draft.attention import training_attention
-from dflash_dist.draft.blocks import build_blocks
-from dflash_dist.draft.model import DraftShape
+from dflash_dist.draft.shape import DraftShape
 from dflash_dist.target.capture import capture_layers
 from dflash_dist.target.load import TargetInfo, check_mask_token
 from dflash_dist.training.logs import or_dash
@@ -108,36 +106,34 @@ class Examiner:
             Of each anchor and slot whether the draft is right and whether it has a label [A, K-1], both bool; and the
             target's likeliest token after each token [N].
         """
-        shape = self.decoder.draft.shape
+        decoder, draft = self.decoder, self.decoder.draft
         tokens, mask = torch.tensor([ids]), torch.from_numpy(answered)[None]
         positions, documents = torch.arange(len(ids))[None], torch.zeros_like(tokens)
-        anchors = int((mask[:, :-1] & mask[:, 1:]).sum())
-        with capture_layers(self.decoder.layers, shape.target_layer_ids) as captured:
-            logits = self.decoder.target(input_ids=tokens.to(self.device), use_cache=False).logits[0]
+        with capture_layers(decoder.layers, draft.shape.target_layer_ids) as captured:
+            logits = decoder.target(input_ids=tokens.to(self.device), use_cache=False).logits[0]
         choices = logits.argmax(dim=-1).cpu().numpy()
+        labels = draft.shape.block_size - 1
+        anchors = int(may_be_anchor(mask, documents).sum())
         if anchors == 0:
-            nothing = np.zeros((0, shape.block_size - 1), bool)
+            nothing = np.zeros((0, labels), bool)
             return nothing, nothing, choices
-        blocks = build_blocks(
-            *(tokens, mask, documents, positions),
+        batch = sample_blocks(
+            Batch.of_rows(tokens, mask, documents, positions),
             anchors=anchors,
-            block_size=shape.block_size,
-            mask_token_id=shape.mask_token_id,
-            gamma=1.0,  # no loss is computed: weights only tell which labels count
+            slot_weights=torch.ones(labels),  # no loss is computed: weights only tell which labels count
+            mask_token_id=draft.shape.mask_token_id,
             generators=[np.random.default_rng(0)],  # all of the anchors are drawn
         ).to(self.device)
-        hidden = self.decoder.draft(
-            F.embedding(blocks.input_ids.flatten(1), self.decoder.embedding),
-            blocks.position_ids.flatten(1),
-            torch.cat(captured(), dim=-1),
-            positions.to(self.device),
-            training_attention(
-                blocks, documents.to(self.device), self.decoder.embedding.dtype, self.decoder.draft.mask
-            ),
-        ).unflatten(1, (anchors, shape.block_size))[0, :, 1:]
-        proposals = torch.stack([(block @ self.decoder.head.T).argmax(dim=-1) for block in hidden])  # no large logits
-        counts = blocks.weights[0] > 0
-        return ((proposals == blocks.labels[0]) & counts).cpu().numpy(), counts.cpu().numpy(), choices
+        hidden = draft(batch, torch.cat(captured(), dim=-1), decoder.embedding)
+        blocks = hidden.unflatten(1, (anchors, labels + 1))[0, :, 1:]
+        proposals = torch.stack(  # block by block: no large logits
+            [
+                draft.scores(block, previous, decoder.head).argmax(dim=-1)
+                for block, previous in zip(blocks, batch.previous[0])
+            ]
+        )
+        counts = batch.weights[0] > 0
+        return ((proposals == batch.labels[0]) & counts).cpu().numpy(), counts.cpu().numpy(), choices
 
 
 def add_up(evidence: Sequence[Evidence]) -> Evidence:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dflash_dist import __version__
-from dflash_dist.draft.model import DraftShape
+from dflash_dist.draft.shape import DraftShape
 from dflash_dist.reading import is_kind
 
 UNKNOWN = "–"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dflash_dist.contract.folder import find_draft, from_config, read_config, read_headers
-from dflash_dist.export.rules import COMPLETE, RULES, TARGET_RULES, Draft, Rule
+from dflash_dist.export.rules import COMPLETE, RULES, TARGET_RULES, Folder, Rule
 from dflash_dist.target.load import read_info
 
 SHOWN = 4  # of what breaks one rule
@@ -63,7 +63,7 @@ def check(folder: Path, target: str | None = None, trust_remote_code: bool = Fal
         shape = from_config(config)
     except ValueError as error:  # and without a shape there is nothing to compare the rest with
         return [judge(COMPLETE, [str(error)])]
-    draft = Draft(folder, config, shape, tensors, trained, info)
+    draft = Folder(folder, config, shape, tensors, trained, info)
     rules = RULES + TARGET_RULES if info else RULES
     return [judge(COMPLETE, []), *(judge(rule, rule.problems(draft)) for rule in rules)]
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from dflash_dist.config import load_written, to_tree
 from dflash_dist.contract.folder import TRAINING, write_draft
-from dflash_dist.draft.model import DraftShape
+from dflash_dist.draft.kinds import kind_of
 from dflash_dist.export.card import Card, shown
 from dflash_dist.files import writing
 from dflash_dist.reading import check_fields, parse, reading
@@ -75,9 +75,11 @@ def export(args: argparse.Namespace) -> None:
     another = f"choose another --step of {', '.join(map(str, folders))}"
     with reading(str(folder), another):
         saved, tensors = read_state(folder).get("shape") or {}, load_file(folder / "draft.safetensors")
-    check_fields(saved, typing.get_type_hints(DraftShape), f"shape in {folder / 'state.json'}", another)
-    shape = DraftShape(**{name: saved[name] for name in DraftShape.__dataclass_fields__})
     config = to_tree(load_written(run / CONFIG))
+    kind = kind_of(config["draft"]["kind"])
+    fields = typing.get_type_hints(kind.Shape)
+    check_fields(saved, fields, f"shape in {folder / 'state.json'}", another)
+    shape = kind.Shape(**{name: saved[name] for name in fields})
     report = read_report(args.report) if args.report else None
     base_model = args.base_model or config["target"]["path"]
     speculators_of = (base_model, architectures(config)) if args.format == "speculators" else None
@@ -97,7 +99,7 @@ def export(args: argparse.Namespace) -> None:
         report=report,
     )
     with writing(out):
-        write_draft(out, shape, tensors, args.dtype, speculators_of)
+        write_draft(out, kind, shape, tensors, args.dtype, speculators_of)
         (out / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
         (out / CARD).write_text(card.text())
     print(f"exported {folder} to {out} ({args.dtype}); serve it with blocks of {shape.block_size} tokens:")

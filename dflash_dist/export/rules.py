@@ -18,27 +18,28 @@ from dflash_dist.contract.folder import (
     SHAPE,
     WEIGHTS,
     Sizes,
+    expected_tensors,
     foreign,
+    kind_of_config,
     layer_faults,
     mask_faults,
     misshapen,
     missing,
     target_faults,
-    tensor_shapes,
-    to_config,
     variants,
 )
-from dflash_dist.draft.model import DraftShape
+from dflash_dist.draft.base import Draft
+from dflash_dist.draft.shape import DraftShape
 from dflash_dist.target.load import TargetInfo, check_mask_token
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names -> config.json's
 
 
 @dataclass(frozen=True)
-class Draft:
+class Folder:
     """What a draft folder says of itself, its weights unread."""
 
-    folder: Path
+    path: Path
     config: dict[str, Any]
     shape: DraftShape
     tensors: dict[str, tuple[list[int], str]]  # name -> shape, dtype in safetensors' name
@@ -51,7 +52,11 @@ class Draft:
 
     @property
     def expected(self) -> Sizes:
-        return tensor_shapes(self.shape, attention_bias=bool(self.config.get("attention_bias")))
+        return expected_tensors(self.kind, self.shape, attention_bias=bool(self.config.get("attention_bias")))
+
+    @property
+    def kind(self) -> type[Draft]:
+        return kind_of_config(self.config)
 
     @property
     def text(self) -> Any:
@@ -63,19 +68,19 @@ class Draft:
 # ---- the rules: each returns what it finds wrong ----
 
 
-def architecture(draft: Draft) -> list[str]:
-    ours, config = to_config(draft.shape, dtype=""), draft.config
+def architecture(draft: Folder) -> list[str]:
+    ours, config = draft.kind.to_config(draft.shape, dtype=""), draft.config
     found = [] if "model_type" in config else ["model_type is missing"]
     if config.get("architectures") != ours["architectures"]:
         found.append(f"architectures {config.get('architectures')} should be {ours['architectures']}")
     return found
 
 
-def model_type(draft: Draft) -> list[str]:
+def model_type(draft: Folder) -> list[str]:
     return [f"it is {kind}"] if (kind := draft.config.get("model_type", "qwen3")) != "qwen3" else []
 
 
-def block_size(draft: Draft) -> list[str]:
+def block_size(draft: Folder) -> list[str]:
     places = {"the top level": draft.config, "dflash_config": draft.config.get("dflash_config") or {}}
     stated = {place: values["block_size"] for place, values in places.items() if "block_size" in values}
     if any(size != draft.shape.block_size for size in stated.values()):
@@ -83,7 +88,7 @@ def block_size(draft: Draft) -> list[str]:
     return [f"{draft.shape.block_size} leaves no slot to draft"] if draft.shape.block_size < 2 else []
 
 
-def layer_types(draft: Draft) -> list[str]:
+def layer_types(draft: Folder) -> list[str]:
     types, config = draft.config.get("layer_types"), draft.config
     if types is None:
         return []
@@ -97,7 +102,7 @@ def layer_types(draft: Draft) -> list[str]:
     return [*found, "sliding_attention without a window"] if "sliding_attention" in types and not window else found
 
 
-def rope(draft: Draft) -> list[str]:
+def rope(draft: Folder) -> list[str]:
     found = []
     theta, older = draft.shape.rope_theta, draft.config.get("rope_theta")
     if older not in (None, theta):
@@ -113,7 +118,7 @@ def rope(draft: Draft) -> list[str]:
     return found
 
 
-def causality(draft: Draft) -> list[str]:
+def causality(draft: Folder) -> list[str]:
     types = draft.config.get("layer_types")
     full = "full_attention" in types if isinstance(types, list) and types else True
     if full and draft.config.get("sliding_window_non_causal") is False:
@@ -121,7 +126,7 @@ def causality(draft: Draft) -> list[str]:
     return []
 
 
-def sizes(draft: Draft) -> list[str]:
+def sizes(draft: Folder) -> list[str]:
     shape = draft.shape
     found = [f"hidden_act {act}" for act in [draft.config.get("hidden_act", "silu")] if act != "silu"]
     if shape.num_attention_heads % shape.num_key_value_heads:
@@ -129,31 +134,31 @@ def sizes(draft: Draft) -> list[str]:
     return found
 
 
-def number_format(draft: Draft) -> list[str]:
+def number_format(draft: Folder) -> list[str]:
     return [f"{name} is {dtype}" for name, (_, dtype) in draft.tensors.items() if dtype not in DTYPES]
 
 
-def stated_dtype(draft: Draft) -> list[str]:
+def stated_dtype(draft: Folder) -> list[str]:
     stated = draft.config.get("dtype", draft.config.get("torch_dtype"))
     stored = sorted({DTYPES.get(dtype, dtype) for _, dtype in draft.tensors.values()})
     return [f"the config says {stated}, the weights are {' and '.join(stored)}"] if stored != [stated] else []
 
 
-def other_weights(draft: Draft) -> list[str]:
-    if (draft.folder / INDEX).is_file():
+def other_weights(draft: Folder) -> list[str]:
+    if (draft.path / INDEX).is_file():
         return []  # engines then read what the index names
-    return [file.name for file in sorted(draft.folder.glob("*.safetensors")) if file.name != WEIGHTS]
+    return [file.name for file in sorted(draft.path.glob("*.safetensors")) if file.name != WEIGHTS]
 
 
-def mask_embedding(draft: Draft) -> list[str]:
-    return [file.name for file in draft.folder.glob(MASK_EMBEDDING)]
+def mask_embedding(draft: Folder) -> list[str]:
+    return [file.name for file in draft.path.glob(MASK_EMBEDDING)]
 
 
-def leftovers(draft: Draft) -> list[str]:
+def leftovers(draft: Folder) -> list[str]:
     return [key for key, value in draft.config.items() if key.startswith(LEFTOVERS) and value]
 
 
-def as_trained(draft: Draft) -> list[str]:
+def as_trained(draft: Folder) -> list[str]:
     now = dataclasses.asdict(draft.shape)
     return [
         f"{name} is {now[name]}, trained with {then}"
@@ -162,23 +167,23 @@ def as_trained(draft: Draft) -> list[str]:
     ]
 
 
-def recorded(draft: Draft) -> list[str]:
+def recorded(draft: Folder) -> list[str]:
     return [] if draft.trained else [f"there is no {SHAPE} in the metadata of the weights"]
 
 
-def target_rope(draft: Draft) -> list[str]:
+def target_rope(draft: Folder) -> list[str]:
     parameters = getattr(draft.text, "rope_parameters", None) or {}
     theirs = parameters.get("rope_theta", draft.shape.rope_theta)  # absent where layers have different ones
     return [f"{draft.shape.rope_theta:g}, the target's is {theirs:g}"] if theirs != draft.shape.rope_theta else []
 
 
-def target_positions(draft: Draft) -> list[str]:
+def target_positions(draft: Folder) -> list[str]:
     ours = draft.shape.max_position_embeddings
     theirs = getattr(draft.text, "max_position_embeddings", ours)
     return [f"max_position_embeddings {ours}, the target's are {theirs}"] if ours < theirs else []
 
 
-def reserved_mask(draft: Draft) -> list[str]:
+def reserved_mask(draft: Folder) -> list[str]:
     assert draft.target is not None
     try:
         check_mask_token(draft.target, draft.shape.mask_token_id)
@@ -201,7 +206,7 @@ class Rule:
     """A line of the contract, and what engines do with a draft that breaks it."""
 
     name: str
-    problems: Callable[[Draft], list[str]]
+    problems: Callable[[Folder], list[str]]
     engines: str
     kind: str = "FAULT"
 

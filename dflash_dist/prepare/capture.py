@@ -20,15 +20,14 @@ from dflash_dist.data.packing import PackedRows
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.features import DATE, EACH, INDEX, FeatureFolder, Shard, read_index, refuse_other
 from dflash_dist.target.load import check_loading
+from dflash_dist.target.run import LiveTarget
 from dflash_dist.training import setup
 from dflash_dist.training.context import (
     PACKED,
-    ContextSource,
     describe_features,
     load_probed,
     open_folder,
     parts_of,
-    run_target,
     show_bytes,
     stored_layout,
 )
@@ -95,7 +94,7 @@ def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) ->
             if packs and not exact:
                 raise ValueError(f"{out} holds features of packed rows, but {told}. Capture into another folder")
         rows = {name: part.rows for name, part in parts_of(data).items()}
-        run(features, lacking, run_target(loaded, data), rows, config.train.micro_batch_size, world)
+        run(features, lacking, LiveTarget(loaded.model, data.packs), rows, config.train.micro_batch_size, world)
     lacking = agree_on_lacking(features, world)
     if lacking:
         raise ValueError(f"{out} lacks {lacking[0].name}, which was just written: is it one folder for all ranks?")
@@ -158,7 +157,7 @@ def check_room(out: Path, needed: int, world: World) -> None:
 def run(
     features: FeatureFolder,
     lacking: list[Shard],
-    context: ContextSource,
+    target: LiveTarget,
     parts: dict[str, PackedRows],
     micro_batch_size: int,
     world: World,
@@ -174,7 +173,7 @@ def run(
             # As many rows as in training, so that the same kernels run and give the same bits.
             padding = [len(rows)] * (micro_batch_size - len(numbers))
             with world.expects_progress():  # not where it waits for a slow disk
-                hidden = context.of((shard.part, numbers), rows.batch([*numbers, *padding]).to(world.device))
+                hidden = target.run(rows.batch([*numbers, *padding]).to(world.device)).features
             for row, states in zip(numbers, hidden):
                 held[row] = states[: features.filled[shard.part][row]].to("cpu", copy=True)
             if len(held) == len(shard.rows):

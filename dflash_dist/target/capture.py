@@ -40,6 +40,7 @@ class DFlashTargetBatch:
     loss_mask: torch.Tensor | None  # [B, S]
     position_ids: torch.Tensor | None = None  # [B, S], where the rows are packed
     logits: torch.Tensor | None = None  # [B, S, V], where asked for
+    final_states: torch.Tensor | None = None  # [B, S, H], what an LM head reads, where asked for
 
 
 class HFDFlashTargetModel:
@@ -79,6 +80,7 @@ class HFDFlashTargetModel:
         attention_mask: torch.Tensor | None,
         loss_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None = None,
+        final_states: bool = False,
     ) -> DFlashTargetBatch:
         """Runs the target and captures its features.
 
@@ -88,9 +90,10 @@ class HFDFlashTargetModel:
             loss_mask: [B, S], carried along.
             position_ids: [B, S] for packed rows. Positions that restart keep documents apart, and only do so without
                 an attention mask and without a cache, and not in every model: see `probe`.
+            final_states: give the states behind the last norm, too, of a decoder that has all of its layers.
 
         Raises:
-            ValueError: the model does not take what it is given, or gives no features [B, S, H] or no logits.
+            ValueError: the model does not take what it is given, or does not give what is asked for.
         """
         inputs = {"attention_mask": attention_mask if position_ids is None else None, "position_ids": position_ids}
         for name in [name for name in inputs if not self._takes(name)]:
@@ -108,9 +111,18 @@ class HFDFlashTargetModel:
                 f"the decoder layers of {type(self.model).__name__} give {wrong[0]} for {list(input_ids.shape)} tokens,"
                 " not one vector a token"
             )
-        logits = self._logits(output) if self.capture_logits else None
+        logits = (
+            self._given(output, "logits", "capture_logits needs a model with an LM head")
+            if self.capture_logits
+            else None
+        )
+        final = (
+            self._given(output, "last_hidden_state", "final_states needs a decoder without its LM head")
+            if final_states
+            else None
+        )
         return DFlashTargetBatch(
-            torch.cat(features, dim=-1), input_ids, attention_mask, loss_mask, position_ids, logits
+            torch.cat(features, dim=-1), input_ids, attention_mask, loss_mask, position_ids, logits, final
         )
 
     def takes_positions(self) -> bool:
@@ -143,15 +155,13 @@ class HFDFlashTargetModel:
         """Whether the model's forward names an argument, or takes any."""
         return argument in self._arguments or any(p.kind is p.VAR_KEYWORD for p in self._arguments.values())
 
-    def _logits(self, output: Any) -> torch.Tensor:
-        if isinstance(output, Mapping):
-            output = output.get("logits")
-        logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
-        if logits is None:
-            raise ValueError(
-                f"capture_logits needs a model with an LM head: {type(self.model).__name__} returned no logits"
-            )
-        return logits
+    def _given(self, output: Any, name: str, demand: str) -> torch.Tensor:
+        """What the model's output holds by this name; a tensor is all that such a model gives."""
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        value = output if isinstance(output, torch.Tensor) else value
+        if value is None:
+            raise ValueError(f"{demand}: {type(self.model).__name__} returned no {name}")
+        return value
 
 
 def _unwrapped(model: Any) -> Any:

@@ -23,9 +23,9 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.utils import cached_file
 
+from dflash_dist.kernels.target_attention_cpu import suit_device
 from dflash_dist.ranks import World
 from dflash_dist.reading import is_kind, shown
-from dflash_dist.target.attention import suit_device
 from dflash_dist.target.capture import HFDFlashTargetModel
 from dflash_dist.target.folder import AGAIN, CONFIG, looks_like_hub_id, read_config, read_tokenizer, reading_target
 from dflash_dist.target.head import check_head
@@ -52,7 +52,7 @@ class TargetInfo:
 
 
 @dataclass(frozen=True)
-class Target:
+class LoadedTarget:
     """The frozen target on this rank."""
 
     model: HFDFlashTargetModel
@@ -230,7 +230,7 @@ def load_target(
     replicas: int = 1,
     full_depth: bool = False,
     attention: str | None = None,
-) -> Target:
+) -> LoadedTarget:
     """Loads the layers up to the deepest captured one, without the LM head, and shards them over the ranks.
 
     Args:
@@ -259,7 +259,7 @@ def load_target(
     embedding = embedding.detach().to(dtype)
     ends = load_ends(info, dtype, world.device)
     head = embedding if ends.head is ends.embedding else ends.head
-    return Target(HFDFlashTargetModel(model, layer_ids), embedding, head, ends.note)
+    return LoadedTarget(HFDFlashTargetModel(model, layer_ids), embedding, head, ends.note)
 
 
 def load_ends(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> Ends:

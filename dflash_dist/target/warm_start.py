@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dflash_dist.draft.elementwise import Rope
-from dflash_dist.draft.model import DFlashDraftModel, DraftLayer, RMSNorm
+from dflash_dist.draft.base import Draft
+from dflash_dist.draft.layers import DraftLayer, RMSNorm, rope_of
+from dflash_dist.kernels.elementwise import Rope
 from dflash_dist.target.layers import DecoderParts
 from dflash_dist.target.load import TargetInfo
 
@@ -27,7 +28,7 @@ HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 
 
 @torch.no_grad()
-def warm_start(draft: DFlashDraftModel, info: TargetInfo) -> list[str]:
+def warm_start(draft: Draft, info: TargetInfo) -> list[str]:
     """Copies the target's last layers into the draft's, and lets the context begin as the deepest captured layer.
 
     A layer is copied if the copy gives what the target's own gives on random input, its rotary scaling aside, which no
@@ -54,10 +55,11 @@ def warm_start(draft: DFlashDraftModel, info: TargetInfo) -> list[str]:
         if len(target.layers) != shape.num_target_layers:
             return [f"{RANDOM}; the target's decoder has {len(target.layers)} layers, its config says otherwise"]
         _refuse_other_sizes(draft, info.text, target, first)
+        rope = rope_of(torch.arange(TOKENS)[None], shape.head_dim, shape.rope_theta)
         refused = dict[int, str]()
         for number, layer in enumerate(draft.layers):
             try:
-                _copy_layer(layer, draft._rope(torch.arange(TOKENS)[None]), target, first + number)
+                _copy_layer(layer, rope, target, first + number)
             except ValueError as error:
                 refused[number] = f"of the target's layer {first + number}, {error}"
         copied = [number for number in range(shape.num_layers) if number not in refused]
@@ -79,7 +81,7 @@ def warm_start(draft: DFlashDraftModel, info: TargetInfo) -> list[str]:
     return lines
 
 
-def _refuse_other_sizes(draft: DFlashDraftModel, text: Any, target: DecoderParts, first: int) -> None:
+def _refuse_other_sizes(draft: Draft, text: Any, target: DecoderParts, first: int) -> None:
     """Raises a ValueError where layers that could be copied have other sizes, because the config states them."""
     ours = {name: getattr(draft.shape, name) for name in SIZES}
     stated = [f"draft.{name}" for name in SIZES if getattr(text, name, None) not in (None, ours[name])]

@@ -23,7 +23,7 @@ from dflash_dist.config import Config, EvalConfig
 from dflash_dist.data.rows import Data, make_encoder
 from dflash_dist.data.sources import name_row, read_conversations
 from dflash_dist.decoding.speculative import Decoder
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.base import Draft
 from dflash_dist.ranks import World
 from dflash_dist.target.load import TargetInfo, check_rollback, check_room
 
@@ -63,7 +63,7 @@ class Evaluation:
     ):
         self.config, self.world, self.target, self.stop_ids, self.prompts = config, world, target, stop_ids, prompts
 
-    def run(self, draft: DFlashDraftModel) -> Acceptance | None:
+    def run(self, draft: Draft) -> Acceptance | None:
         """Decodes greedily with the draft in the target's dtype, as it would be exported; it is left as it is. None
         where a rank was asked to stop."""
         decoder = Decoder(self.target, in_dtype(draft, self.target.head.dtype), self.stop_ids)
@@ -123,10 +123,10 @@ class SharedTarget:
         return decode > 0
 
 
-def in_dtype(draft: DFlashDraftModel, dtype: torch.dtype) -> DFlashDraftModel:
+def in_dtype(draft: Draft, dtype: torch.dtype) -> Draft:
     """A copy for decoding; a draft of this dtype shares its tensors with it."""
     with torch.device("meta"):
-        copy = DFlashDraftModel(draft.shape)
+        copy = type(draft)(draft.shape)
     copy.load_state_dict({name: tensor.to(dtype) for name, tensor in draft.state_dict().items()}, assign=True)
     return copy.eval()
 

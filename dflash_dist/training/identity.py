@@ -16,7 +16,7 @@ from typing import Any
 from dflash_dist.config import FIXED, KNOBS, Config, load_written, values
 from dflash_dist.data.rows import Data, make_encoder
 from dflash_dist.data.sources import digest
-from dflash_dist.draft.model import DraftShape
+from dflash_dist.draft.shape import DraftShape
 from dflash_dist.target.load import TargetInfo, digest_weights, name_weights
 from dflash_dist.training.checkpoint import read_state
 from dflash_dist.training.setup import CONFIG, draft_to_begin_from

@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
-import torch
-
+from dflash_dist.batch import Batch, sample_blocks
 from dflash_dist.config import Config
 from dflash_dist.data.packing import (
     TRAINING_ANCHORS,
     VALIDATION_ANCHORS,
-    PackedBatch,
     PackedRows,
     global_rows,
     random_stream,
 )
-from dflash_dist.draft.blocks import Blocks, build_blocks
-from dflash_dist.draft.objective import WeightedSlots
+from dflash_dist.objective.weights import decay_weights
 from dflash_dist.ranks import World
-from dflash_dist.training.context import HELD_OUT, TRAIN, Place
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows that one rank runs at once, with the blocks sampled from them; on the host until `to`."""
-
-    place: Place  # where the rows come from
-    batch: PackedBatch
-    blocks: Blocks
-    slots: WeightedSlots
-
-    @property
-    def weight(self) -> float:
-        return self.blocks.weights.sum(dtype=torch.float64).item()
-
-    def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(self.place, self.batch.to(device), self.blocks.to(device), self.slots.to(device))
+from dflash_dist.training.context import HELD_OUT, TRAIN
 
 
 class Sampler:
@@ -50,39 +29,32 @@ class Sampler:
 
     def __init__(self, config: Config, world: World, rows: PackedRows, held_out: PackedRows | None):
         self.config, self.world, self.rows, self.held_out_rows = config, world, rows, held_out
+        self.slot_weights = decay_weights(config.draft.block_size, config.gamma)
 
-    def training(self, step: int) -> list[MicroBatch]:
+    def training(self, step: int) -> list[Batch]:
         """Of a step (from 0), with anchors drawn anew."""
         train = self.config.train
         rows = global_rows(step, len(self.rows), train.global_batch_size, train.seed)
         return self._micro_batches(TRAIN, self.rows, rows, TRAINING_ANCHORS, step)
 
-    def held_out(self) -> list[MicroBatch]:
+    def held_out(self) -> list[Batch]:
         """All held-out rows, always with the same anchors. Rows past the end are padding: every rank runs as many."""
         assert self.held_out_rows is not None
-        each = self.world.size * self.config.train.micro_batch_size
+        each = self.world.rows_size * self.config.train.micro_batch_size
         count = math.ceil(len(self.held_out_rows) / each) * each
         return self._micro_batches(HELD_OUT, self.held_out_rows, list(range(count)), VALIDATION_ANCHORS, 0)
 
-    def _micro_batches(
-        self, part: str, source: PackedRows, rows: list[int], stream: int, step: int
-    ) -> list[MicroBatch]:
-        micro_batches = []
+    def _micro_batches(self, part: str, source: PackedRows, rows: list[int], stream: int, step: int) -> list[Batch]:
+        config, batches = self.config, []
         numbered = self.world.share(list(enumerate(rows)))
-        size = self.config.train.micro_batch_size
+        size = config.train.micro_batch_size
         for few in (numbered[i : i + size] for i in range(0, len(numbered), size)):
-            place = part, [row for _, row in few]
-            batch = source.batch(place[1])
-            blocks = build_blocks(
-                batch.input_ids,
-                batch.loss_mask,
-                batch.document_ids,
-                batch.position_ids,
-                anchors=self.config.loss.anchors,
-                block_size=self.config.draft.block_size,
-                mask_token_id=self.config.mask_token_id,
-                gamma=self.config.gamma,
-                generators=[random_stream(self.config.train.seed, stream, step, number) for number, _ in few],
+            blocks = sample_blocks(
+                source.batch([row for _, row in few], part),
+                anchors=config.loss.anchors,
+                slot_weights=self.slot_weights,
+                mask_token_id=config.mask_token_id,
+                generators=[random_stream(config.train.seed, stream, step, number) for number, _ in few],
             )
-            micro_batches.append(MicroBatch(place, batch, blocks, WeightedSlots.of(blocks)))
-        return micro_batches
+            batches.append(blocks)
+        return batches

@@ -21,10 +21,12 @@ import yaml
 
 from dflash_dist import __version__
 from dflash_dist.config import Config, is_day, to_tree
-from dflash_dist.contract.folder import check_draft, find_draft, read_draft, read_shape
+from dflash_dist.contract.folder import check_draft, find_draft, read_draft, read_kind
 from dflash_dist.data.rows import Data, load_data, make_encoder
 from dflash_dist.data.template import today
-from dflash_dist.draft.model import DFlashDraftModel, DraftShape
+from dflash_dist.draft.base import Draft
+from dflash_dist.draft.kinds import kind_of
+from dflash_dist.draft.shape import DraftShape
 from dflash_dist.files import writing
 from dflash_dist.machine import TOO_SLOW, bfloat16_slowdown
 from dflash_dist.ranks import World
@@ -120,12 +122,13 @@ def check_world(config: Config, world: World) -> None:
     if config.target.features is None:
         check_replicas(config.target.replicas, world.size)
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if batch % (micro * world.size):
-        each, rest = divmod(batch, world.size)
+    ranks = world.rows_size
+    if batch % (micro * ranks):
+        each, rest = divmod(batch, ranks)
         smaller = "" if rest else f", or a train.micro_batch_size that divides {each}"
         raise ValueError(
-            f"train.global_batch_size {batch} does not divide by {world.size} ranks x train.micro_batch_size {micro}:"
-            f" choose a multiple of {micro * world.size}, or a number of ranks that divides {batch // micro}{smaller}"
+            f"train.global_batch_size {batch} does not divide by {ranks} ranks x train.micro_batch_size {micro}:"
+            f" choose a multiple of {micro * ranks}, or a number of ranks that divides {batch // micro}{smaller}"
         )
 
 
@@ -254,11 +257,15 @@ def draft_shape(config: Config, text: Any, path: str) -> DraftShape:
         "max_position_embeddings": text.max_position_embeddings,
     }
     folder = draft_to_begin_from(config)
-    begun_from = read_shape(folder, text.num_hidden_layers) if folder else None
+    kind, begun_from = kind_of(draft.kind), None
+    if folder:
+        of_folder, begun_from = read_kind(folder, text.num_hidden_layers)
+        if of_folder is not kind:
+            raise ValueError(f"draft.init: {draft.init} is of another kind than draft.kind {draft.kind}")
     if begun_from:
         inherited = {name: getattr(begun_from, name) for name in inherited}
     stated = {name: getattr(draft, name, None) for name in inherited}
-    shape = DraftShape(
+    shape = kind.Shape(
         hidden_size=text.hidden_size,
         num_layers=draft.num_layers,
         block_size=draft.block_size,
@@ -319,12 +326,12 @@ def _rope_theta(text: Any) -> float:
     return float(rope.get("rope_theta") or getattr(text, "rope_theta", 10_000.0))
 
 
-def make_draft(config: Config, info: TargetInfo, world: World) -> DFlashDraftModel:
+def make_draft(config: Config, info: TargetInfo, world: World) -> Draft:
     """The draft in float32 on the host, the same on every rank; says what it begins as."""
     shape = draft_shape(config, info.text, info.path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        draft = DFlashDraftModel(shape, config.train.gradient_checkpointing)
+        draft = kind_of(config.draft.kind)(shape, config.train.gradient_checkpointing)
     if config.draft.init == "target":
         lines = warm_start(draft, info)
         if world.is_main:

@@ -13,9 +13,10 @@ from typing import Any
 
 from dflash_dist.config import Config
 from dflash_dist.ranks import World, join_world
+from dflash_dist.target.run import LiveTarget
 from dflash_dist.training import setup
 from dflash_dist.training.checkpoint import Checkpoints, newest_whole, read_state, step_folders
-from dflash_dist.training.context import TargetContext, make_context
+from dflash_dist.training.context import make_target
 from dflash_dist.training.evaluation import Evaluation, SharedTarget, find_prompts
 from dflash_dist.training.identity import identity_of, refuse_another, refuse_changed_knobs
 from dflash_dist.training.logs import LOGS
@@ -58,15 +59,15 @@ class Trainer:
         data.refuse_unsupervised()
         prompts = find_prompts(config, info, data) if config.eval.every else []
         draft = setup.make_draft(config, info, world).to(world.device)
-        context, embedding, head, data = make_context(config, info, data, world)
+        target, embedding, head, data = make_target(config, info, data, world)
         rows, held_out = data.train.rows, data.held_out.rows if data.held_out else None
         self.total_steps = setup.planned_steps(config, len(rows))
         sampler = Sampler(config, world, rows, held_out)
-        self.training = TrainingStep(config, world, sampler, draft, context, embedding, head, self.total_steps)
+        self.training = TrainingStep(config, world, sampler, draft, target, embedding, head, self.total_steps)
         if config.eval.every:
-            assert isinstance(context, TargetContext), "load_config refuses real decoding without the target"
-            target = SharedTarget(world, context.target.model, embedding, head, lambda: self.stop_requested)
-            self.evaluation = Evaluation(config.eval, world, target, info.stop_ids, prompts)
+            assert isinstance(target, LiveTarget), "load_config refuses real decoding without the target"
+            shared = SharedTarget(world, target.model.model, embedding, head, lambda: self.stop_requested)
+            self.evaluation = Evaluation(config.eval, world, shared, info.stop_ids, prompts)
         self.identity = identity_of(config, info, data, draft.shape, prompts)
         self.stop_requested = False
 

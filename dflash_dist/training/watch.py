@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from dflash_dist.config import Config
-from dflash_dist.draft.objective import Statistics
+from dflash_dist.objective.statistics import Statistics
 from dflash_dist.ranks import World
 from dflash_dist.training.evaluation import Acceptance
 from dflash_dist.training.logs import or_dash
@@ -42,7 +42,7 @@ class Watch:
             )
         if not due(result.step, self.config.log.every, self.total_steps):
             return
-        shown = Statistics.read(self.world.sum_tensor(result.statistics))
+        shown = Statistics.read(result.sums.reduced(self.world.sum_tensor))
         if self.log is None:
             return
         seconds = (result.at - self.clock) / (result.step - self.clock_step)

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dflash_dist.draft.mask import seen_by_all
+from dflash_dist.kernels.mask import seen_by_all
 
 NAME = "chunked_on_cpu"
 CHUNK = 256  # queries at once; keys by multiples of it, for a CPU's bfloat16 kernels are compiled for each size

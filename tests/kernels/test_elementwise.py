@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-
 from dflash_dist.draft.elementwise import GatedDown, NormalizeRMS, Rotate
 
 ANGLES = torch.linspace(0, 60, 5 * 4, dtype=torch.float64).view(1, 1, 5, 4)  # of 5 tokens and the 4 pairs of a head

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from dflash_dist.draft import attention
 from dflash_dist.draft.attention import ChunkedAttention, FlexAttention, training_attention
 from dflash_dist.draft.blocks import Blocks
 from dflash_dist.draft.mask import FULL, Mask
 from dflash_dist.draft.model import ContextCache
 from dflash_dist.draft.objective import WeightedSlots, block_loss
+
+from dflash_dist.draft import attention
 from tests.reference import (
     DenseAttention,
     Rows,

@@ -1,27 +1,16 @@
-"""Attention of block slots over the context and their own block, for training.
-
-Two backends with one interface: an object is built once for a micro-batch and called by every layer with
-    query                   [B, heads, A*K, D]
-    context_key, _value     [B, kv_heads, S, D]
-    block_key, _value       [B, kv_heads, A*K, D]
-and returns [B, heads, A*K, D]. Neither ever holds a dense [A*K, S + A*K] mask.
-"""
+"""Attention of block slots for training on a CPU, where FlexAttention has no backward."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from dflash_dist.draft.blocks import Blocks
-from dflash_dist.draft.mask import FULL, Mask, seen_by_all
+from dflash_dist.batch import Batch
+from dflash_dist.kernels.mask import FULL, Mask, seen_by_all
 
 # A run's context is extended to a multiple of this, masked [tokens]. For each shape of a product in bfloat16, oneDNN
 # compiles kernels, which takes longer than many such products, and keeps half a MiB.
@@ -32,51 +21,28 @@ RUN_SLOTS = 128
 MAX_SCORES = 2**20
 LOG2_E = math.log2(math.e)
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def training_attention(blocks: Blocks, document_ids: torch.Tensor, dtype: torch.dtype, mask: Mask) -> Attend:
-    """The fastest backend for queries of `dtype` on the device of `blocks`. `document_ids` [B, S] lie there too."""
-    if document_ids.is_cuda:
-        return FlexAttention(blocks, document_ids, mask)
-    return ChunkedAttention(blocks, document_ids, mask, context_step=CONTEXT_STEP[dtype])
-
-
-class OneBlockAttention:
-    """One block behind `length` tokens of context, as in decoding: the same interface, with A = 1."""
-
-    def __init__(self, length: int, block_size: int, mask: Mask, device: torch.device):
-        visible = mask.after_context(length, block_size)  # on the host, which is not to wait for a GPU
-        self.visible = None if visible.all() else visible.to(device)  # without a mask, kernels are faster
-
-    def __call__(self, query, context_key, context_value, block_key, block_value) -> torch.Tensor:
-        key = torch.cat([context_key, block_key], dim=2)
-        value = torch.cat([context_value, block_value], dim=2)
-        return F.scaled_dot_product_attention(query, key, value, self.visible, enable_gqa=True)
-
 
 class ChunkedAttention:
     """Runs of neighbouring anchors at a time, each over the context it can reach and its own slots.
 
-    FlexAttention has no backward on CPU. Anchors are sorted, so neighbours share nearly all of their context: a run is
-    a few large matrix products, and its scores stay in the cache.
+    Anchors are sorted, so neighbours share nearly all of their context: a run is a few large matrix products, and its
+    scores stay in the cache.
     """
 
     def __init__(
         self,
-        blocks: Blocks,
-        document_ids: torch.Tensor,
+        batch: Batch,
         mask: Mask = FULL,
         anchors_at_once: int | None = None,
         context_step: int = CONTEXT_STEP[torch.float32],
     ):
-        self.block_size = blocks.block_size
+        self.block_size = batch.block_size
         anchors_at_once = anchors_at_once or max(RUN_SLOTS // self.block_size, 1)
         within_block = _to_bias(mask.within_block(self.block_size))
         self.within_block = within_block if within_block.any() else None
         self.runs = [
-            Run.of(row, slice(start, min(start + anchors_at_once, used)), blocks, document_ids, mask, context_step)
-            for row, used in enumerate((blocks.documents >= 0).sum(dim=1).tolist())
+            Run.of(row, slice(start, min(start + anchors_at_once, used)), batch, mask, context_step)
+            for row, used in enumerate((batch.anchor_documents >= 0).sum(dim=1).tolist())
             for start in range(0, used, anchors_at_once)
         ]
 
@@ -111,14 +77,14 @@ class Run:
     bias: torch.Tensor  # [anchors, 1, K, rest of the context] float32, with 1 for K where all slots see the same
 
     @staticmethod
-    def of(row: int, anchors: slice, blocks: Blocks, document_ids: torch.Tensor, mask: Mask, context_step: int) -> Run:
-        anchor, document = (each[row, anchors, None, None] for each in (blocks.anchors, blocks.documents))
-        slot, length = torch.arange(blocks.block_size)[:, None], document_ids.shape[1]
+    def of(row: int, anchors: slice, batch: Batch, mask: Mask, context_step: int) -> Run:
+        anchor, document = (each[row, anchors, None, None] for each in (batch.anchors, batch.anchor_documents))
+        slot, length = torch.arange(batch.block_size)[:, None], batch.document_ids.shape[1]
 
         def visible(begin: int, end: int) -> torch.Tensor:
             """[anchors, K, context], with 1 for K as above."""
             index = torch.arange(begin, end)
-            return mask.sees_context(anchor, slot, document, index, document_ids[row, begin:end])
+            return mask.sees_context(anchor, slot, document, index, batch.document_ids[row, begin:end])
 
         reached = visible(0, length).any(dim=1).any(dim=0).nonzero()
         begin, end = (int(reached[0]), int(reached[-1]) + 1) if len(reached) else (0, 0)
@@ -265,33 +231,3 @@ class _Scores:
         d, p = self.wide, probabilities.wide
         torch.ops.aten._softmax_backward_data.out(d, p, -1, d.dtype, grad_input=d)
         self.context.copy_(self.wide_context)
-
-
-@functools.cache  # once asked for, on a GPU: it imports the compiler, which takes a second of every start
-def _compile(function: Callable) -> Any:
-    return torch.compile(function, dynamic=False)
-
-
-class FlexAttention:
-    """One compiled FlexAttention call over context and block, with a sparse block mask."""
-
-    def __init__(self, blocks: Blocks, document_ids: torch.Tensor, mask: Mask = FULL, compiled: bool = True):
-        rows, length = document_ids.shape
-        slots = blocks.anchors.shape[1] * blocks.block_size
-        anchors, documents, size = blocks.anchors, blocks.documents, blocks.block_size
-
-        def visible(b, h, q, kv):
-            block, slot = q // size, q % size
-            context, other = torch.clamp(kv, max=length - 1), kv - length
-            of_context = anchors[b, block], slot, documents[b, block], context, document_ids[b, context]
-            of_slots = block, slot, other // size, other % size
-            return torch.where(kv < length, mask.sees_context(*of_context), mask.sees_slot(*of_slots))
-
-        self.attend = _compile(flex_attention) if compiled else flex_attention
-        build = _compile(create_block_mask) if compiled else create_block_mask
-        self.mask = build(visible, rows, None, slots, length + slots, device=document_ids.device)
-
-    def __call__(self, query, context_key, context_value, block_key, block_value) -> torch.Tensor:
-        key = torch.cat([context_key, block_key], dim=2)
-        value = torch.cat([context_value, block_value], dim=2)
-        return self.attend(query, key, value, block_mask=self.mask, enable_gqa=True)

@@ -1,0 +1,18 @@
+"""The kinds of draft, a file each."""
+
+from __future__ import annotations
+
+from dflash_dist.draft.base import Draft
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
+
+KINDS: dict[str, type[Draft]] = {"dflash": DFlashDraftModel}  # by the name that draft.kind gives them
+
+
+def kind_of(name: str) -> type[Draft]:
+    """
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if name not in KINDS:
+        raise ValueError(f"draft.kind: {name!r} is no kind of draft: choose one of {', '.join(KINDS)}")
+    return KINDS[name]

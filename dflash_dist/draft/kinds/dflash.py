@@ -1,0 +1,127 @@
+"""The DFlash draft: a small decoder whose queries are the slots of a block and whose keys and values are the target's
+features and the block itself (arXiv 2602.06036, section 4.1).
+
+Parameter names are those of the published drafts (z-lab/dflash), so that serving engines load them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dflash_dist.batch import Batch
+from dflash_dist.draft.base import Choose, Draft
+from dflash_dist.draft.layers import ContextCache, DraftLayer, RMSNorm, rope_of
+from dflash_dist.draft.shape import DraftShape
+from dflash_dist.kernels.attention import OneBlockAttention, training_attention
+from dflash_dist.kernels.elementwise import Rope
+from dflash_dist.kernels.mask import FULL, Mask
+
+
+class DFlashDraftModel(Draft):
+    """All slots of a block are foretold at once."""
+
+    architecture = "DFlashDraftModel"
+
+    def __init__(self, shape: DraftShape, gradient_checkpointing: bool = False):
+        super().__init__(shape, gradient_checkpointing)
+        hidden, eps = shape.hidden_size, shape.rms_norm_eps
+        self.fc = nn.Linear(len(shape.target_layer_ids) * hidden, hidden, bias=False)
+        self.hidden_norm = RMSNorm(hidden, eps)
+        layers = nn.ModuleList(DraftLayer(shape) for _ in range(shape.num_layers))
+        self.layers = cast("Sequence[DraftLayer]", layers)
+        self.masks: list[Mask] = [FULL] * shape.num_layers  # in training and in decoding
+        self.norm = RMSNorm(hidden, eps)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)  # as Qwen3, whose layers these are
+
+    @classmethod
+    def to_config(cls, shape: DraftShape, dtype: str) -> dict[str, Any]:
+        return {
+            "architectures": [cls.architecture],
+            "model_type": "qwen3",
+            "dtype": dtype,
+            "block_size": shape.block_size,
+            "num_target_layers": shape.num_target_layers,
+            "dflash_config": {
+                "mask_token_id": shape.mask_token_id,
+                "target_layer_ids": shape.target_layer_ids,
+                "block_size": shape.block_size,
+            },
+            "num_hidden_layers": shape.num_layers,
+            "layer_types": ["full_attention"] * shape.num_layers,
+            "hidden_size": shape.hidden_size,
+            "vocab_size": shape.vocab_size,
+            "num_attention_heads": shape.num_attention_heads,
+            "num_key_value_heads": shape.num_key_value_heads,
+            "head_dim": shape.head_dim,
+            "intermediate_size": shape.intermediate_size,
+            "hidden_act": "silu",
+            "rms_norm_eps": shape.rms_norm_eps,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "max_position_embeddings": shape.max_position_embeddings,
+            "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+            "rope_theta": shape.rope_theta,  # engines that know only the older key
+            "tie_word_embeddings": False,
+        }
+
+    def forward(self, batch: Batch, features: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        hidden = F.embedding(batch.slot_ids.flatten(1), embedding)
+        attends = {mask: training_attention(batch, hidden.dtype, mask) for mask in set(self.masks)}
+        slot_rope = self._rope(batch.slot_positions.flatten(1))
+        context_rope = self._rope(batch.position_ids)
+        context = self.hidden_norm(self.fc(features.to(hidden.dtype)))
+        for layer, mask in zip(self.layers, self.masks):
+            inputs = hidden, slot_rope, context, context_rope, attends[mask]
+            if self.gradient_checkpointing and self.training:
+                hidden = checkpoint(layer.over_context, *inputs, use_reentrant=False)
+            else:
+                hidden = layer.over_context(*inputs)
+        return self.output(hidden)
+
+    def output(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the LM head reads, of the last layer's hidden states."""
+        return self.norm(hidden)
+
+    def compile_layers(self) -> None:
+        """From here on a training forward runs its layers compiled: one graph for all of them, which fuses what lies
+        between the large products. Decoding, whose shapes change, stays as it is."""
+        for layer in self.layers:
+            layer.over_context = torch.compile(layer.over_context, dynamic=False)  # type: ignore[method-assign]
+
+    def new_cache(self) -> ContextCache:
+        return ContextCache()
+
+    def extend(self, cache: ContextCache, features: torch.Tensor) -> None:
+        positions = torch.arange(cache.length, cache.length + features.shape[1], device=features.device)[None]
+        context, rope = self.hidden_norm(self.fc(features)), self._rope(positions)
+        cache.append([layer.self_attn.key_value(context, rope) for layer in self.layers])
+
+    def propose(
+        self, cache: ContextCache, anchor: int, embedding: torch.Tensor, head: torch.Tensor, choose: Choose
+    ) -> list[int]:
+        masked = [self.shape.mask_token_id] * (self.shape.block_size - 1)
+        slots = torch.tensor([[anchor, *masked]], device=embedding.device)
+        hidden = self.foresee(cache, F.embedding(slots, embedding))
+        return choose(self.scores(hidden[0, 1:], None, head), 0)
+
+    def foresee(self, cache: ContextCache, slots: torch.Tensor) -> torch.Tensor:
+        """The hidden states [1, K, H] of one block of embeddings after the cached context, its anchor at the next
+        position."""
+        positions = torch.arange(cache.length, cache.length + slots.shape[1], device=slots.device)[None]
+        rope, hidden = self._rope(positions), slots
+        masks = set(self.masks)
+        attends = {mask: OneBlockAttention(cache.length, slots.shape[1], mask, slots.device) for mask in masks}
+        for layer, mask, context in zip(self.layers, self.masks, cache.layers, strict=True):
+            hidden = layer(hidden, rope, context, attends[mask])
+        return self.output(hidden)
+
+    def _rope(self, positions: torch.Tensor) -> Rope:
+        return rope_of(positions, self.shape.head_dim, self.shape.rope_theta)
