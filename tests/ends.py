@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dflash_dist.config import Config, DataConfig, DraftConfig, TargetConfig
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.target.capture import capture_layers, decoder_layers
 from dflash_dist.target.head import HeadGap, head_gap
 from dflash_dist.target.layers import _unscale

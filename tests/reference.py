@@ -1,6 +1,6 @@
 """The draft's training mathematics again: slow, plain, and written from the contract alone.
 
-An oracle for the package's blocks, attention and objective, of which it uses nothing but the `Blocks` container. Every
+An oracle for the package's blocks, attention and objective, of which it uses nothing but the `Batch` container. Every
 rule is a loop over Python integers, so that it can be checked by reading it next to the sentence it comes from.
 
 Shape letters as in `dflash_dist.draft`: B rows, S packed length, H hidden, A anchors a row, K block size, V vocabulary,
@@ -9,6 +9,7 @@ D head size.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dflash_dist.draft.blocks import Blocks
-from dflash_dist.draft.model import DFlashDraftModel, DraftShape
+from dflash_dist.batch import PADDING, Batch
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
+from dflash_dist.draft.shape import DraftShape
 
 MASK = 3  # the mask token of `tests.tiny`
 
@@ -27,7 +29,7 @@ MASK = 3  # the mask token of `tests.tiny`
 
 
 class Rows(NamedTuple):
-    """Packed rows [B, S] in the order in which `build_blocks` takes them: `build_blocks(*rows, ...)`."""
+    """Packed rows [B, S] in the order in which `Batch.of_rows` takes them: `Batch.of_rows(*rows)`."""
 
     input_ids: torch.Tensor  # int64
     loss_mask: torch.Tensor  # bool
@@ -113,7 +115,7 @@ def counted_labels(loss_mask: torch.Tensor, document_ids: torch.Tensor, anchor: 
     return block_size - 1
 
 
-def reference_blocks(rows: Rows, anchors: Sequence[Sequence[int]], slots: int, block_size: int, gamma: float) -> Blocks:
+def reference_blocks(rows: Rows, anchors: Sequence[Sequence[int]], slots: int, block_size: int, gamma: float) -> Batch:
     """The blocks of chosen anchors.
 
     Args:
@@ -124,15 +126,16 @@ def reference_blocks(rows: Rows, anchors: Sequence[Sequence[int]], slots: int, b
         gamma: decay of the weights exp(-(k-1)/gamma).
 
     Returns:
-        All six tensors. Where the weight is 0, labels are 0, which says nothing: nobody may read them.
+        The rows with their blocks. Where the weight is 0, labels are 0, which says nothing: nobody may read them.
     """
     length = rows.input_ids.shape[1]
     shape = (len(anchors), slots)
-    blocks = Blocks(
+    blocks = dataclasses.replace(
+        Batch.of_rows(*rows),
         anchors=torch.zeros(shape, dtype=torch.int64),
-        documents=torch.full(shape, -1),
-        input_ids=torch.full((*shape, block_size), MASK),
-        position_ids=torch.zeros((*shape, block_size), dtype=torch.int64),
+        anchor_documents=torch.full(shape, -1),
+        slot_ids=torch.full((*shape, block_size), MASK),
+        slot_positions=torch.zeros((*shape, block_size), dtype=torch.int64),
         labels=torch.zeros((*shape, block_size - 1), dtype=torch.int64),
         weights=torch.zeros((*shape, block_size - 1)),
     )
@@ -141,36 +144,40 @@ def reference_blocks(rows: Rows, anchors: Sequence[Sequence[int]], slots: int, b
         for a in range(slots):
             anchor = chosen[a] if a < len(chosen) else 0
             blocks.anchors[b, a] = anchor
-            blocks.input_ids[b, a, 0] = rows.input_ids[b, anchor]
+            blocks.slot_ids[b, a, 0] = rows.input_ids[b, anchor]
             for k in range(block_size):
-                blocks.position_ids[b, a, k] = rows.position_ids[b, anchor] + k
+                blocks.slot_positions[b, a, k] = rows.position_ids[b, anchor] + k
             if a >= len(chosen):
                 continue
-            blocks.documents[b, a] = rows.document_ids[b, anchor]
+            blocks.anchor_documents[b, a] = rows.document_ids[b, anchor]
             for k in range(1, 1 + counted_labels(rows.loss_mask[b], rows.document_ids[b], anchor, block_size)):
                 blocks.labels[b, a, k - 1] = rows.input_ids[b, anchor + k]
                 blocks.weights[b, a, k - 1] = math.exp(-(k - 1) / gamma)
-    return blocks
+    return reweighted(blocks)
+
+
+def reweighted(blocks: Batch) -> Batch:
+    """The blocks, with those slots listed for the head that have weight now."""
+    index = [i for i, weight in enumerate(blocks.weights.flatten().tolist()) if weight]
+    padded = torch.tensor(index + [0] * (-len(index) % PADDING), dtype=torch.int64)
+    return dataclasses.replace(blocks, weighted=padded, count=len(index))
 
 
 # --------------------------------------------------------------------------------------------------------- attention
 
 
-def dense_mask(
-    blocks: Blocks, document_ids: torch.Tensor, row: int, window: int | None = None, causal: bool = False
-) -> torch.Tensor:
+def dense_mask(blocks: Batch, row: int, window: int | None = None, causal: bool = False) -> torch.Tensor:
     """[A*K, S + A*K] bool: which slot of a row sees which context token (first S columns) and which slot.
 
     A slot sees the context strictly before its anchor, in its anchor's document, and all slots of its own block. The
     slots of unused blocks (document -1) see only each other.
 
     Args:
-        document_ids: [B, S].
         window: a slot sees the context tokens among the `window` tokens that end with itself.
         causal: a slot sees no later slot.
     """
-    anchors, documents = blocks.anchors[row].tolist(), blocks.documents[row].tolist()
-    context_documents = document_ids[row].tolist()
+    anchors, documents = blocks.anchors[row].tolist(), blocks.anchor_documents[row].tolist()
+    context_documents = blocks.document_ids[row].tolist()
     length, size = len(context_documents), blocks.block_size
     mask = torch.zeros(len(anchors) * size, length + len(anchors) * size, dtype=torch.bool)
     for slot in range(len(anchors) * size):
@@ -196,9 +203,9 @@ class DenseAttention:
         [B, heads, A*K, D].
     """
 
-    def __init__(self, blocks: Blocks, document_ids: torch.Tensor, window: int | None = None, causal: bool = False):
-        rows = range(len(document_ids))
-        self.mask = torch.stack([dense_mask(blocks, document_ids, row, window, causal) for row in rows])
+    def __init__(self, blocks: Batch, window: int | None = None, causal: bool = False):
+        rows = range(len(blocks.document_ids))
+        self.mask = torch.stack([dense_mask(blocks, row, window, causal) for row in rows])
 
     def __call__(self, query, context_key, context_value, block_key, block_value) -> torch.Tensor:
         group = query.shape[1] // block_key.shape[1]
@@ -209,15 +216,15 @@ class DenseAttention:
         return (scores.softmax(dim=-1) @ value).to(query.dtype)
 
 
-def used_slots(blocks: Blocks) -> torch.Tensor:
+def used_slots(blocks: Batch) -> torch.Tensor:
     """[B, A*K] bool: the slots of blocks with an anchor. What attention returns for the others is never looked at."""
-    return (blocks.documents >= 0).repeat_interleave(blocks.block_size, dim=1)
+    return (blocks.anchor_documents >= 0).repeat_interleave(blocks.block_size, dim=1)
 
 
 # --------------------------------------------------------------------------------------------------------- objective
 
 
-def naive_loss(hidden: torch.Tensor, head: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+def naive_loss(hidden: torch.Tensor, head: torch.Tensor, blocks: Batch) -> torch.Tensor:
     """Σ w·nll through full float32 logits, with autograd doing the gradient; a float32 scalar.
 
     Args:
@@ -232,7 +239,7 @@ def naive_loss(hidden: torch.Tensor, head: torch.Tensor, blocks: Blocks) -> torc
     return total
 
 
-def naive_statistics(hidden: torch.Tensor, head: torch.Tensor, blocks: Blocks) -> dict[str, float | list[float]]:
+def naive_statistics(hidden: torch.Tensor, head: torch.Tensor, blocks: Batch) -> dict[str, float | list[float]]:
     """The fields of `Statistics` by name, counted block by block. Arguments as in `naive_loss`."""
     best = (hidden.float() @ head.float().T).argmax(dim=-1).tolist()
     labels, weights = blocks.labels.tolist(), blocks.weights.tolist()

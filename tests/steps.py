@@ -11,10 +11,10 @@ from dflash_dist.config import Config, DataConfig, DraftConfig, LossConfig, Targ
 from dflash_dist.data.chat import Document
 from dflash_dist.data.documents import Documents
 from dflash_dist.data.packing import PackedRows
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.ranks import World
 from dflash_dist.target.capture import HFDFlashTargetModel
-from dflash_dist.training.context import TargetContext
+from dflash_dist.target.run import LiveTarget
 from dflash_dist.training.sampling import Sampler
 from dflash_dist.training.step import TrainingStep
 
@@ -69,7 +69,7 @@ def make_step(
         world,
         Sampler(config, world, rows, None),
         draft,
-        TargetContext(HFDFlashTargetModel(decoder, config.target.layer_ids)),
+        LiveTarget(HFDFlashTargetModel(decoder, config.target.layer_ids)),
         embedding,
         head,
         total_steps,

@@ -18,7 +18,7 @@ from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.documents import open_documents
 from dflash_dist.data.sources import FileSource
 from dflash_dist.decoding.speculative import Decoded
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.evaluate.evaluate import main as evaluate
 from dflash_dist.evaluate.evaluate import read_answers
 from dflash_dist.evaluate.report import Answer, summarise
@@ -75,7 +75,7 @@ def test_a_damaged_target_is_refused_by_name_before_anything_is_loaded(tiny_targ
 @pytest.fixture(scope="module")
 def draft(room) -> Path:
     torch.manual_seed(0)
-    write_draft(room / "whole-draft", SHAPE, DFlashDraftModel(SHAPE).state_dict(), "float32")
+    write_draft(room / "whole-draft", DFlashDraftModel, SHAPE, DFlashDraftModel(SHAPE).state_dict(), "float32")
     record = {"template_args": {}, "chat_template": None, "drop_reasoning": False, "step": 3, "seq_len": 64}
     (room / "whole-draft/training.json").write_text(json.dumps(record))
     return room / "whole-draft"
@@ -266,7 +266,7 @@ def test_a_drafts_config_of_wrong_kinds_is_a_line_of_check_or_a_sentence(draft, 
 
 def test_a_damaged_draft_ends_an_evaluation_before_the_target_is_loaded(tiny_target, tmp_path, monkeypatch) -> None:
     shape = tiny_shape(block_size=4)
-    write_draft(tmp_path / "draft", shape, DFlashDraftModel(shape).state_dict(), "float32")
+    write_draft(tmp_path / "draft", DFlashDraftModel, shape, DFlashDraftModel(shape).state_dict(), "float32")
     write(tmp_path / "draft/model.safetensors", (tmp_path / "draft/model.safetensors").read_bytes()[:-9])
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, Qwen3ForCausalLM
 
-from dflash_dist.draft.model import DraftShape
+from dflash_dist.draft.shape import DraftShape
 from dflash_dist.target.tiny import tiny_config, tiny_tokenizer
 
 

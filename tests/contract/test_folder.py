@@ -21,7 +21,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from dflash_dist.contract.folder import from_config, read_draft, refuse_mismatch, write_draft
-from dflash_dist.draft.model import ContextCache, DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
+from dflash_dist.draft.layers import ContextCache
 from tests.tiny import tiny_shape
 
 CPU = torch.device("cpu")
@@ -115,7 +116,7 @@ def draft(shape):
 
 @pytest.fixture
 def folder(tmp_path, shape, draft):
-    write_draft(tmp_path / "draft", shape, draft.state_dict(), "float32")
+    write_draft(tmp_path / "draft", DFlashDraftModel, shape, draft.state_dict(), "float32")
     return tmp_path / "draft"
 
 
@@ -128,7 +129,7 @@ def test_config_json_has_the_keys_and_values_that_engines_read(folder):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_config_names_the_dtype_of_the_weights(tmp_path, shape, draft, dtype):
-    write_draft(tmp_path, shape, draft.state_dict(), dtype)
+    write_draft(tmp_path, DFlashDraftModel, shape, draft.state_dict(), dtype)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {getattr(torch, dtype)}
 
@@ -165,7 +166,7 @@ def test_a_draft_comes_back_bitwise_in_float32(folder, shape, draft):
 
 
 def test_bfloat16_rounds_once_and_to_nearest(tmp_path, shape, draft):
-    write_draft(tmp_path, shape, draft.state_dict(), "bfloat16")
+    write_draft(tmp_path, DFlashDraftModel, shape, draft.state_dict(), "bfloat16")
     rounded = {name: tensor.to(torch.bfloat16) for name, tensor in draft.state_dict().items()}
     assert any(not torch.equal(rounded[name].float(), tensor) for name, tensor in draft.state_dict().items())
     for dtype in (torch.float32, torch.bfloat16):
@@ -216,7 +217,7 @@ def _without(tensors, name):
 def test_a_missing_tensor_is_refused_by_name(shape, draft, name):
     # vLLM would fill it with whatever memory held
     with pytest.raises(ValueError, match=rf"(^|\W){name} is missing"):
-        refuse_mismatch(_without(draft.state_dict(), name), shape)
+        refuse_mismatch(_without(draft.state_dict(), name), DFlashDraftModel, shape)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_a_missing_tensor_is_refused_by_name(shape, draft, name):
 )
 def test_a_tensor_too_many_is_refused_by_name(shape, draft, name):
     with pytest.raises(ValueError, match=f"{name} does not belong into a draft"):
-        refuse_mismatch({**draft.state_dict(), name: torch.zeros(24)}, shape)
+        refuse_mismatch({**draft.state_dict(), name: torch.zeros(24)}, DFlashDraftModel, shape)
 
 
 def test_a_model_prefix_is_refused(shape, draft):
@@ -240,13 +241,13 @@ def test_a_model_prefix_is_refused(shape, draft):
     with pytest.raises(
         ValueError, match=r": fc\.weight is missing; .*; model\.fc\.weight does not belong into a draft"
     ):
-        refuse_mismatch(prefixed, shape)
+        refuse_mismatch(prefixed, DFlashDraftModel, shape)
 
 
 def test_a_wrong_shape_is_refused_with_both_shapes(shape, draft):
     tensors = {**draft.state_dict(), "fc.weight": torch.zeros(24, 48)}
     with pytest.raises(ValueError, match=r"fc\.weight is \[24, 48\], not \[24, 72\]"):
-        refuse_mismatch(tensors, shape)
+        refuse_mismatch(tensors, DFlashDraftModel, shape)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_layer_ids_that_engines_would_sort_or_misread_are_refused(tmp_path, ids)
     # vLLM sorts them, and engines disagree on whether the last layer's output is normalised
     shape = tiny_shape(**{**SHAPE, "target_layer_ids": ids})
     with pytest.raises(ValueError) as refusal:
-        write_draft(tmp_path / "draft", shape, DFlashDraftModel(shape).state_dict(), "float32")
+        write_draft(tmp_path / "draft", DFlashDraftModel, shape, DFlashDraftModel(shape).state_dict(), "float32")
     assert f"target_layer_ids {ids}" in str(refusal.value)
 
 
@@ -275,18 +276,18 @@ def test_a_draft_without_layer_ids_is_refused(tmp_path):
 def test_a_mask_token_outside_the_vocabulary_is_refused(draft, mask_token_id):
     shape = tiny_shape(**{**SHAPE, "mask_token_id": mask_token_id})
     with pytest.raises(ValueError, match=f"mask_token_id {mask_token_id} is outside the vocabulary of 97"):
-        refuse_mismatch(draft.state_dict(), shape)
+        refuse_mismatch(draft.state_dict(), DFlashDraftModel, shape)
 
 
 def test_all_faults_are_named_at_once(shape, draft):
     tensors = {**_without(draft.state_dict(), "norm.weight"), "embed_tokens.weight": torch.zeros(97, 24)}
     with pytest.raises(ValueError, match=r"embed_tokens\.weight does not belong.*; norm\.weight is missing"):
-        refuse_mismatch(tensors, shape)
+        refuse_mismatch(tensors, DFlashDraftModel, shape)
 
 
 def test_a_refused_draft_leaves_no_folder(tmp_path, shape, draft):
     with pytest.raises(ValueError, match="is missing"):
-        write_draft(tmp_path / "draft", shape, _without(draft.state_dict(), "fc.weight"), "float32")
+        write_draft(tmp_path / "draft", DFlashDraftModel, shape, _without(draft.state_dict(), "fc.weight"), "float32")
     assert not (tmp_path / "draft").exists()
 
 
@@ -482,5 +483,5 @@ def test_the_published_model_computes_what_ours_computes(draft, published, lengt
     draft.extend(cache, features[:, : length // 2 + 1])
     if length > 1:
         draft.extend(cache, features[:, length // 2 + 1 :])
-    ours = draft.propose(cache, block)
+    ours = draft.foresee(cache, block)
     torch.testing.assert_close(ours, published(block, features), rtol=0, atol=1e-5)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from dflash_dist.contract import folder as module
-from dflash_dist.contract.folder import find_draft, read_draft, read_shape, write_draft
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.contract.folder import find_draft, read_draft, read_kind, write_draft
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from tests.contract.test_folder import SHAPE, TENSORS
 from tests.tiny import tiny_shape
 
@@ -62,7 +62,7 @@ def folder(tmp_path):
     torch.manual_seed(0)
     shape = tiny_shape(**SHAPE)
     tensors = DFlashDraftModel(shape).state_dict()
-    write_draft(tmp_path / "draft", shape, tensors, "bfloat16", ("org/target", ["Qwen3ForCausalLM"]))
+    write_draft(tmp_path / "draft", DFlashDraftModel, shape, tensors, "bfloat16", ("org/target", ["Qwen3ForCausalLM"]))
     return tmp_path / "draft"
 
 
@@ -87,8 +87,8 @@ def test_the_draft_comes_back(folder):
 def test_a_draft_of_the_library_is_read_once_the_targets_depth_is_known(folder):
     rewrite(folder, without="num_target_layers", architectures=["DFlashSpeculator"], sliding_window_non_causal=False)
     with pytest.raises(ValueError, match="no key 'num_target_layers'"):
-        read_shape(folder)
-    assert read_shape(folder, target_layers=7) == tiny_shape(**SHAPE)
+        read_kind(folder)
+    assert read_kind(folder, target_layers=7) == (DFlashDraftModel, tiny_shape(**SHAPE))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dflash_dist.cost.bench import STAGES, Ours, Trial, main, make_trial, measure, parse
 from dflash_dist.cost.reference import dense_mask
 from dflash_dist.cost.shapes import PUBLISHED, TargetShape
+from dflash_dist.draft.kinds import dflash
 from dflash_dist.ranks import World
-from dflash_dist.training import step as step_module
 from tests.ranks import run_ranks
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -104,7 +104,7 @@ def test_useful_operations_are_those_that_a_step_does(alone, monkeypatch) -> Non
         seen = (context_key + context_value).mean(2, keepdim=True) + block_key + block_value
         return query * seen.repeat_interleave(2, dim=1)
 
-    monkeypatch.setattr(step_module, "training_attention", lambda *args: without_products)
+    monkeypatch.setattr(dflash, "training_attention", lambda *args: without_products)
     ours = Ours(trial_of(*TINY), alone)
     training = ours.training
     flops = ours.flops()
@@ -122,15 +122,15 @@ def test_useful_operations_are_those_that_a_step_does(alone, monkeypatch) -> Non
     loss, _ = count("loss", lambda: training.loss(hidden, micro))
     count("backward", lambda: training.backward(loss))
 
-    rows, length = micro.batch.input_ids.shape
+    rows, length = micro.input_ids.shape
     causal = rows * length * (length + 1) // 2
-    visible = int(dense_mask(micro.blocks, micro.batch.document_ids).sum())
+    visible = int(dense_mask(micro).sum())
     width, layers = 4 * 4 * 16, 2  # operations a visible pair, heads and head size; layers of the draft
     assert flops["capture"] == counted["capture"] + 4 * width * causal
     assert flops["propose"] == counted["propose"] + layers * width * visible
     assert flops["backward"] == counted["backward"] + 2 * layers * width * visible
-    padded = len(micro.slots.index)
-    assert flops["loss"] * padded == counted["loss"] * micro.slots.count
+    padded = len(micro.weighted)
+    assert flops["loss"] * padded == counted["loss"] * micro.count
 
 
 # ---------------------------------------------------------------------------------------------- what is to be timed

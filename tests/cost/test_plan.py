@@ -21,10 +21,10 @@ from dflash_dist.cost.traffic import gradient_sums, target_gathers, weight_share
 from dflash_dist.data.chat import Document
 from dflash_dist.data.documents import Documents
 from dflash_dist.data.packing import PackedRows
-from dflash_dist.draft.attention import ChunkedAttention
+from dflash_dist.kernels.attention_cpu import ChunkedAttention
 from dflash_dist.ranks import World
 from dflash_dist.target.load import load_target, read_info
-from dflash_dist.training.context import TargetContext
+from dflash_dist.target.run import LiveTarget
 from dflash_dist.training.sampling import Sampler
 from tests.conftest import REPOSITORY
 from tests.ranks import run_ranks
@@ -164,7 +164,7 @@ def test_operations_are_those_that_torch_counts(alone: World, monkeypatch: pytes
     attention = expected["propose"] - unseen["propose"]
     assert expected["backward"] - unseen["backward"] == 2 * attention
     [micro] = ours.training.sample(ours.done)
-    runs = ChunkedAttention(micro.blocks, micro.batch.document_ids).runs
+    runs = ChunkedAttention(micro).runs
     taken_in = 8 * sum(anchors * (context + 8) for anchors, context in (run.shape for run in runs))  # by blocks of 8
     assert 1 <= taken_in / work.visible_pairs < 1.25
     extra = attention * (3.5 * taken_in / work.visible_pairs - 3)
@@ -229,7 +229,7 @@ def handed_over(world: World, plan: bench.Trial, folder: str, micro_batches: int
     train = dataclasses.replace(config.train, global_batch_size=2 * micro_batches)
     config = dataclasses.replace(config, train=train)
     target = load_target(read_info(folder), config.target.layer_ids, torch.bfloat16, world)
-    ours.training.context = TargetContext(target.model)
+    ours.training.target = LiveTarget(target.model)
     ours.training.sampler = Sampler(config, world, rows_of_two(plan), None)
     ours.step()  # the first one also gathers what stays
     return collective_mib(ours.step) * 2**20, sum(p.numel() for p in ours.training.draft.parameters())

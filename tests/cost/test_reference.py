@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dflash_dist.cost.reference import ReferenceStep
-from dflash_dist.draft.model import DFlashDraftModel
-from dflash_dist.draft.objective import Statistics
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
+from dflash_dist.objective.statistics import Statistics
 from dflash_dist.ranks import World
 from dflash_dist.training.step import TrainingStep
 from tests.reference import lively_draft
@@ -38,8 +38,8 @@ def weights_of(draft: DFlashDraftModel) -> list[torch.Tensor]:
 def test_losses_and_weights_are_those_of_the_plain_implementation(alone, tiny_target) -> None:
     training, reference = both(tiny_target, alone, "float32")
     for micro in training.sample(0):
-        assert micro.batch.document_ids.max() == 3  # three documents and padding
-    used = [int((row >= 0).sum()) for micro in training.sample(0) for row in micro.blocks.documents]
+        assert micro.document_ids.max() == 3  # three documents and padding
+    used = [int((row >= 0).sum()) for micro in training.sample(0) for row in micro.anchor_documents]
     assert min(used) == 5 < ANCHORS == max(used)
     weights = [micro.weight for micro in training.sample(0)]
     assert weights[0] != pytest.approx(weights[1], rel=0.1)  # a mean of the micro-batches' means would be another loss
@@ -48,7 +48,7 @@ def test_losses_and_weights_are_those_of_the_plain_implementation(alone, tiny_ta
     for step in range(3):
         result = training.run(step)
         assert result is not None and result.grad_norm > training.config.train.clip_norm
-        assert Statistics.read(result.statistics).loss == pytest.approx(reference.run(step), rel=1e-6)
+        assert Statistics.read(result.sums).loss == pytest.approx(reference.run(step), rel=1e-6)
         # Adam divides a gradient by its size. The few weights whose gradient is nothing but rounding thus move as far
         # as all others, and differently here and there. What weights have moved, about a hundredth of their size,
         # differs by less than a thousandth of it: by 1e-5 of their size.
@@ -60,4 +60,4 @@ def test_bf16_stays_within_a_hundredth_of_the_float32_loss(alone, tiny_target) -
     training, reference = both(tiny_target, alone, "bfloat16")
     result = training.run(0)
     assert result is not None
-    assert Statistics.read(result.statistics).loss == pytest.approx(reference.run(0), rel=0.01)
+    assert Statistics.read(result.sums).loss == pytest.approx(reference.run(0), rel=0.01)

@@ -58,7 +58,7 @@ def chat_lengths(seed: int, capacity: int) -> np.ndarray:
 def test_a_packed_row_reads_as_written():
     batch = pack([LONG, SHORT], seq_len=7, pad_id=99).batch([0])
     assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22, 99, 99]]
-    assert batch.attention_mask.tolist() == [[True, True, True, True, True, False, False]]
+    assert batch.filled == [5]
     assert batch.loss_mask.tolist() == [[False, True, True, True, False, False, False]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
     assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, 2, 2]]
@@ -67,32 +67,32 @@ def test_a_packed_row_reads_as_written():
 def test_a_full_row_has_no_padding():
     batch = pack([LONG, SHORT], seq_len=5, pad_id=99).batch([0])
     assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22]]
-    assert batch.attention_mask.all()
+    assert batch.filled == [5]
     assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1]]
 
 
 def test_ids_and_positions_are_int64_and_masks_are_bool():
     batch = pack([SHORT, LONG], seq_len=7).batch([0])
     assert {batch.input_ids.dtype, batch.position_ids.dtype, batch.document_ids.dtype} == {torch.int64}
-    assert {batch.attention_mask.dtype, batch.loss_mask.dtype} == {torch.bool}
+    assert batch.loss_mask.dtype == torch.bool
 
 
 def test_a_token_that_equals_the_padding_still_counts_as_text():
     batch = pack([document([PAD, 5], (0, 2))], seq_len=3).batch([0])
-    assert batch.attention_mask.tolist() == [[True, True, False]]
+    assert batch.filled == [2]
     assert batch.loss_mask.tolist() == [[True, True, False]]
 
 
-def slow_row(documents: Sequence[Document], seq_len: int, pad_id: int) -> list[tuple[int, bool, bool, int, int]]:
-    """Token by token: token, whether it is real, whether it is supervised, position, document."""
+def slow_row(documents: Sequence[Document], seq_len: int, pad_id: int) -> list[tuple[int, bool, int, int]]:
+    """Token by token: token, whether it is supervised, position, document."""
     cells = []
     for number, held in enumerate(documents):
         for position, token in enumerate(held.input_ids.tolist()):
             if position < seq_len:
                 supervised = any(begin <= position < end for begin, end in held.supervised)
-                cells.append((token, True, supervised, position, number))
+                cells.append((token, supervised, position, number))
     padding = seq_len - len(cells)
-    return cells + [(pad_id, False, False, position, len(documents)) for position in range(padding)]
+    return cells + [(pad_id, False, position, len(documents)) for position in range(padding)]
 
 
 @pytest.mark.parametrize("several", [True, False])
@@ -101,9 +101,11 @@ def test_batches_are_those_of_a_slow_reference(several):
     rows = pack(documents, seq_len=8, chosen=[0, 1, 2, 3, 4, 5, 6, 7, 8, 1, 7], pack=several)
     asked = [2, 0, len(rows), len(rows) - 1, 1]
     batch = rows.batch(asked)
-    fields = (batch.input_ids, batch.attention_mask, batch.loss_mask, batch.position_ids, batch.document_ids)
+    fields = (batch.input_ids, batch.loss_mask, batch.position_ids, batch.document_ids)
     read = [list(zip(*(field[row].tolist() for field in fields))) for row in range(len(asked))]
     assert read == [slow_row(list(rows.row(index)), 8, PAD) for index in asked]
+    held = [[min(len(each.input_ids), 8) for each in rows.row(index)] for index in asked]
+    assert batch.filled == [sum(lengths) for lengths in held] and batch.place.rows == asked
 
 
 def texts_in(rows: PackedRows) -> list[list[list[int]]]:
@@ -140,7 +142,7 @@ def test_an_index_past_the_end_gives_a_row_of_padding():
         assert batch.input_ids[row].tolist() == [99, 99, 99, 99]
         assert batch.position_ids[row].tolist() == [0, 1, 2, 3]
         assert batch.document_ids[row].tolist() == [0, 0, 0, 0]
-        assert not batch.attention_mask[row].any()
+        assert batch.filled[row] == 0
         assert not batch.loss_mask[row].any()
     assert batch.input_ids[1].tolist() == [11, 12, 13, 99]
 
@@ -200,7 +202,7 @@ def test_chat_lengths_fill_at_least_98_percent_of_the_rows(seed):
 
 def test_the_share_that_is_filled_is_what_is_not_padding():
     rows = pack(unique_documents([4, 3, 2, 9, 1]), seq_len=8)
-    assert rows.filled == float(rows.batch(range(len(rows))).attention_mask.float().mean()) == 18 / 24
+    assert rows.filled == sum(rows.batch(range(len(rows))).filled) / 24 == 18 / 24
 
 
 @pytest.mark.parametrize("lengths", [[4], [2, 0], []])

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from dflash_dist.decoding.speculative import Decoder
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.target.load import check_rollback
 from tests.tiny import enliven, tiny_shape
 

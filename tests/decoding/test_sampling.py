@@ -12,7 +12,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from dflash_dist.decoding.sampling import CHOICE, PROPOSAL, Sampling
 from dflash_dist.decoding.speculative import Decoder
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from tests.tiny import enliven, tiny_shape
 
 VOCABULARY, PROMPT = 6, [4]

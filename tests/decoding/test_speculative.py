@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dflash_dist.decoding.speculative import Decoder, first_difference, leading_run
-from dflash_dist.draft.attention import OneBlockAttention
-from dflash_dist.draft.mask import FULL
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
+from dflash_dist.kernels.attention import OneBlockAttention
+from dflash_dist.kernels.mask import FULL
 from dflash_dist.target.capture import HFDFlashTargetModel
 from tests.tiny import lively_target, tiny_shape
 

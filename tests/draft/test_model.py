@@ -8,21 +8,25 @@ import torch
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
-from dflash_dist.draft.attention import Attend, ChunkedAttention, FlexAttention, OneBlockAttention
-from dflash_dist.draft.blocks import Blocks
-from dflash_dist.draft.elementwise import Rotate
-from dflash_dist.draft.mask import FULL
-from dflash_dist.draft.model import ContextCache, DFlashDraftModel, DraftLayer, RMSNorm
-from dflash_dist.draft.objective import WeightedSlots, block_loss
+from dflash_dist.batch import Batch
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
+from dflash_dist.draft.layers import ContextCache, DraftLayer, RMSNorm
+from dflash_dist.kernels.attention import Attend, OneBlockAttention
+from dflash_dist.kernels.attention_cpu import ChunkedAttention
+from dflash_dist.kernels.attention_gpu import FlexAttention
+from dflash_dist.kernels.elementwise import Rotate
+from dflash_dist.kernels.mask import FULL
+from dflash_dist.objective.objective import Objective
 from tests.reference import DenseAttention, Rows, lively_draft, packed_row, reference_blocks, used_slots
+from tests.test_batch import BLOCKS
 from tests.tiny import tiny_shape
 
 A, K = 10, 8
 BACKENDS = {
     "dense": DenseAttention,
     "chunked": ChunkedAttention,
-    "chunked by 2": lambda blocks, ids: ChunkedAttention(blocks, ids, anchors_at_once=2),
-    "flex": lambda blocks, ids: FlexAttention(blocks, ids, compiled=False),
+    "chunked by 2": lambda blocks: ChunkedAttention(blocks, anchors_at_once=2),
+    "flex": lambda blocks: FlexAttention(blocks, compiled=False),
 }
 # torch warns that FlexAttention without a compiler is slow
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -34,21 +38,21 @@ class Case:
 
     draft: DFlashDraftModel
     rows: Rows
-    blocks: Blocks
+    blocks: Batch
     features: torch.Tensor  # [B, S, L*H]
     embedding: torch.Tensor  # [V, H]
 
-    def run(self, attend: Attend, blocks: Blocks | None = None) -> torch.Tensor:
+    def run(self, attend: Attend, blocks: Batch | None = None) -> torch.Tensor:
         """[B, A, K, H]"""
         blocks = blocks or self.blocks
-        hidden = self.draft(
-            self.embedding[blocks.input_ids.flatten(1)],
-            blocks.position_ids.flatten(1),
+        hidden = self.draft.through_layers(
+            self.embedding[blocks.slot_ids.flatten(1)],
+            blocks.slot_positions.flatten(1),
             self.features,
             self.rows.position_ids,
-            attend,
+            lambda _: attend,
         )
-        return hidden.unflatten(1, blocks.input_ids.shape[1:])
+        return hidden.unflatten(1, blocks.slot_ids.shape[1:])
 
 
 def packed_case(**options: bool) -> Case:
@@ -67,8 +71,8 @@ def packed_case(**options: bool) -> Case:
     )
 
 
-def used_blocks(blocks: Blocks) -> list[tuple[int, int]]:
-    return [(b, a) for b, a in (blocks.documents >= 0).nonzero().tolist()]
+def used_blocks(blocks: Batch) -> list[tuple[int, int]]:
+    return [(b, a) for b, a in (blocks.anchor_documents >= 0).nonzero().tolist()]
 
 
 # ----------------------------------------------------------------------------------------------------------- tensors
@@ -206,15 +210,17 @@ def test_products_of_rotated_heads_depend_on_the_distance_only():
 
 def test_outputs_depend_on_relative_positions_only():
     case = packed_case()
-    attend = DenseAttention(case.blocks, case.rows.document_ids)
+    attend = DenseAttention(case.blocks)
     with torch.no_grad():
         plain = case.run(attend)
         case.rows = case.rows._replace(position_ids=case.rows.position_ids + 64)
         only_context_moved = case.run(attend)
-        case.blocks = dataclasses.replace(case.blocks, position_ids=case.blocks.position_ids + 64)
+        case.blocks = dataclasses.replace(case.blocks, slot_positions=case.blocks.slot_positions + 64)
         all_moved = case.run(attend)
     torch.testing.assert_close(all_moved, plain, rtol=0, atol=1e-4)  # angles of 64 are rounded to 4e-6
-    seen = (case.blocks.position_ids[..., 0] > 64) & (case.blocks.documents >= 0)  # sees at least one context token
+    seen = (case.blocks.slot_positions[..., 0] > 64) & (
+        case.blocks.anchor_documents >= 0
+    )  # sees at least one context token
     assert ((only_context_moved - plain).abs().amax(dim=(2, 3))[seen] > 1e-2).all()
 
 
@@ -226,9 +232,9 @@ def test_the_cached_forward_equals_the_training_forward(backend):
     case = packed_case()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        trained = case.run(BACKENDS[backend](case.blocks, case.rows.document_ids))
+        trained = case.run(BACKENDS[backend](case.blocks))
         for b, a in used_blocks(case.blocks):
-            anchor, position = int(case.blocks.anchors[b, a]), int(case.blocks.position_ids[b, a, 0])
+            anchor, position = int(case.blocks.anchors[b, a]), int(case.blocks.slot_positions[b, a, 0])
             # in pieces of random length, some of them empty, as decoding appends what was accepted
             cuts = torch.randint(0, position + 1, (3,), generator=generator).sort().values.tolist()
             cache = ContextCache()
@@ -236,16 +242,16 @@ def test_the_cached_forward_equals_the_training_forward(backend):
                 offset = anchor - position
                 case.draft.extend(cache, case.features[b : b + 1, offset + start : offset + end])
             assert cache.length == position
-            proposed = case.draft.propose(cache, case.embedding[case.blocks.input_ids[b, a]][None])
+            proposed = case.draft.foresee(cache, case.embedding[case.blocks.slot_ids[b, a]][None])
             torch.testing.assert_close(proposed[0], trained[b, a], rtol=0, atol=5e-6)
 
 
 def test_a_block_on_a_cache_never_extended_is_refused_or_right_but_does_not_skip_the_layers():
     case = packed_case()
     with torch.no_grad():
-        trained = case.run(DenseAttention(case.blocks, case.rows.document_ids))[0, 0]  # at a first token
+        trained = case.run(DenseAttention(case.blocks))[0, 0]  # at a first token
         try:
-            proposed = case.draft.propose(ContextCache(), case.embedding[case.blocks.input_ids[0, 0]][None])
+            proposed = case.draft.foresee(ContextCache(), case.embedding[case.blocks.slot_ids[0, 0]][None])
         except (ValueError, AssertionError):
             return
     torch.testing.assert_close(proposed[0], trained, rtol=0, atol=5e-6)
@@ -254,12 +260,12 @@ def test_a_block_on_a_cache_never_extended_is_refused_or_right_but_does_not_skip
 def test_proposing_leaves_the_cache_as_it_was():
     case = packed_case()
     cache = ContextCache()
-    slots = case.embedding[case.blocks.input_ids[0, 4]][None]
+    slots = case.embedding[case.blocks.slot_ids[0, 4]][None]
     with torch.no_grad():
         case.draft.extend(cache, case.features[:1, :7])
         kept = [[tensor.clone() for tensor in layer] for layer in cache.layers]
-        first = case.draft.propose(cache, slots)
-        second = case.draft.propose(cache, slots)
+        first = case.draft.foresee(cache, slots)
+        second = case.draft.foresee(cache, slots)
     assert cache.length == 7
     assert torch.equal(first, second)
     assert all(torch.equal(x, y) for layer, old in zip(cache.layers, kept, strict=True) for x, y in zip(layer, old))
@@ -269,18 +275,18 @@ def test_proposing_leaves_the_cache_as_it_was():
 def test_a_packed_document_gives_the_same_blocks_as_alone_in_its_row(backend):
     case = packed_case()
     with torch.no_grad():
-        packed = case.run(BACKENDS[backend](case.blocks, case.rows.document_ids))
+        packed = case.run(BACKENDS[backend](case.blocks))
         for b, document in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
             inside = case.rows.document_ids[b] == document
             start = int(inside.int().argmax())
             rows = Rows(*(field[b : b + 1, inside] for field in case.rows))
             rows = rows._replace(document_ids=torch.zeros_like(rows.document_ids))
-            mine = (case.blocks.documents[b] == document).nonzero().flatten()
+            mine = (case.blocks.anchor_documents[b] == document).nonzero().flatten()
             anchors = (case.blocks.anchors[b, mine] - start).tolist()
             assert anchors
             blocks = reference_blocks(rows, [anchors], len(anchors), K, gamma=4.0)
             lone = Case(case.draft, rows, blocks, case.features[b : b + 1, inside], case.embedding)
-            output = lone.run(BACKENDS[backend](blocks, rows.document_ids))
+            output = lone.run(BACKENDS[backend](blocks))
             torch.testing.assert_close(output[0], packed[b, mine], rtol=0, atol=5e-6)
 
 
@@ -288,12 +294,12 @@ def test_a_packed_document_gives_the_same_blocks_as_alone_in_its_row(backend):
 def test_a_block_does_not_depend_on_how_many_others_there_are(backend):
     case = packed_case()
     with torch.no_grad():
-        together = case.run(BACKENDS[backend](case.blocks, case.rows.document_ids))
+        together = case.run(BACKENDS[backend](case.blocks))
         for b, a in used_blocks(case.blocks)[::3]:
             anchors: list[list[int]] = [[], []]
             anchors[b] = [int(case.blocks.anchors[b, a])]
             alone = reference_blocks(case.rows, anchors, 1 + a % 2, K, gamma=4.0)
-            output = case.run(BACKENDS[backend](alone, case.rows.document_ids), alone)
+            output = case.run(BACKENDS[backend](alone), alone)
             torch.testing.assert_close(output[b, 0], together[b, a], rtol=0, atol=5e-6)
 
 
@@ -303,10 +309,10 @@ def test_a_block_does_not_depend_on_how_many_others_there_are(backend):
 def test_a_block_does_not_depend_on_the_order_of_the_others(backend):
     case = packed_case()
     order = torch.randperm(A, generator=torch.Generator().manual_seed(1))
-    shuffled = Blocks(*(getattr(case.blocks, field.name)[:, order] for field in dataclasses.fields(Blocks)))
+    shuffled = dataclasses.replace(case.blocks, **{name: getattr(case.blocks, name)[:, order] for name in BLOCKS})
     with torch.no_grad():
-        plain = case.run(BACKENDS[backend](case.blocks, case.rows.document_ids))
-        output = case.run(BACKENDS[backend](shuffled, case.rows.document_ids), shuffled)
+        plain = case.run(BACKENDS[backend](case.blocks))
+        output = case.run(BACKENDS[backend](shuffled), shuffled)
     torch.testing.assert_close(output, plain[:, order], rtol=0, atol=5e-6)
 
 
@@ -318,8 +324,8 @@ def test_chunked_attention_gives_the_draft_the_gradients_of_the_dense_reference(
     gradients = []
     for backend in ("dense", "chunked", "chunked by 2"):
         case = packed_case()
-        hidden = case.run(BACKENDS[backend](case.blocks, case.rows.document_ids)).flatten(1, 2)
-        loss, _ = block_loss(hidden, head, case.blocks, WeightedSlots.of(case.blocks))
+        hidden = case.run(BACKENDS[backend](case.blocks)).flatten(1, 2)
+        loss, _ = Objective()(hidden, head, case.blocks)
         (loss / case.blocks.weights.sum()).backward()
         gradients.append(dict(case.draft.named_parameters()))
     for name, dense in gradients[0].items():
@@ -337,8 +343,8 @@ def test_gradient_checkpointing_recomputes_each_layer_and_changes_no_gradient():
         for layer in case.draft.layers:
             layer.register_forward_pre_hook(lambda module, _, calls=calls: calls.append(module))
         case.features.requires_grad_()
-        hidden = case.run(ChunkedAttention(case.blocks, case.rows.document_ids)).flatten(1, 2)
-        loss, _ = block_loss(hidden, head, case.blocks, WeightedSlots.of(case.blocks))
+        hidden = case.run(ChunkedAttention(case.blocks)).flatten(1, 2)
+        loss, _ = Objective()(hidden, head, case.blocks)
         loss.backward()
         gradients.append([case.features.grad, *(parameter.grad for parameter in case.draft.parameters())])
         runs.append(len(calls))
@@ -348,7 +354,7 @@ def test_gradient_checkpointing_recomputes_each_layer_and_changes_no_gradient():
 
 def test_under_autocast_the_bfloat16_draft_stays_close_to_the_float32_draft():
     case = packed_case()
-    attend = ChunkedAttention(case.blocks, case.rows.document_ids)
+    attend = ChunkedAttention(case.blocks)
     with torch.no_grad():
         exact = case.run(attend)
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -10,19 +10,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoTokenizer
 
+from dflash_dist.batch import Batch, sample_blocks
 from dflash_dist.contract.folder import write_draft
 from dflash_dist.data.chat import Document
 from dflash_dist.decoding.speculative import Decoded, Decoder
-from dflash_dist.draft.attention import training_attention
-from dflash_dist.draft.blocks import build_blocks
-from dflash_dist.draft.mask import FULL
-from dflash_dist.draft.model import DFlashDraftModel
-from dflash_dist.draft.objective import WeightedSlots, block_loss
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.evaluate.diagnose import Examiner, Verdict, slots
 from dflash_dist.evaluate.evaluate import main
+from dflash_dist.objective.objective import Objective
+from dflash_dist.objective.weights import decay_weights
 from dflash_dist.target.capture import HFDFlashTargetModel
 from dflash_dist.target.tiny import CHATML
 from tests.tiny import lively_target, tiny_shape
@@ -53,25 +51,20 @@ def folder(tiny_target, tmp_path_factory) -> Path:
         rows.append({"messages": [user, {"role": "assistant", "content": tokenizer.decode(tokens)}]})
         ids = torch.tensor([prompt + tokens])
         mask, positions = torch.arange(ids.shape[1])[None] >= len(prompt), torch.arange(ids.shape[1])[None]
-        blocks = build_blocks(
-            *(ids, mask, torch.zeros_like(ids), positions),
-            **{"anchors": NEW_TOKENS, "block_size": 4, "mask_token_id": 3, "gamma": 4.0},
+        batch = sample_blocks(
+            Batch.of_rows(ids, mask, torch.zeros_like(ids), positions),
+            **{"anchors": NEW_TOKENS, "slot_weights": decay_weights(4, 4.0), "mask_token_id": 3},
             generators=[np.random.default_rng(0)],
         )
-        features = target.generate_batch(ids, None, mask).hidden_states
-        batches.append(
-            (blocks, features, positions, training_attention(blocks, torch.zeros_like(ids), features.dtype, FULL))
-        )
+        batches.append((batch, target.generate_batch(ids, None, mask).hidden_states))
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
     for _ in range(60):
-        for blocks, features, positions, attend in batches:
-            slots = F.embedding(blocks.input_ids.flatten(1), model.model.embed_tokens.weight)
-            hidden = draft(slots, blocks.position_ids.flatten(1), features, positions, attend)
-            loss, _ = block_loss(hidden, model.lm_head.weight, blocks, WeightedSlots.of(blocks))
-            loss.backward()
+        for batch, features in batches:
+            hidden = draft(batch, features, model.model.embed_tokens.weight)
+            Objective()(hidden, model.lm_head.weight, batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    write_draft(folder / "draft", shape, draft.state_dict(), "float32")
+    write_draft(folder / "draft", DFlashDraftModel, shape, draft.state_dict(), "float32")
     (folder / "draft/training.json").write_text(json.dumps(TRAINED))
     (folder / "chats.jsonl").write_text("".join(json.dumps(row | {"finish_reason": "length"}) + "\n" for row in rows))
     return folder
@@ -225,7 +218,7 @@ def test_a_mask_token_that_texts_hold_is_named(diagnose, write_chats):
 def test_slots_that_never_learned_are_named(diagnose, folder, tmp_path):
     torch.manual_seed(2)
     shape = tiny_shape(block_size=4)
-    write_draft(tmp_path / "draft", shape, DFlashDraftModel(shape).state_dict(), "float32")
+    write_draft(tmp_path / "draft", DFlashDraftModel, shape, DFlashDraftModel(shape).state_dict(), "float32")
     (tmp_path / "draft/training.json").write_text(json.dumps(TRAINED))
     verdicts, found = diagnose(draft=tmp_path / "draft")
     assert found == {"slots"}

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from dflash_dist.contract.folder import TRAINING, write_draft
 from dflash_dist.decoding.speculative import Decoded, Decoder
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.evaluate import evaluate as program
 from dflash_dist.evaluate.evaluate import main
 from dflash_dist.ranks import World
@@ -48,7 +48,7 @@ def export(tmp_path):
     def write(**changes):
         torch.manual_seed(1)
         shape = tiny_shape(block_size=4, **changes)
-        write_draft(tmp_path / "draft", shape, DFlashDraftModel(shape).state_dict(), "float32")
+        write_draft(tmp_path / "draft", DFlashDraftModel, shape, DFlashDraftModel(shape).state_dict(), "float32")
         return tmp_path / "draft"
 
     return write

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from dflash_dist.__main__ import main as program
 from dflash_dist.contract.folder import write_draft
 from dflash_dist.contract.speculators import to_speculators
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.export.check import check
 from dflash_dist.export.rules import RULES, TARGET_RULES
 from tests.tiny import tiny_shape
@@ -68,7 +68,7 @@ class Folder:
 def write(path, dtype="bfloat16", **changes):
     torch.manual_seed(0)
     shape = tiny_shape(**changes)
-    write_draft(path, shape, DFlashDraftModel(shape).state_dict(), dtype)
+    write_draft(path, DFlashDraftModel, shape, DFlashDraftModel(shape).state_dict(), dtype)
     return Folder(path)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dflash_dist.config import Config, DataConfig, TargetConfig
 from dflash_dist.contract.folder import read_draft
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.export.export import main
 from dflash_dist.training import setup
 from dflash_dist.training.checkpoint import Checkpoints

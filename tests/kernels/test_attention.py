@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dflash_dist.draft.attention import ChunkedAttention, FlexAttention, training_attention
-from dflash_dist.draft.blocks import Blocks
-from dflash_dist.draft.mask import FULL, Mask
-from dflash_dist.draft.model import ContextCache
-from dflash_dist.draft.objective import WeightedSlots, block_loss
 
-from dflash_dist.draft import attention
+from dflash_dist.batch import Batch
+from dflash_dist.draft.layers import ContextCache
+from dflash_dist.kernels import attention_cpu
+from dflash_dist.kernels.attention import training_attention
+from dflash_dist.kernels.attention_cpu import ChunkedAttention
+from dflash_dist.kernels.attention_gpu import FlexAttention
+from dflash_dist.kernels.mask import FULL, Mask
+from dflash_dist.objective.objective import Objective
 from tests.reference import (
     DenseAttention,
     Rows,
@@ -25,17 +27,17 @@ A, K = 10, 4
 HEADS, KV_HEADS, D = 4, 2, 16
 BACKENDS = {
     **{
-        f"chunked by {n}": lambda blocks, ids, mask=FULL, n=n: ChunkedAttention(blocks, ids, mask, anchors_at_once=n)
+        f"chunked by {n}": lambda blocks, mask=FULL, n=n: ChunkedAttention(blocks, mask, anchors_at_once=n)
         for n in (1, 3, 16)
     },
-    "flex": lambda blocks, ids, mask=FULL: FlexAttention(blocks, ids, mask, compiled=False),
+    "flex": lambda blocks, mask=FULL: FlexAttention(blocks, mask, compiled=False),
 }
 both_backends = pytest.mark.parametrize("backend", ["chunked by 1", "chunked by 3", "chunked by 16", "flex"])
 # torch warns that FlexAttention without a compiler is slow
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
-def two_rows() -> tuple[Rows, Blocks]:
+def two_rows() -> tuple[Rows, Batch]:
     """Two rows [2, 30] of several documents, with anchors at first tokens (0, 6, 16) and at the row's end, and fewer
     anchors than A."""
     first = packed_row([1] * 6, [1] * 10, [0] + [1] * 13, length=30)
@@ -45,7 +47,7 @@ def two_rows() -> tuple[Rows, Blocks]:
     return rows, reference_blocks(rows, anchors, A, K, gamma=4.0)
 
 
-def random_inputs(rows: Rows, blocks: Blocks, seed: int = 0) -> list[torch.Tensor]:
+def random_inputs(rows: Rows, blocks: Batch, seed: int = 0) -> list[torch.Tensor]:
     """Query, context key and value, block key and value."""
     generator = torch.Generator().manual_seed(seed)
     b, length = rows.input_ids.shape
@@ -54,9 +56,7 @@ def random_inputs(rows: Rows, blocks: Blocks, seed: int = 0) -> list[torch.Tenso
     return [torch.randn(b, heads, tokens, D, generator=generator) for heads, tokens in sizes]
 
 
-def outputs_and_gradients(
-    attend, inputs: list[torch.Tensor], blocks: Blocks
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def outputs_and_gradients(attend, inputs: list[torch.Tensor], blocks: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The used slots' outputs, and the gradients of a random weighting of them, with respect to all five inputs."""
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
     output = attend(*inputs).transpose(1, 2)[used_slots(blocks)]
@@ -64,14 +64,19 @@ def outputs_and_gradients(
     return output.detach(), list(torch.autograd.grad((output * cotangent).sum(), inputs))
 
 
-def draft_inputs(draft, rows: Rows, blocks: Blocks, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def draft_inputs(draft, rows: Rows, blocks: Batch, seed: int = 0) -> tuple[torch.Tensor, ...]:
     """Slots, slot positions, features, context positions; random slots and features, with gradient."""
     shape, generator = draft.shape, torch.Generator().manual_seed(seed)
     b, length = rows.input_ids.shape
     width = len(shape.target_layer_ids) * shape.hidden_size
-    slots = torch.randn(b, blocks.input_ids[0].numel(), shape.hidden_size, generator=generator, requires_grad=True)
+    slots = torch.randn(b, blocks.slot_ids[0].numel(), shape.hidden_size, generator=generator, requires_grad=True)
     features = torch.randn(b, length, width, generator=generator, requires_grad=True)
-    return slots, blocks.position_ids.flatten(1), features, rows.position_ids
+    return slots, blocks.slot_positions.flatten(1), features, rows.position_ids
+
+
+def run_draft(draft, slots, slot_positions, features, positions, attend) -> torch.Tensor:
+    """The draft's forward with this attention in every layer."""
+    return draft.through_layers(slots, slot_positions, features, positions, lambda _: attend)
 
 
 # ------------------------------------------------------------------------------------------- equal to the reference
@@ -80,16 +85,16 @@ def draft_inputs(draft, rows: Rows, blocks: Blocks, seed: int = 0) -> tuple[torc
 @pytest.fixture(params=[False, True], ids=["all heads at once", "heads in turns"])
 def heads_in_turns(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(attention, "MAX_SCORES", 1)
+        monkeypatch.setattr(attention_cpu, "MAX_SCORES", 1)
 
 
 @pytest.mark.parametrize("anchors_at_once", [1, 3, 16, 64])
 def test_chunked_attention_equals_the_dense_reference(anchors_at_once, heads_in_turns):
     rows, blocks = two_rows()
     inputs = random_inputs(rows, blocks)
-    attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once=anchors_at_once)
+    attend = ChunkedAttention(blocks, anchors_at_once=anchors_at_once)
     output, gradients = outputs_and_gradients(attend, inputs, blocks)
-    expected, expected_gradients = outputs_and_gradients(DenseAttention(blocks, rows.document_ids), inputs, blocks)
+    expected, expected_gradients = outputs_and_gradients(DenseAttention(blocks), inputs, blocks)
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
     for gradient, dense in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, dense, rtol=0, atol=3e-6)
@@ -99,8 +104,8 @@ def test_chunked_attention_in_bfloat16_is_off_by_its_rounding_alone(heads_in_tur
     rows, blocks = two_rows()
     rounded = [each.bfloat16() for each in random_inputs(rows, blocks)]
     exact = [each.float() for each in rounded]
-    expected, expected_gradients = outputs_and_gradients(DenseAttention(blocks, rows.document_ids), exact, blocks)
-    attend = training_attention(blocks, rows.document_ids, torch.bfloat16, FULL)
+    expected, expected_gradients = outputs_and_gradients(DenseAttention(blocks), exact, blocks)
+    attend = training_attention(blocks, torch.bfloat16, FULL)
     output, gradients = outputs_and_gradients(attend, rounded, blocks)
     for ours, dense in zip([output, *gradients], [expected, *expected_gradients], strict=True):
         assert ours.dtype == torch.bfloat16
@@ -115,9 +120,9 @@ def test_what_runs_share_is_summed_in_float32():
     inputs = [
         torch.ones(1, 1, tokens, D) for tokens in (2 * len(anchors), 201, 201, 2 * len(anchors), 2 * len(anchors))
     ]
-    attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once=1, context_step=256)
+    attend = ChunkedAttention(blocks, anchors_at_once=1, context_step=256)
     gradients = []
-    for of, dtype in ((attend, torch.bfloat16), (DenseAttention(blocks, rows.document_ids), torch.float32)):
+    for of, dtype in ((attend, torch.bfloat16), (DenseAttention(blocks), torch.float32)):
         value = inputs[2].to(dtype).requires_grad_()
         of(*(each.to(dtype) for each in inputs[:2]), value, *(each.to(dtype) for each in inputs[3:])).sum().backward()
         gradients.append(value.grad.float())
@@ -131,8 +136,8 @@ def test_backends_equal_the_dense_reference_on_random_rows(backend, seed):
     allowed = [eligible_anchors(mask, ids) for mask, ids in zip(rows.loss_mask, rows.document_ids)]
     blocks = reference_blocks(rows, [each[seed % 2 :: 2][:A] for each in allowed], A, K, gamma=4.0)
     inputs = random_inputs(rows, blocks, seed)
-    output = BACKENDS[backend](blocks, rows.document_ids)(*inputs)
-    expected = DenseAttention(blocks, rows.document_ids)(*inputs)
+    output = BACKENDS[backend](blocks)(*inputs)
+    expected = DenseAttention(blocks)(*inputs)
     used = used_slots(blocks)
     torch.testing.assert_close(output.transpose(1, 2)[used], expected.transpose(1, 2)[used], rtol=0, atol=2e-6)
 
@@ -150,8 +155,8 @@ MASKS = {
 def test_backends_see_what_the_mask_says(backend, mask, heads_in_turns):
     rows, blocks = two_rows()
     inputs = random_inputs(rows, blocks)
-    attend = BACKENDS[backend](blocks, rows.document_ids, mask)
-    dense = DenseAttention(blocks, rows.document_ids, mask.window, mask.causal)
+    attend = BACKENDS[backend](blocks, mask)
+    dense = DenseAttention(blocks, mask.window, mask.causal)
     if backend == "flex":  # it has no backward on a CPU
         used = used_slots(blocks)
         ours, theirs = (of(*inputs).transpose(1, 2)[used] for of in (attend, dense))
@@ -167,7 +172,7 @@ def test_backends_see_what_the_mask_says(backend, mask, heads_in_turns):
 def test_a_run_begins_where_its_window_does():
     rows = packed_row([1] * 200, length=200)
     blocks = reference_blocks(rows, [list(range(100, 108))], 8, K, gamma=4.0)
-    [run] = ChunkedAttention(blocks, rows.document_ids, Mask(window=9), context_step=1).runs
+    [run] = ChunkedAttention(blocks, Mask(window=9), context_step=1).runs
     assert run.context == slice(92, 107)
 
 
@@ -187,17 +192,19 @@ def test_decoding_and_every_backend_follow_one_rule(mask):
     rows = packed_row([1] * 30, length=30)
     blocks = reference_blocks(rows, [[0, 1, 9, 22]], 4, K, gamma=4.0)
     draft = lively_draft(tiny_shape(block_size=K))
-    draft.mask = mask
+    draft.masks = [mask] * len(draft.layers)
     slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
     forwards = []
     with torch.no_grad():
         for make in BACKENDS.values():
-            attend = make(blocks, rows.document_ids, draft.mask)
-            forwards.append(draft(slots, slot_positions, features, positions, attend).unflatten(1, (4, K))[0])
+            attend = make(blocks, mask)
+            forwards.append(
+                run_draft(draft, slots, slot_positions, features, positions, attend).unflatten(1, (4, K))[0]
+            )
         for a, anchor in enumerate(blocks.anchors[0].tolist()):
             cache = ContextCache()
             draft.extend(cache, features[:, :anchor])
-            decoded = draft.propose(cache, slots.unflatten(1, (4, K))[:, a])[0]
+            decoded = draft.foresee(cache, slots.unflatten(1, (4, K))[:, a])[0]
             for forward in forwards:
                 torch.testing.assert_close(forward[a], decoded, rtol=0, atol=1e-5)
 
@@ -205,8 +212,8 @@ def test_decoding_and_every_backend_follow_one_rule(mask):
 def test_flex_attention_equals_the_dense_reference():
     rows, blocks = two_rows()
     inputs = random_inputs(rows, blocks)
-    output = FlexAttention(blocks, rows.document_ids, compiled=False)(*inputs)
-    expected = DenseAttention(blocks, rows.document_ids)(*inputs)
+    output = FlexAttention(blocks, compiled=False)(*inputs)
+    expected = DenseAttention(blocks)(*inputs)
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)  # of unused blocks too
 
 
@@ -216,12 +223,12 @@ def test_the_attention_for_gpus_equals_the_dense_reference_in_outputs_and_gradie
     device = torch.device("cuda")
     inputs = random_inputs(rows, blocks)
     on_device = [tensor.to(device).requires_grad_() for tensor in inputs]
-    attend = training_attention(blocks.to(device), rows.document_ids.to(device), torch.float32, FULL)
+    attend = training_attention(blocks.to(device), torch.float32, FULL)
     assert isinstance(attend, FlexAttention)
     output = attend(*on_device).transpose(1, 2)[used_slots(blocks).to(device)]
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(device)
     gradients = torch.autograd.grad((output * cotangent).sum(), on_device)
-    expected, expected_gradients = outputs_and_gradients(DenseAttention(blocks, rows.document_ids), inputs, blocks)
+    expected, expected_gradients = outputs_and_gradients(DenseAttention(blocks), inputs, blocks)
     # float32 products may run as TF32 there
     torch.testing.assert_close(output.cpu(), expected, rtol=0, atol=5e-3)
     for gradient, dense in zip(gradients, expected_gradients, strict=True):
@@ -229,14 +236,14 @@ def test_the_attention_for_gpus_equals_the_dense_reference_in_outputs_and_gradie
 
 
 def test_the_cpu_trains_with_chunked_attention():
-    rows, blocks = two_rows()
-    assert isinstance(training_attention(blocks, rows.document_ids, torch.float32, FULL), ChunkedAttention)
+    _, blocks = two_rows()
+    assert isinstance(training_attention(blocks, torch.float32, FULL), ChunkedAttention)
 
 
 def test_chunked_attention_holds_no_dense_mask():
     rows = packed_row([1] * 200, length=200)
     blocks = reference_blocks(rows, [list(range(0, 128))], 128, K, gamma=4.0)
-    runs = ChunkedAttention(blocks, rows.document_ids, anchors_at_once=8).runs
+    runs = ChunkedAttention(blocks, anchors_at_once=8).runs
     assert len(runs) == 16
     assert max(run.bias.numel() for run in runs) <= 8 * 128  # dense: 512 x 712
 
@@ -249,10 +256,10 @@ def test_a_block_has_gradient_from_the_context_before_its_anchor_in_its_document
     rows, blocks = two_rows()
     draft = lively_draft(tiny_shape(block_size=K))
     slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
-    attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once=anchors_at_once)
-    hidden = draft(slots, slot_positions, features, positions, attend).unflatten(1, (A, K))
+    attend = ChunkedAttention(blocks, anchors_at_once=anchors_at_once)
+    hidden = run_draft(draft, slots, slot_positions, features, positions, attend).unflatten(1, (A, K))
     for b, a in [(0, 0), (0, 2), (0, 3), (0, 4), (0, 5), (0, 6), (0, 8), (1, 1), (1, 2), (1, 4)]:
-        anchor, document = int(blocks.anchors[b, a]), int(blocks.documents[b, a])
+        anchor, document = int(blocks.anchors[b, a]), int(blocks.anchor_documents[b, a])
         total = hidden[b, a].square().sum() + hidden[b, a].sum()  # the norm alone makes the square nearly constant
         (gradient,) = torch.autograd.grad(total, features, retain_graph=True)
         index = torch.arange(rows.input_ids.shape[1])
@@ -267,8 +274,8 @@ def test_a_block_has_gradient_from_all_of_its_own_slots_and_from_no_other_block(
     rows, blocks = two_rows()
     draft = lively_draft(tiny_shape(block_size=K))
     slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
-    attend = ChunkedAttention(blocks, rows.document_ids, anchors_at_once=anchors_at_once)
-    hidden = draft(slots, slot_positions, features, positions, attend).unflatten(1, (A, K))
+    attend = ChunkedAttention(blocks, anchors_at_once=anchors_at_once)
+    hidden = run_draft(draft, slots, slot_positions, features, positions, attend).unflatten(1, (A, K))
     for b, a, slot in [(0, 0, 0), (0, 1, 3), (0, 5, 1), (0, 9, 0), (1, 0, 2), (1, 4, 0)]:
         (gradient,) = torch.autograd.grad(hidden[b, a, slot].sum(), slots, retain_graph=True)
         own = torch.zeros(2, A, dtype=torch.bool)
@@ -282,20 +289,20 @@ def test_only_a_visible_context_token_changes_a_block(backend):
     rows, blocks = two_rows()
     draft = lively_draft(tiny_shape(block_size=K))
     slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
-    attend = BACKENDS[backend](blocks, rows.document_ids)
+    attend = BACKENDS[backend](blocks)
 
     def run(token: int | None) -> torch.Tensor:
         changed = features.detach().clone()
         if token is not None:
             changed[0, token] += 3
         with torch.no_grad():
-            return draft(slots, slot_positions, changed, positions, attend).unflatten(1, (A, K))
+            return run_draft(draft, slots, slot_positions, changed, positions, attend).unflatten(1, (A, K))
 
     plain = run(None)
     for token in (0, 5, 6, 14, 15, 16, 27, 28, 29):
         changed = (run(token) != plain).flatten(2).any(dim=-1)
         document = rows.document_ids[0, token]
-        seen = (token < blocks.anchors[0]) & (blocks.documents[0] == document)
+        seen = (token < blocks.anchors[0]) & (blocks.anchor_documents[0] == document)
         assert torch.equal(changed[0], seen), token
         assert not changed[1].any()  # the other row
 
@@ -305,12 +312,14 @@ def test_a_later_slot_changes_the_earlier_slots_of_its_block_and_no_other_block(
     rows, blocks = two_rows()
     draft = lively_draft(tiny_shape(block_size=K))
     slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
-    attend = BACKENDS[backend](blocks, rows.document_ids)
+    attend = BACKENDS[backend](blocks)
     changed_slots = slots.detach().clone().unflatten(1, (A, K))
     changed_slots[0, 4, K - 1] += 3
     with torch.no_grad():
-        plain = draft(slots, slot_positions, features, positions, attend).unflatten(1, (A, K))
-        changed = draft(changed_slots.flatten(1, 2), slot_positions, features, positions, attend).unflatten(1, (A, K))
+        plain = run_draft(draft, slots, slot_positions, features, positions, attend).unflatten(1, (A, K))
+        changed = draft.through_layers(
+            changed_slots.flatten(1, 2), slot_positions, features, positions, lambda _: attend
+        ).unflatten(1, (A, K))
     difference = (changed - plain).abs().amax(dim=-1)  # [B, A, K]
     assert (difference[0, 4] > 1e-3).all()
     difference[0, 4] = 0
@@ -326,7 +335,7 @@ def test_masking_does_not_depend_on_how_large_a_hidden_score_would_be():
     loud[1][0, :, 15] = 1e6
     loud[2][0, :, 15] = 1e6
     for make in BACKENDS.values():
-        attend = make(blocks, rows.document_ids)
+        attend = make(blocks)
         assert torch.equal(attend(*loud), attend(*inputs))
 
 
@@ -339,7 +348,7 @@ def test_rows_and_blocks_without_an_anchor_give_finite_outputs(backend):
     empty = reference_blocks(rows, [[], []], A, K, gamma=4.0)
     partly = reference_blocks(rows, [[], [3]], A, K, gamma=4.0)
     for each in (empty, partly, blocks):
-        output = BACKENDS[backend](each, rows.document_ids)(*random_inputs(rows, each))
+        output = BACKENDS[backend](each)(*random_inputs(rows, each))
         assert output.shape == (2, HEADS, A * K, D)
         assert output.isfinite().all()
 
@@ -349,9 +358,9 @@ def test_a_micro_batch_without_an_anchor_gives_every_parameter_a_gradient_of_zer
     rows, _ = two_rows()
     blocks = reference_blocks(rows, [[], []], A, K, gamma=4.0)
     draft = lively_draft(tiny_shape(block_size=K))
-    hidden = draft(*draft_inputs(draft, rows, blocks), ChunkedAttention(blocks, rows.document_ids))
+    hidden = run_draft(draft, *draft_inputs(draft, rows, blocks), ChunkedAttention(blocks))
     head = torch.randn(260, 64, generator=torch.Generator().manual_seed(1))
-    loss, _ = block_loss(hidden, head, blocks, WeightedSlots.of(blocks))
+    loss, _ = Objective()(hidden, head, blocks)
     loss.backward()
     assert hidden.isfinite().all()
     assert loss == 0
@@ -370,9 +379,9 @@ def test_a_row_without_an_anchor_adds_nothing_to_the_gradient_of_the_row_beside_
         blocks = reference_blocks(part, anchors[start:], A, K, gamma=4.0)
         draft = lively_draft(tiny_shape(block_size=K))
         slots, _, features, _ = draft_inputs(draft, rows, reference_blocks(rows, anchors, A, K, gamma=4.0))
-        attend = ChunkedAttention(blocks, part.document_ids)
-        hidden = draft(slots[start:], blocks.position_ids.flatten(1), features[start:], part.position_ids, attend)
-        loss, _ = block_loss(hidden, head, blocks, WeightedSlots.of(blocks))
+        inputs = slots[start:], blocks.slot_positions.flatten(1), features[start:], part.position_ids
+        hidden = run_draft(draft, *inputs, ChunkedAttention(blocks))
+        loss, _ = Objective()(hidden, head, blocks)
         loss.backward()
         gradients.append([parameter.grad for parameter in draft.parameters()])
     assert all(gradient.abs().max() > 1e-3 for gradient in gradients[1])

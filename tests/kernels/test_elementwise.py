@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dflash_dist.draft.elementwise import GatedDown, NormalizeRMS, Rotate
+
+from dflash_dist.kernels.elementwise import GatedDown, NormalizeRMS, Rotate
 
 ANGLES = torch.linspace(0, 60, 5 * 4, dtype=torch.float64).view(1, 1, 5, 4)  # of 5 tokens and the 4 pairs of a head
 EPS = 0.3  # as large as the mean square, so that its place in the formula shows

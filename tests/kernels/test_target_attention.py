@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from dflash_dist.target.attention import CHUNK, NAME, attend_in_chunks, suit_device
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, GptOssConfig, LlamaConfig, Qwen3Config
 
+from dflash_dist.kernels.target_attention_cpu import CHUNK, NAME, attend_in_chunks, suit_device
 from tests.tiny import enliven
 
 SMALL = {

@@ -134,8 +134,8 @@ MUTANTS = [
     Mutant(
         "logged losses are over all ranks",
         WATCH,
-        "Statistics.read(self.world.sum_tensor(result.statistics))",
-        "Statistics.read(result.statistics)",
+        "Statistics.read(result.sums.reduced(self.world.sum_tensor))",
+        "Statistics.read(result.sums)",
         f"{TEST_TRAINER}::test_a_run_of_two_ranks_resumes_on_one",
     ),
     Mutant("a step's time is its own", WATCH, "/ (result.step - self.clock_step)", "/ 1", TEST_WATCH),

@@ -150,9 +150,9 @@ MUTANTS = [
     ),
     Mutant(
         "the block's other slots hold the mask token",
-        SPECULATIVE,
-        "[anchor] + [shape.mask_token_id] * (shape.block_size - 1)",
-        "[anchor] * shape.block_size",
+        "dflash_dist/draft/kinds/dflash.py",
+        "slots = torch.tensor([[anchor, *masked]]",
+        "slots = torch.tensor([[anchor] * (1 + len(masked))]",
         TEST_SPECULATIVE,
     ),
     Mutant(
@@ -221,9 +221,9 @@ MUTANTS = [
     ),
     Mutant(
         "the target's cache keeps everything while decoding, its sliding windows included",
-        SPECULATIVE,
-        "cache, context, result = DynamicCache(), ContextCache(), Decoded()",
-        "cache, context, result = DynamicCache(config=self.target.config), ContextCache(), Decoded()",
+        "dflash_dist/decoding/speculative.py",
+        "cache, context, result = DynamicCache(), self.draft.new_cache(), Decoded()",
+        "cache, context, result = DynamicCache(config=self.target.config), self.draft.new_cache(), Decoded()",
         f"tests/decoding/test_caches.py {TEST_SPECULATIVE}",
     ),
     Mutant(
@@ -242,16 +242,16 @@ MUTANTS = [
     ),
     Mutant(
         "hidden states of the slots behind the anchor",
-        SPECULATIVE,
-        "return hidden[0, 1:] @ self.head.T",
-        "return hidden[0, :-1] @ self.head.T",
+        "dflash_dist/draft/kinds/dflash.py",
+        "self.scores(hidden[0, 1:], None, head)",
+        "self.scores(hidden[0, :-1], None, head)",
         TEST_SPECULATIVE,
     ),
     Mutant(
         "rejection: proposals are drawn with noise of their own",
-        SPECULATIVE,
-        "self.sampling.draw(foreseen, position, PROPOSAL)",
-        "self.sampling.draw(foreseen, position - 1, PROPOSAL)",
+        "dflash_dist/decoding/speculative.py",
+        "self.sampling.draw(foreseen[-1], position + before, PROPOSAL)",
+        "self.sampling.draw(foreseen[-1], position - 1 + before, PROPOSAL)",
         TEST_SPECULATIVE,
         equivalent="each position still has noise of its own, one place on",
     ),

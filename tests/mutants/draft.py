@@ -2,78 +2,81 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-BLOCKS, TEST_BLOCKS = "dflash_dist/draft/blocks.py", "tests/draft/test_blocks.py"
-MASK, ATTENTION = "dflash_dist/draft/mask.py", "dflash_dist/draft/attention.py"
-TEST_ATTENTION = "tests/draft/test_attention.py"
-MODEL, ELEMENTWISE, TEST_MODEL = (
-    "dflash_dist/draft/model.py",
-    "dflash_dist/draft/elementwise.py",
+ATTENTION, ATTENTION_CPU, ATTENTION_GPU, CROSS_ENTROPY, ELEMENTWISE, MASK = (
+    f"dflash_dist/kernels/{name}.py"
+    for name in ("attention", "attention_cpu", "attention_gpu", "cross_entropy", "elementwise", "mask")
+)
+BATCH, TEST_BLOCKS = "dflash_dist/batch.py", "tests/test_batch.py"
+DFLASH, LAYERS, TEST_MODEL = (
+    "dflash_dist/draft/kinds/dflash.py",
+    "dflash_dist/draft/layers.py",
     "tests/draft/test_model.py",
 )
-TEST_ELEMENTWISE = "tests/draft/test_elementwise.py"
-OBJECTIVE, TEST_OBJECTIVE = "dflash_dist/draft/objective.py", "tests/draft/test_objective.py"
+OBJECTIVE, STATISTICS, WEIGHTS = (f"dflash_dist/objective/{name}.py" for name in ("objective", "statistics", "weights"))
+TEST_ATTENTION, TEST_ELEMENTWISE = "tests/kernels/test_attention.py", "tests/kernels/test_elementwise.py"
+TEST_OBJECTIVE = "tests/objective/test_objective.py"
 
 MUTANTS = [
     Mutant(
         "w = exp(−(k−1)/γ)",
-        BLOCKS,
+        WEIGHTS,
         "torch.exp(-torch.arange(block_size - 1, dtype=torch.float32) / gamma)",
         "torch.exp(-torch.arange(1, block_size, dtype=torch.float32) / gamma)",
         TEST_BLOCKS,
     ),
     Mutant(
         "an anchor is a supervised token whose next token is supervised too: the anchor itself",
-        BLOCKS,
-        "eligible = loss_mask & supervised_next",
-        "eligible = supervised_next",
+        BATCH,
+        "return loss_mask & has_supervised_next(",
+        "return has_supervised_next(",
         TEST_BLOCKS,
     ),
     Mutant(
         "an anchor's next token is in the same document",
-        BLOCKS,
+        BATCH,
         "loss_mask[:, 1:] & (document_ids[:, 1:] == document_ids[:, :-1])",
         "loss_mask[:, 1:]",
         TEST_BLOCKS,
     ),
-    Mutant("anchors are drawn without replacement", BLOCKS, "size=count, replace=False", "size=count", TEST_BLOCKS),
+    Mutant("anchors are drawn without replacement", BATCH, "size=count, replace=False", "size=count", TEST_BLOCKS),
     Mutant(
         "anchors are drawn, not the first ones taken",
-        BLOCKS,
+        BATCH,
         "drawn = generator.choice(candidates, size=count, replace=False)",
         "drawn = candidates[:count]",
         TEST_BLOCKS,
     ),
-    Mutant("anchors ascend", BLOCKS, "torch.from_numpy(np.sort(drawn))", "torch.from_numpy(drawn)", TEST_BLOCKS),
+    Mutant("anchors ascend", BATCH, "torch.from_numpy(np.sort(drawn))", "torch.from_numpy(drawn)", TEST_BLOCKS),
     Mutant(
         "a label counts only while every label before it counted",
-        BLOCKS,
-        "supervised_next[row_of[..., None], before_label].cumprod(dim=-1)",
-        "supervised_next[row_of[..., None], before_label].long()",
+        BATCH,
+        "following[row_of[..., None], before_label].cumprod(dim=-1)",
+        "following[row_of[..., None], before_label].long()",
         TEST_BLOCKS,
     ),
     Mutant(
-        "unused blocks have no weight", BLOCKS, ".cumprod(dim=-1) * used[..., None]", ".cumprod(dim=-1)", TEST_BLOCKS
+        "unused blocks have no weight", BATCH, ".cumprod(dim=-1) * used[..., None]", ".cumprod(dim=-1)", TEST_BLOCKS
     ),
-    Mutant("unused blocks belong to no document", BLOCKS, "index], -1),", "index], 0),", TEST_BLOCKS),
+    Mutant("unused blocks belong to no document", BATCH, "row_of, index], -1),", "row_of, index], 0),", TEST_BLOCKS),
     Mutant(
         "slot k's label is the token at anchor + k",
-        BLOCKS,
+        BATCH,
         "label_index = (index[..., None] + offsets[1:])",
         "label_index = (index[..., None] + offsets[:-1])",
         TEST_BLOCKS,
     ),
     Mutant(
         "slot 0 holds the anchor's real token",
-        BLOCKS,
-        "block_ids[..., 0] = input_ids[row_of, index]",
-        "block_ids[..., 0] = input_ids[row_of, (index + 1).clamp(max=length - 1)]",
+        BATCH,
+        "slot_ids[..., 0] = batch.input_ids[row_of, index]",
+        "slot_ids[..., 0] = batch.input_ids[row_of, (index + 1).clamp(max=length - 1)]",
         TEST_BLOCKS,
     ),
     Mutant(
         "slot k sits at the anchor's place in its document + k",
-        BLOCKS,
-        "position_ids=position_ids[row_of, index][..., None] + offsets",
-        "position_ids=index[..., None] + offsets",
+        BATCH,
+        "slot_positions=batch.position_ids[row_of, index][..., None] + offsets",
+        "slot_positions=index[..., None] + offsets",
         TEST_BLOCKS,
     ),
     Mutant(
@@ -113,21 +116,21 @@ MUTANTS = [
     ),
     Mutant(
         "each run goes over the context that it can reach: from the first that it sees",
-        ATTENTION,
+        ATTENTION_CPU,
         "(int(reached[0]),",
         "(int(reached[0]) + 1,",
         TEST_ATTENTION,
     ),
     Mutant(
         "each run goes over the context that it can reach: up to the last that it sees",
-        ATTENTION,
+        ATTENTION_CPU,
         "int(reached[-1]) + 1)",
         "int(reached[-1]))",
         TEST_ATTENTION,
     ),
     Mutant(
         "a run's extended context ends with the row",
-        ATTENTION,
+        ATTENTION_CPU,
         "        begin = min(begin, length - size)\n",
         "",
         TEST_ATTENTION,
@@ -141,56 +144,56 @@ MUTANTS = [
     ),
     Mutant(
         "attention is scaled by the root of the head size",
-        ATTENTION,
+        ATTENTION_CPU,
         "scaled = (query * (LOG2_E * query.shape[-1] ** -0.5)).contiguous()",
         "scaled = (query * (query.shape[-1] ** -0.5)).contiguous()",
         TEST_ATTENTION,
     ),
     Mutant(
         "backward computes the probabilities again: gradient of the query",
-        ATTENTION,
+        ATTENTION_CPU,
         "        d_query += d_block_scores @ block_key\n",
         "",
         TEST_ATTENTION,
     ),
     Mutant(
         "backward: gradient of the context's keys",
-        ATTENTION,
+        ATTENTION_CPU,
         "keys = d_context_key / LOG2_E,",
         "keys = d_context_key,",
         TEST_ATTENTION,
     ),
     Mutant(
         "backward: gradients of runs that share context add up",
-        ATTENTION,
+        ATTENTION_CPU,
         "d_value += scores.context.mT @ d_out",
         "d_value.copy_(scores.context.mT @ d_out)",
         TEST_ATTENTION,
     ),
     Mutant(
         "backward sees what forward saw",
-        ATTENTION,
+        ATTENTION_CPU,
         "            scores.hide(run, ctx.within_block)\n            scores.to_powers(log_total)",
         "            scores.to_powers(log_total)",
         TEST_ATTENTION,
     ),
     Mutant(
         "sums over runs in float32",
-        ATTENTION,
+        ATTENTION_CPU,
         "d_of_context = [torch.zeros_like(each, dtype=torch.float32) for each in of_context]",
         "d_of_context = [torch.zeros_like(each) for each in of_context]",
         TEST_ATTENTION,
     ),
     Mutant(
         "FlexAttention: the same mask",
-        ATTENTION,
+        ATTENTION_GPU,
         "other // size, other % size",
         "block, other % size",
         TEST_ATTENTION,
     ),
     Mutant(
         "the kernel for CPUs: the same mask inside a block",
-        ATTENTION,
+        ATTENTION_CPU,
         "        if within_block is not None:\n",
         "        if False:\n",
         TEST_ATTENTION,
@@ -207,7 +210,7 @@ MUTANTS = [
     Mutant("a causal slot sees itself", MASK, "(other_slot <= slot)", "(other_slot < slot)", TEST_ATTENTION),
     Mutant(
         "RoPE tables are computed in float32 each time",
-        MODEL,
+        LAYERS,
         "angles = positions[:, None, :, None].float() * frequencies",
         "angles = positions[:, None, :, None].bfloat16() * frequencies.bfloat16()",
         TEST_MODEL,
@@ -263,74 +266,72 @@ MUTANTS = [
     ),
     Mutant(
         "the context is normalised before the layers",
-        MODEL,
+        DFLASH,
         "context = self.hidden_norm(self.fc(features))\n        slot_rope",
         "context = self.fc(features)\n        slot_rope",
         TEST_MODEL,
     ),
     Mutant(
         "training equals inference: the context's positions",
-        MODEL,
+        DFLASH,
         "positions = torch.arange(cache.length, cache.length + features.shape[1], device=features.device)[None]",
         "positions = torch.arange(features.shape[1], device=features.device)[None]",
         TEST_MODEL,
     ),
     Mutant(
         "training equals inference: the anchor stands at the position behind the context",
-        MODEL,
+        DFLASH,
         "positions = torch.arange(cache.length, cache.length + slots.shape[1], device=slots.device)[None]",
         "positions = torch.arange(cache.length - 1, cache.length - 1 + slots.shape[1], device=slots.device)[None]",
         TEST_MODEL,
     ),
     Mutant(
         "the context is not normalised again in a layer",
-        MODEL,
+        LAYERS,
         "self.self_attn.key_value(context, context_rope)",
         "self.self_attn.key_value(self.input_layernorm(context), context_rope)",
         TEST_MODEL,
     ),
     Mutant(
         "hidden states are normalised for the LM head",
-        MODEL,
-        "                hidden = layer.over_context(hidden, slot_rope, context, context_rope, attend)\n"
-        "        return self.norm(hidden)",
-        "                hidden = layer.over_context(hidden, slot_rope, context, context_rope, attend)\n"
-        "        return hidden",
+        DFLASH,
+        "return self.norm(hidden)",
+        "return hidden",
         TEST_MODEL,
     ),
     Mutant(
         "weights start as Qwen3's",
-        MODEL,
+        DFLASH,
         "nn.init.normal_(module.weight, std=0.02)",
         "nn.init.normal_(module.weight, std=0.2)",
         TEST_MODEL,
     ),
     Mutant(
         "gradient checkpointing is what the knob asks for",
-        MODEL,
+        DFLASH,
         "if self.gradient_checkpointing and self.training:",
         "if not self.gradient_checkpointing and self.training:",
         TEST_MODEL,
     ),
     Mutant(
         "slots without weight never enter the head",
-        OBJECTIVE,
-        "index = blocks.weights.flatten().nonzero().flatten()",
-        "index = torch.arange(blocks.weights.numel())",
+        BATCH,
+        "index = weights.flatten().nonzero().flatten()",
+        "index = torch.arange(weights.numel())",
         TEST_OBJECTIVE,
     ),
     Mutant(
         "padding must neither train nor count",
         OBJECTIVE,
-        "    weights[slots.count :] = 0  # padding",
+        "    weights[batch.count :] = 0  # padding",
         "    # padding",
         TEST_OBJECTIVE,
     ),
     Mutant(
         "slot 0 is never a target: states behind the block's anchor slot",
         OBJECTIVE,
-        "slots.index // blocks.weights.shape[-1] + 1",
-        "slots.index // blocks.weights.shape[-1]",
+        "batch.weighted // batch.weights.shape[-1] + 1",
+        "batch.weighted // batch.weights.shape[-1]",
         TEST_OBJECTIVE,
     ),
     Mutant(
@@ -342,14 +343,14 @@ MUTANTS = [
     ),
     Mutant(
         "D-PACE: s = (1 - α) p + α",
-        OBJECTIVE,
+        WEIGHTS,
         "(alpha + (1 - alpha) * probabilities)",
         "(alpha + probabilities)",
         TEST_OBJECTIVE,
     ),
     Mutant(
         "D-PACE: the sum over j ≥ k",
-        OBJECTIVE,
+        WEIGHTS,
         "return leading.flip(-1).cumsum(dim=-1).flip(-1)",
         "return leading.cumsum(dim=-1)",
         TEST_OBJECTIVE,
@@ -363,14 +364,14 @@ MUTANTS = [
     ),
     Mutant(
         "the log-sum-exp in float32",
-        OBJECTIVE,
+        CROSS_ENTROPY,
         "head.new_empty(tile, vocab, dtype=torch.float32)",
         "head.new_empty(tile, vocab)",
         TEST_OBJECTIVE,
     ),
     Mutant(
         "most likely: the first of equals",
-        OBJECTIVE,
+        CROSS_ENTROPY,
         "return peak, group * GROUP + inside",
         "return peak, group * GROUP + GROUP - 1 - groups.gather(1, group[..., None].expand(-1, 1, GROUP))"
         ".flip(-1).argmax(-1)",
@@ -378,30 +379,30 @@ MUTANTS = [
     ),
     Mutant(
         "teacher-forced τ is over blocks with a full set of labels",
-        OBJECTIVE,
+        STATISTICS,
         "full = counted[:, -1]",
         "full = counted[:, 0]",
         TEST_OBJECTIVE,
     ),
     Mutant(
         "τ counts the token behind the accepted ones",
-        OBJECTIVE,
+        STATISTICS,
         "accepted = (1 + correct.cumprod(dim=-1).sum(dim=-1)) * full",
         "accepted = correct.cumprod(dim=-1).sum(dim=-1) * full",
         TEST_OBJECTIVE,
     ),
     Mutant(
         "τ counts the leading run of right slots",
-        OBJECTIVE,
+        STATISTICS,
         "accepted = (1 + correct.cumprod(dim=-1).sum(dim=-1)) * full",
         "accepted = (1 + correct.sum(dim=-1)) * full",
         TEST_OBJECTIVE,
     ),
     Mutant(
         "acceptance and accuracy by slot",
-        OBJECTIVE,
-        "return torch.cat([head, correct.sum(dim=0), counted.sum(dim=0)]).double()",
-        "return torch.cat([head, correct.sum(dim=0), counted.sum(dim=0)])",
+        STATISTICS,
+        "torch.cat(list(flat.values())).double()",
+        "torch.cat(list(flat.values()))",
         TEST_OBJECTIVE,
     ),
 ]

@@ -15,7 +15,13 @@ POD = f"{TEST_LAUNCH}::test_a_pod_passes_the_signal_on_and_asks_to_be_made_again
 
 MUTANTS = [
     # ---------------------------------------------------------------------------------------------------- ranks
-    Mutant("ranks slice the batch", RANKS, "items[self.rank * each :", "items[0:", "tests/training/test_sampling.py"),
+    Mutant(
+        "ranks slice the batch",
+        "dflash_dist/ranks.py",
+        "rows[group * each :",
+        "rows[0 :",
+        "tests/training/test_sampling.py",
+    ),
     Mutant(
         "host numbers are summed in float64",
         RANKS,

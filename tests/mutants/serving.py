@@ -288,8 +288,8 @@ MUTANTS = [
     Mutant("check: other weights in the folder", RULES, "if file.name != WEIGHTS]", "if False]", TEST_CHECK),
     Mutant(
         "check: with an index, shards are no other weights",
-        RULES,
-        "    if (draft.folder / INDEX).is_file():\n        return []",
+        "dflash_dist/export/rules.py",
+        "    if (draft.path / INDEX).is_file():\n        return []",
         "    if False:\n        return []",
         TEST_CHECK,
     ),

@@ -27,9 +27,9 @@ MUTANTS = [
     # -------------------------------------------------------------------------------------------------- a step
     Mutant(
         "DDP averages at the last micro-batch",
-        STEP,
-        "unless=micro is micro_batches[-1]",
-        "unless=micro is micro_batches[0]",
+        "dflash_dist/training/step.py",
+        "unless=batch is batches[-1]",
+        "unless=batch is batches[0]",
         TWO_RANKS,
     ),
     Mutant(
@@ -89,9 +89,9 @@ MUTANTS = [
     Mutant("the draft trains on after a validation", STEP, "self.draft.train()", "pass", VALIDATION),
     Mutant(
         "validation is over all ranks",
-        STEP,
-        "Statistics.read(self.world.sum_tensor(torch.stack(shown).sum(0)))",
-        "Statistics.read(torch.stack(shown).sum(0))",
+        "dflash_dist/training/step.py",
+        "Statistics.read(Sums.add_up(sums).reduced(self.world.sum_tensor))",
+        "Statistics.read(Sums.add_up(sums))",
         VALIDATION,
     ),
     Mutant(
@@ -117,9 +117,9 @@ MUTANTS = [
     ),
     Mutant(
         "a step never waits for the device",
-        STEP,
-        "statistics.append(shown)",
-        "statistics.append(shown * float(bool(shown.sum() != 0)))",
+        "dflash_dist/training/step.py",
+        "sums.append(terms.sums)",
+        "sums.append(terms.sums.reduced(lambda sums: sums * float(bool(sums.sum() != 0))))",
         "tests/training/test_step.py::test_a_step_never_waits_for_the_gpu",
     ),
     # ------------------------------------------------------------------------------------------ rows and anchors
@@ -142,8 +142,8 @@ MUTANTS = [
     ),
     Mutant(
         "anchors depend on the seed",
-        SAMPLING,
-        "random_stream(self.config.train.seed,",
+        "dflash_dist/training/sampling.py",
+        "random_stream(config.train.seed,",
         "random_stream(0,",
         f"{TEST_TRAINER}::test_a_seed_draws_rows_anchors_and_random_weights",
     ),
@@ -398,8 +398,8 @@ MUTANTS = [
     ),
     Mutant(
         "a world that the batch does not divide by is refused",
-        SETUP,
-        "if batch % (micro * world.size):",
+        "dflash_dist/training/setup.py",
+        "if batch % (micro * ranks):",
         "if batch % micro:",
         f"{TEST_TRAINER}::test_a_world_that_the_batch_does_not_divide_by_is_refused",
     ),
@@ -534,7 +534,13 @@ MUTANTS = [
         "sum(count > slot for count in accepted)",
         DECODED,
     ),
-    Mutant("answers end at a stop token", TRAINER, "target, info.stop_ids, prompts)", "target, [2], prompts)", DECODED),
+    Mutant(
+        "answers end at a stop token",
+        "dflash_dist/training/trainer.py",
+        "shared, info.stop_ids, prompts)",
+        "shared, [2], prompts)",
+        DECODED,
+    ),
     Mutant("a request to stop ends the decoding", EVALUATION, "decoding, self.stop())", "decoding, False)", ASKED),
     Mutant("prompts end where the last answer begins", EVALUATION, "begins[-1]]", "begins[0]]", PROMPTS),
     Mutant(

@@ -25,7 +25,7 @@ from dflash_dist.prepare.capture import agree_on_lacking, capture, share
 from dflash_dist.ranks import World
 from dflash_dist.target.features import FeatureFolder
 from dflash_dist.target.load import load_ends, load_target, name_weights, read_info
-from dflash_dist.training.context import TargetContext
+from dflash_dist.target.run import LiveTarget
 from dflash_dist.training.trainer import Trainer
 from tests.conftest import REPOSITORY
 from tests.ranks import run_ranks
@@ -271,9 +271,9 @@ def test_a_capture_killed_by_the_system_keeps_its_shards_and_goes_on_with_other_
 
 
 def test_the_watchdog_expects_the_forwards_of_a_capture(debug, tmp_path: Path, monkeypatch) -> None:
-    world, expected, of = World(0, 1, torch.device("cpu")), [], TargetContext.of
+    world, expected, of = World(0, 1, torch.device("cpu")), [], LiveTarget.run
     noted = lambda *args: (expected.append(world.activity.expects_progress), of(*args))[1]  # noqa: E731
-    monkeypatch.setattr(TargetContext, "of", noted)
+    monkeypatch.setattr(LiveTarget, "run", noted)
     captured_by(world, debug(tmp_path / "run", "data.seq_len=1024"), tmp_path / "out")
     assert expected and all(expected) and not world.activity.expects_progress
 

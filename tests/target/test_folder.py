@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dflash_dist.answers.regenerate import main as regenerate
 from dflash_dist.contract.folder import write_draft
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.evaluate.evaluate import main as evaluate
 from dflash_dist.export.check import check
 from dflash_dist.export.export import main as export

@@ -16,10 +16,10 @@ from transformers import (
     Qwen3VLConfig,
 )
 
+from dflash_dist.batch import Batch
 from dflash_dist.config import Config
-from dflash_dist.data.packing import PackedBatch
+from dflash_dist.kernels.target_attention_cpu import suit_device
 from dflash_dist.ranks import World
-from dflash_dist.target.attention import suit_device
 from dflash_dist.target.load import check_capture, check_mask_token, digest_weights, load_target, read_info, truncate
 from dflash_dist.target.tiny import tiny_tokenizer
 from dflash_dist.training.trainer import Trainer
@@ -61,12 +61,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def packed_batch() -> PackedBatch:
+def packed_batch() -> Batch:
     """One row of two documents and padding."""
     ids = torch.randint(4, 250, (1, 24), generator=torch.Generator().manual_seed(1))
     positions = torch.tensor([[*range(9), *range(11), *range(4)]])
     documents = torch.tensor([[0] * 9 + [1] * 11 + [2] * 4])
-    return PackedBatch(ids, documents < 2, documents < 2, positions, documents)
+    return Batch.of_rows(ids, documents < 2, documents, positions)
 
 
 def features(world: World, folder: Path, dtype: torch.dtype, replicas: int = 1) -> tuple[torch.Tensor, ...]:
@@ -118,9 +118,9 @@ def test_hybrid_sharding_gives_the_same_features(folders) -> None:
 def first_loss(world: World, config: Config) -> tuple[float, torch.Tensor]:
     """The loss of a training's first step, and what this rank holds of the target's first matrix."""
     trainer = Trainer(config, world)
-    weight = trainer.training.context.target._get_transformer_layers()[0].self_attn.q_proj.weight
+    weight = trainer.training.target.model._get_transformer_layers()[0].self_attn.q_proj.weight
     result = trainer.training.run(0)
-    loss_sum, weight_sum = world.sum_tensor(result.statistics)[:2].tolist()
+    loss_sum, weight_sum = world.sum_tensor(result.sums.vector)[:2].tolist()
     return loss_sum / weight_sum, weight.to_local() if isinstance(weight, DTensor) else weight
 
 

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.ranks import World
 from dflash_dist.target.load import read_info
 from dflash_dist.target.warm_start import warm_start

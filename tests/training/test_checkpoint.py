@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dflash_dist.config import TrainConfig
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.training import checkpoint
 from dflash_dist.training.checkpoint import (
     Checkpoints,

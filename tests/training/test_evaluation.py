@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from dflash_dist.config import Config
 from dflash_dist.decoding.speculative import Decoder
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.export.export import main as export
 from dflash_dist.ranks import World
 from dflash_dist.target.capture import decoder_layers

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dflash_dist.contract.folder import write_draft
-from dflash_dist.draft.model import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.export import export
 from dflash_dist.ranks import World
 from dflash_dist.target.load import read_info
@@ -41,7 +41,7 @@ def published(tmp_path) -> Path:
         rms_norm_eps=1e-5, rope_theta=5e5, num_attention_heads=2, head_dim=8, max_position_embeddings=512
     )
     torch.manual_seed(3)
-    write_draft(tmp_path / "published", shape, DFlashDraftModel(shape).state_dict(), "bfloat16")
+    write_draft(tmp_path / "published", DFlashDraftModel, shape, DFlashDraftModel(shape).state_dict(), "bfloat16")
     return tmp_path / "published"
 
 
@@ -122,7 +122,7 @@ def test_the_rotary_base_is_the_targets_wherever_its_config_has_it(debug_config,
 
 def test_a_draft_of_another_target_is_refused(debug_config, tiny_target, tmp_path):
     shape = tiny_shape(hidden_size=32, num_target_layers=7)
-    write_draft(tmp_path / "other", shape, DFlashDraftModel(shape).state_dict(), "float32")
+    write_draft(tmp_path / "other", DFlashDraftModel, shape, DFlashDraftModel(shape).state_dict(), "float32")
     with pytest.raises(ValueError, match=r"the target's hidden_size is 64, its own 32; .*_layers is 6, its own 7"):
         begun_from(debug_config, tmp_path / "other", tiny_target)
 
@@ -135,7 +135,7 @@ def test_a_word_that_is_no_draft_is_refused(debug_config, tiny_target):
 def test_a_checkpoint_wins_over_the_draft_to_begin_from(debug_config, tmp_path, capsys):
     short = ["validate.every=0", "checkpoint.every=100", "log.every=1"]
     shape = tiny_shape()
-    write_draft(tmp_path / "other", shape, DFlashDraftModel(shape).state_dict(), "float32")
+    write_draft(tmp_path / "other", DFlashDraftModel, shape, DFlashDraftModel(shape).state_dict(), "float32")
     init = f"draft.init={tmp_path / 'other'}"
     Trainer(debug_config(init, "train.max_steps=2", *short), ALONE).run()
 

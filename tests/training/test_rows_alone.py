@@ -66,11 +66,11 @@ def test_each_document_is_run_as_if_alone(few, gpt_oss, capsys) -> None:
     assert f"-> {DOCUMENTS - HELD_OUT} rows of 256" in said
     training = trainer.training
     [micro, *_] = training.sampler.held_out()
-    features = training.capture(micro)
-    for number, ids, states in zip(micro.place[1], micro.batch.input_ids, features):
+    features = training.capture(micro).features
+    for number, ids, states in zip(micro.place.rows, micro.input_ids, features):
         [document] = training.sampler.held_out_rows.row(number)
         length = len(document.input_ids)
-        alone = training.context.target.generate_batch(ids[None, :length], None, None).hidden_states
+        alone = training.target.model.generate_batch(ids[None, :length], None, None).hidden_states
         assert torch.equal(states[:length], alone[0]) and not states[length:].any()
     assert training.run(0) is not None
 
@@ -79,9 +79,9 @@ def test_a_row_of_padding_runs_too(few, gpt_oss) -> None:
     """The forward of a sharded target is one of all ranks, whatever their rows hold."""
     training = Trainer(few(gpt_oss), ALONE).training
     rows, ran = training.sampler.held_out_rows, []
-    target = training.context.target
+    target = training.target.model
     target.model.register_forward_hook(lambda _module, _inputs, _output: ran.append(1))
-    features = training.context.of(("held-out", [0, len(rows)]), rows.batch([0, len(rows)]))
+    features = training.target.run(rows.batch([0, len(rows)])).features
     assert len(ran) == 2 and features[0].any() and not features[1].any()
 
 
@@ -129,7 +129,7 @@ def test_packed_features_of_a_target_that_mixes_documents_are_not_filled_up(few,
     config, out = few(gpt_oss), tmp_path / "features"
     with pytest.MonkeyPatch.context() as patch:  # an interrupted capture of an earlier version
         patch.setattr("dflash_dist.prepare.capture.load_probed", lambda *_: (None, True, "not tried"))
-        patch.setattr("dflash_dist.prepare.capture.run_target", lambda *_: None)
+        patch.setattr("dflash_dist.prepare.capture.LiveTarget", lambda *_: None)
         patch.setattr("dflash_dist.prepare.capture.run", lambda *_: None)
         with pytest.raises(ValueError, match="which was just written"):
             captured_by(ALONE, config, out)

@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from dflash_dist.batch import Batch
 from dflash_dist.config import load_config
-from dflash_dist.data.packing import PackedBatch
-from dflash_dist.draft.blocks import Blocks
 from dflash_dist.ranks import World
-from dflash_dist.training.sampling import MicroBatch, Sampler
+from dflash_dist.training.sampling import Sampler
 from tests.steps import packed_rows
 
 CONFIG = str(Path(__file__).parents[2] / "configs/debug.yaml")
 STEPS = 4  # of 8 rows: three passes over 11 rows, which end inside a batch
 
 
-def micro_batches(ranks: int, micro: int) -> list[list[MicroBatch]]:
+def micro_batches(ranks: int, micro: int) -> list[list[Batch]]:
     """Of every step, those of all ranks in order, and those held out last."""
     knobs = ["loss.anchors=12", "train.global_batch_size=8", f"train.micro_batch_size={micro}"]
     config = load_config(CONFIG, knobs)
@@ -33,17 +32,18 @@ def micro_batches(ranks: int, micro: int) -> list[list[MicroBatch]]:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_rows_anchors_labels_and_weights_are_those_of_one_rank(ranks: int, micro: int) -> None:
     for one, many in zip(micro_batches(1, 8), micro_batches(ranks, micro), strict=True):
-        assert [row for few in many for row in few.place[1]] == one[0].place[1]
-        for of, kind in (("batch", PackedBatch), ("blocks", Blocks)):
-            for name in (field.name for field in fields(kind)):
-                [expected], found = ([getattr(getattr(few, of), name) for few in some] for some in (one, many))
+        assert [row for few in many for row in few.place.rows] == one[0].place.rows
+        for name in (field.name for field in fields(Batch)):
+            [expected], found = ([getattr(few, name) for few in some] for some in (one, many))
+            if isinstance(expected, torch.Tensor) and name != "weighted":
                 assert torch.equal(torch.cat(found), expected), name
+        assert sum(few.count for few in many) == one[0].count
 
 
 def test_anchors_are_drawn_anew_where_a_row_comes_again() -> None:
     drawn: dict[int, list[torch.Tensor]] = {}
     for few in (few for step in micro_batches(1, 1)[:STEPS] for few in step):
-        drawn.setdefault(few.place[1][0], []).append(few.blocks.anchors)
+        drawn.setdefault(few.place.rows[0], []).append(few.anchors)
     assert all(len(draws) >= 2 for draws in drawn.values())
     again = [not torch.equal(draws[0], draws[1]) for row, draws in drawn.items() if row]  # row 0 has few
     assert all(again) and len(again) == 10

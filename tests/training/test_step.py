@@ -23,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel
 
-from dflash_dist.draft import attention
-from dflash_dist.draft.attention import FlexAttention
-from dflash_dist.draft.model import DFlashDraftModel
-from dflash_dist.draft.objective import PADDING
+from dflash_dist.batch import PADDING
+from dflash_dist.draft.kinds import dflash
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
+from dflash_dist.kernels import attention_gpu
+from dflash_dist.kernels.attention_gpu import FlexAttention
 from dflash_dist.ranks import World
-from dflash_dist.training import step as module
 from dflash_dist.training.step import TrainingStep
 from tests.steps import ANCHORS, MICRO_BATCH, make_step, packed_rows, step_config
 from tests.tiny import lively_target, tiny_shape
@@ -115,9 +115,7 @@ def fake_step(tiny_target, monkeypatch):
     """Makes a training step that lives on a `FakeGpu` but for what it does on the host, and a function that runs one
     step of it and returns the operations that reached the GPU."""
     # FlexAttention as on a GPU, backward included, but not compiled: fake tensors are what a compiler would use.
-    monkeypatch.setattr(
-        module, "training_attention", lambda blocks, ids, *_: FlexAttention(blocks, ids, compiled=False)
-    )
+    monkeypatch.setattr(dflash, "training_attention", lambda batch, *_: FlexAttention(batch, compiled=False))
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(flex, "_validate_device", lambda *args: None)  # has no backward on a CPU
 
@@ -227,7 +225,7 @@ def test_the_gpu_sees_as_many_different_steps_as_there_are_padded_numbers_of_lab
     labels, traces = [], []
     for step in range(1, 7):
         (micro,) = training.sample(step)
-        labels.append(micro.slots.count)
+        labels.append(micro.count)
         traces.append(tuple(operation for operation in run(step) if operation[0] != "aten.fill_.Tensor"))
     padded = {-(-count // PADDING) for count in labels}
     assert len(set(labels)) > len(padded) > 1
@@ -248,8 +246,8 @@ def test_nothing_is_compiled_again_after_the_first_step(alone, tiny_target, monk
 
     counters = {flex.create_block_mask: masks, flex.flex_attention: attends}
     compiled = {f: torch.compile(f, dynamic=False, backend=counter) for f, counter in counters.items()}
-    monkeypatch.setattr(attention, "_compile", compiled.get)
-    monkeypatch.setattr(module, "training_attention", lambda blocks, ids, *_: FlexAttention(blocks, ids))
+    monkeypatch.setattr(attention_gpu, "_compile", compiled.get)
+    monkeypatch.setattr(dflash, "training_attention", lambda batch, *_: FlexAttention(batch))
     target, draft = lively_target(tiny_target), DFlashDraftModel(tiny_shape())
     ends = target.model.embed_tokens.weight, target.lm_head.weight
     training = make_step(step_config(), alone, packed_rows(8), draft, target.model, *ends)

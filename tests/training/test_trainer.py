@@ -88,7 +88,7 @@ def first_step(world: World, config: Config, unsupervised: list[int] | None = No
     finally:
         step_module.apply_update = original
     assert result is not None
-    loss_sum, weight_sum = world.sum_tensor(result.statistics)[:2].tolist()
+    loss_sum, weight_sum = world.sum_tensor(result.sums.vector)[:2].tolist()
     return loss_sum / weight_sum, gradients
 
 
@@ -178,7 +178,7 @@ def test_a_step_without_any_anchor_is_no_division_by_zero(debug_config) -> None:
     unsupervise(trainer, range(len(trainer.training.sampler.rows)))
     before = [p.clone() for p in trainer.training.draft.parameters()]
     result = trainer.training.run(0)
-    assert result is not None and result.grad_norm == 0 and not result.statistics.isnan().any()
+    assert result is not None and result.grad_norm == 0 and not result.sums.vector.isnan().any()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.training.draft.parameters()))
 
 
@@ -416,7 +416,7 @@ def test_a_seed_draws_rows_anchors_and_random_weights(debug_config) -> None:
         Trainer(debug_config("draft.init=random", f"train.seed={seed}"), ALONE).training for seed in (0, 0, 1)
     )
     assert first.sample(3)[0].place == same.sample(3)[0].place != other.sample(3)[0].place
-    drawn = [training.sampler.held_out()[0].blocks.anchors for training in (first, same, other)]  # of the same rows
+    drawn = [training.sampler.held_out()[0].anchors for training in (first, same, other)]  # of the same rows
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     weights = [training.draft.fc.weight for training in (first, same, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -512,7 +512,7 @@ def test_a_token_without_an_embedding_is_named_before_the_target_loads(
         monkeypatch.context() as patched,
         pytest.raises(ValueError, match=r"row 1: unknown token: '<tool>' is token 260"),
     ):
-        patched.setattr(module, "make_context", None)
+        patched.setattr(module, "make_target", None)
         Trainer(config, ALONE)
 
 
@@ -553,7 +553,7 @@ def test_what_a_refusal_advises_is_accepted(debug_config, monkeypatch, override,
     def accept(*_args: object) -> None:
         raise Accepted
 
-    monkeypatch.setattr(module, "make_context", accept)
+    monkeypatch.setattr(module, "make_target", accept)
     with pytest.raises(ValueError, match=message) as refusal:
         Trainer(debug_config(override), ALONE)
     found = re.search(message, str(refusal.value))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dflash_dist.draft.objective import Statistics
+from dflash_dist.objective.statistics import Statistics
 from dflash_dist.training.evaluation import Acceptance
 from dflash_dist.training.step import StepResult
 from dflash_dist.training.watch import Watch, due
@@ -34,7 +34,7 @@ def lines(watch: Watch) -> list[dict]:
 
 def test_a_steps_time_is_its_own_however_late_it_is_read_and_without_validation(watch) -> None:
     watch.read(result(2, at=110.0))
-    watch.validated(2, Statistics.read(result(2, 0.0).statistics), seconds=50.0)
+    watch.validated(2, Statistics.read(result(2, 0.0).sums), seconds=50.0)
     watch.read(result(4, at=166.0))
     times = [row["perf/step_s"] for row in lines(watch) if "perf/step_s" in row]
     assert times == [5.0, 3.0]

@@ -6,7 +6,8 @@ Parameter names are those of the published drafts (z-lab/dflash), so that servin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from dflash_dist.batch import Batch
 from dflash_dist.draft.base import Choose, Draft
 from dflash_dist.draft.layers import ContextCache, DraftLayer, RMSNorm, rope_of
 from dflash_dist.draft.shape import DraftShape
-from dflash_dist.kernels.attention import OneBlockAttention, training_attention
+from dflash_dist.kernels.attention import Attend, OneBlockAttention, training_attention
 from dflash_dist.kernels.elementwise import Rope
 from dflash_dist.kernels.mask import FULL, Mask
 
@@ -73,13 +74,36 @@ class DFlashDraftModel(Draft):
         }
 
     def forward(self, batch: Batch, features: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        hidden = F.embedding(batch.slot_ids.flatten(1), embedding)
-        attends = {mask: training_attention(batch, hidden.dtype, mask) for mask in set(self.masks)}
-        slot_rope = self._rope(batch.slot_positions.flatten(1))
-        context_rope = self._rope(batch.position_ids)
-        context = self.hidden_norm(self.fc(features.to(hidden.dtype)))
+        slots = F.embedding(batch.slot_ids.flatten(1), embedding)
+        positions = batch.slot_positions.flatten(1)
+        attend_by = functools.partial(training_attention, batch, slots.dtype)
+        return self.through_layers(slots, positions, features.to(slots.dtype), batch.position_ids, attend_by)
+
+    def through_layers(
+        self,
+        slots: torch.Tensor,
+        slot_positions: torch.Tensor,
+        features: torch.Tensor,
+        context_positions: torch.Tensor,
+        attend_by: Callable[[Mask], Attend],
+    ) -> torch.Tensor:
+        """
+        Args:
+            slots: [B, A*K, H] embeddings of the anchors and mask tokens.
+            slot_positions: [B, A*K].
+            features: [B, S, L*H] from the target.
+            context_positions: [B, S], restarting with each document.
+            attend_by: gives the attention of layers with this mask.
+
+        Returns:
+            [B, A*K, H] hidden states, normalised, for the target's LM head.
+        """
+        context = self.hidden_norm(self.fc(features))
+        slot_rope, context_rope = self._rope(slot_positions), self._rope(context_positions)
+        attend = {mask: attend_by(mask) for mask in set(self.masks)}
+        hidden = slots
         for layer, mask in zip(self.layers, self.masks):
-            inputs = hidden, slot_rope, context, context_rope, attends[mask]
+            inputs = hidden, slot_rope, context, context_rope, attend[mask]
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(layer.over_context, *inputs, use_reentrant=False)
             else:
@@ -117,10 +141,9 @@ class DFlashDraftModel(Draft):
         position."""
         positions = torch.arange(cache.length, cache.length + slots.shape[1], device=slots.device)[None]
         rope, hidden = self._rope(positions), slots
-        masks = set(self.masks)
-        attends = {mask: OneBlockAttention(cache.length, slots.shape[1], mask, slots.device) for mask in masks}
+        attend = {mask: OneBlockAttention(cache.length, slots.shape[1], mask, slots.device) for mask in self.masks}
         for layer, mask, context in zip(self.layers, self.masks, cache.layers, strict=True):
-            hidden = layer(hidden, rope, context, attends[mask])
+            hidden = layer(hidden, rope, context, attend[mask])
         return self.output(hidden)
 
     def _rope(self, positions: torch.Tensor) -> Rope:

@@ -1,29 +1,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 
-from dflash_dist.draft.blocks import Blocks, build_blocks, decay_weights
+from dflash_dist.batch import Batch, sample_blocks
+from dflash_dist.objective.weights import decay_weights
 from tests.reference import MASK, Rows, eligible_anchors, packed_row, random_rows, reference_blocks
 
+BLOCKS = ("anchors", "anchor_documents", "slot_ids", "slot_positions", "labels", "weights")
 
-def build(rows: Rows, anchors: int = 8, block_size: int = 8, gamma: float = 4.0, seed: int = 0) -> Blocks:
-    return build_blocks(
-        *rows,
+
+def build(rows: Rows, anchors: int = 8, block_size: int = 8, gamma: float = 4.0, seed: int = 0) -> Batch:
+    return sample_blocks(
+        Batch.of_rows(*rows),
         anchors=anchors,
-        block_size=block_size,
+        slot_weights=decay_weights(block_size, gamma),
         mask_token_id=MASK,
-        gamma=gamma,
         generators=[np.random.default_rng([seed, row]) for row in range(len(rows.input_ids))],
     )
 
 
-def used_anchors(blocks: Blocks) -> list[list[int]]:
-    return [index[used].tolist() for index, used in zip(blocks.anchors, blocks.documents >= 0)]
+def used_anchors(blocks: Batch) -> list[list[int]]:
+    return [index[used].tolist() for index, used in zip(blocks.anchors, blocks.anchor_documents >= 0)]
 
 
 # ------------------------------------------------------------------------------------------------------------ anchors
@@ -67,16 +68,15 @@ def test_anchors_depend_on_the_rows_own_generator_only():
     rows = random_rows(5, rows=3)
     together = build(rows, anchors=6)
     for b in range(3):
-        alone = build_blocks(
-            *rows.row(b),
+        alone = sample_blocks(
+            Batch.of_rows(*rows.row(b)),
             anchors=6,
-            block_size=8,
+            slot_weights=decay_weights(8, 4.0),
             mask_token_id=MASK,
-            gamma=4.0,
             generators=[np.random.default_rng([0, b])],
         )
-        for field in fields(Blocks):
-            assert torch.equal(getattr(alone, field.name)[0], getattr(together, field.name)[b]), field.name
+        for name in BLOCKS:
+            assert torch.equal(getattr(alone, name)[0], getattr(together, name)[b]), name
 
 
 def test_another_seed_draws_other_anchors():
@@ -93,8 +93,8 @@ def test_every_tensor_equals_the_loop_reference(seed, block_size):
     rows = random_rows(seed)
     blocks = build(rows, anchors=10, block_size=block_size, gamma=5.0, seed=seed)
     expected = reference_blocks(rows, used_anchors(blocks), 10, block_size, gamma=5.0)
-    for name in ("anchors", "documents", "input_ids", "position_ids"):
-        assert torch.equal(getattr(blocks, name), getattr(expected, name)), name
+    for name in ("anchors", "anchor_documents", "slot_ids", "slot_positions", "weighted", "count"):
+        assert torch.equal(torch.as_tensor(getattr(blocks, name)), torch.as_tensor(getattr(expected, name))), name
     counted = expected.weights > 0
     assert torch.equal(blocks.weights > 0, counted)
     assert torch.equal(blocks.labels[counted], expected.labels[counted])
@@ -109,9 +109,9 @@ def test_a_small_row_written_out_by_hand():
     blocks = build(rows, anchors=5, block_size=4, gamma=2.0)
     one, two = 1.0, math.exp(-0.5)
     assert blocks.anchors.tolist() == [[1, 2, 5, 7, 0]]
-    assert blocks.documents.tolist() == [[0, 0, 0, 1, -1]]
-    assert blocks.input_ids[0, :4].tolist() == [[11, 3, 3, 3], [12, 3, 3, 3], [15, 3, 3, 3], [17, 3, 3, 3]]
-    assert blocks.position_ids[0, :4].tolist() == [[1, 2, 3, 4], [2, 3, 4, 5], [5, 6, 7, 8], [0, 1, 2, 3]]
+    assert blocks.anchor_documents.tolist() == [[0, 0, 0, 1, -1]]
+    assert blocks.slot_ids[0, :4].tolist() == [[11, 3, 3, 3], [12, 3, 3, 3], [15, 3, 3, 3], [17, 3, 3, 3]]
+    assert blocks.slot_positions[0, :4].tolist() == [[1, 2, 3, 4], [2, 3, 4, 5], [5, 6, 7, 8], [0, 1, 2, 3]]
     assert blocks.labels[0, :4, 0].tolist() == [12, 13, 16, 18]
     assert blocks.labels[0, 0, 1] == 13
     expected = [[one, two, 0], [one, 0, 0], [one, 0, 0], [one, 0, 0], [0, 0, 0]]
@@ -140,8 +140,8 @@ def test_labels_stop_at_the_first_border(rows, anchor, labels):
 def test_slot_zero_is_the_real_token_and_the_others_are_the_mask_token():
     rows = random_rows(2)
     blocks = build(rows)
-    assert torch.equal(blocks.input_ids[..., 0], rows.input_ids.gather(1, blocks.anchors))
-    assert (blocks.input_ids[..., 1:] == MASK).all()
+    assert torch.equal(blocks.slot_ids[..., 0], rows.input_ids.gather(1, blocks.anchors))
+    assert (blocks.slot_ids[..., 1:] == MASK).all()
     assert blocks.block_size == 8
 
 
@@ -149,7 +149,7 @@ def test_positions_are_local_to_the_document():
     rows = packed_row([1] * 5, [1] * 5, length=10)
     blocks = build(rows, anchors=10, block_size=4)
     a = blocks.anchors[0].tolist().index(7)  # the third token of the second document
-    assert blocks.position_ids[0, a].tolist() == [2, 3, 4, 5]
+    assert blocks.slot_positions[0, a].tolist() == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(("block_size", "gamma"), [(16, 7.0), (10, 5.0), (8, 4.0), (2, 1.0)])
@@ -172,7 +172,7 @@ def test_weights_are_the_papers_exponential_decay(block_size, gamma):
 def test_fewer_candidates_than_anchors_leave_blocks_of_zero_weight_at_the_end():
     rows = packed_row([0, 0, 1, 1, 1], length=9)
     blocks = build(rows, anchors=6, block_size=4)
-    assert blocks.documents.tolist() == [[0, 0, -1, -1, -1, -1]]
+    assert blocks.anchor_documents.tolist() == [[0, 0, -1, -1, -1, -1]]
     assert (blocks.weights[0, :2, 0] > 0).all()
     assert (blocks.weights[0, 2:] == 0).all()
 
@@ -181,16 +181,16 @@ def test_fewer_candidates_than_anchors_leave_blocks_of_zero_weight_at_the_end():
 def test_a_row_without_a_candidate_has_no_weight_at_all(mask):
     blocks = build(packed_row(mask, length=9), anchors=6, block_size=4)
     assert (blocks.weights == 0).all()
-    assert (blocks.documents == -1).all()
+    assert (blocks.anchor_documents == -1).all()
 
 
 def test_shapes_and_dtypes_do_not_depend_on_what_is_supervised():
     for rows in (random_rows(0, rows=2, length=9), Rows(*(torch.cat([f, f]) for f in packed_row([0] * 9, length=9)))):
         blocks = build(rows, anchors=6, block_size=4)
-        assert blocks.anchors.shape == blocks.documents.shape == (2, 6)
-        assert blocks.input_ids.shape == blocks.position_ids.shape == (2, 6, 4)
+        assert blocks.anchors.shape == blocks.anchor_documents.shape == (2, 6)
+        assert blocks.slot_ids.shape == blocks.slot_positions.shape == (2, 6, 4)
         assert blocks.labels.shape == blocks.weights.shape == (2, 6, 3)
-        assert {getattr(blocks, f.name).dtype for f in fields(Blocks)} == {torch.int64, torch.float32}
+        assert {getattr(blocks, name).dtype for name in BLOCKS} == {torch.int64, torch.float32}
         assert blocks.weights.dtype == torch.float32
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,14 +9,25 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dflash_dist.draft.blocks import Blocks
-from dflash_dist.draft.objective import GROUP, PADDING, Statistics, WeightedSlots, block_loss, dpace_weights
-from tests.reference import eligible_anchors, naive_loss, naive_statistics, packed_row, random_rows, reference_blocks
+from dflash_dist.batch import PADDING, Batch, weighted_slots
+from dflash_dist.kernels.cross_entropy import GROUP
+from dflash_dist.objective.objective import Objective
+from dflash_dist.objective.statistics import Statistics, Sums
+from dflash_dist.objective.weights import dpace_weights
+from tests.reference import (
+    eligible_anchors,
+    naive_loss,
+    naive_statistics,
+    packed_row,
+    random_rows,
+    reference_blocks,
+    reweighted,
+)
 
 A, K, H, V = 6, 8, 16, 260
 
 
-def random_blocks(seed: int = 0, rows: int = 3) -> Blocks:
+def random_blocks(seed: int = 0, rows: int = 3) -> Batch:
     """Some blocks full, some cut short, some unused; the first slot of all carries weight in some seeds only."""
     packed = random_rows(seed, rows=rows)
     allowed = [eligible_anchors(mask, ids) for mask, ids in zip(packed.loss_mask, packed.document_ids)]
@@ -24,8 +35,8 @@ def random_blocks(seed: int = 0, rows: int = 3) -> Blocks:
     return reference_blocks(packed, [each[::2][:A] for each in allowed], A, K, gamma=4.0)
 
 
-def random_hidden(blocks: Blocks, seed: int = 0, size: int = H) -> torch.Tensor:
-    shape = (len(blocks.anchors), blocks.input_ids[0].numel(), size)
+def random_hidden(blocks: Batch, seed: int = 0, size: int = H) -> torch.Tensor:
+    shape = (len(blocks.anchors), blocks.slot_ids[0].numel(), size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
@@ -33,8 +44,8 @@ def random_head(seed: int = 1, size: int = H, vocabulary: int = V) -> torch.Tens
     return torch.randn(vocabulary, size, generator=torch.Generator().manual_seed(seed))
 
 
-def fused_loss(hidden: torch.Tensor, head: torch.Tensor, blocks: Blocks, chunk: int = 16) -> torch.Tensor:
-    return block_loss(hidden, head, blocks, WeightedSlots.of(blocks), chunk)[0]
+def fused_loss(hidden: torch.Tensor, head: torch.Tensor, blocks: Batch, chunk: int = 16) -> torch.Tensor:
+    return Objective(chunk=chunk)(hidden, head, blocks)[0]
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
@@ -62,27 +73,26 @@ def test_fused_loss_and_gradient_equal_the_naive_ones(chunk, seed):
 
 def test_the_chunk_size_does_not_change_the_result():
     blocks, head = random_blocks(), random_head()
-    count = len(WeightedSlots.of(blocks).index)  # the sizes below divide it, or do not
+    count = len(blocks.weighted)  # the sizes below divide it, or do not
     results = []
     for chunk in (count, count // 2, 5, 6, count - 1, count + 1, None):
         hidden = random_hidden(blocks)
-        loss, statistics = block_loss(hidden, head, blocks, WeightedSlots.of(blocks), chunk)
+        loss, statistics = Objective(chunk=chunk)(hidden, head, blocks)
         loss.backward()
         results.append((loss.item(), hidden.grad, statistics))
     for loss, gradient, statistics in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         assert relative_error(gradient, results[0][1]) < 1e-6
-        torch.testing.assert_close(statistics, results[0][2], rtol=1e-6, atol=0)
+        torch.testing.assert_close(statistics.vector, results[0][2].vector, rtol=1e-6, atol=0)
 
 
 def test_weighted_slots_are_exactly_those_with_weight_padded_to_a_multiple():
-    blocks = random_blocks()
-    slots = WeightedSlots.of(blocks)
-    weights = blocks.weights.flatten()
-    assert slots.index[: slots.count].tolist() == [i for i, weight in enumerate(weights.tolist()) if weight > 0]
-    assert len(slots.index) % PADDING == 0
-    assert 0 <= len(slots.index) - slots.count < PADDING
-    assert slots.index.max() < len(weights)
+    weights = random_blocks().weights
+    index, count = weighted_slots(weights)
+    assert index[:count].tolist() == [i for i, weight in enumerate(weights.flatten().tolist()) if weight > 0]
+    assert len(index) % PADDING == 0
+    assert 0 <= len(index) - count < PADDING
+    assert index.max() < weights.numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,10 +104,10 @@ def test_of_equal_logits_the_first_is_the_most_likely_as_in_decoding(vocabulary,
     hidden = random_hidden(blocks).detach()
     logits = hidden.to(dtype) @ head.T
     blocks.labels[:] = logits.argmax(-1).unflatten(1, (A, K))[:, :, 1:]
-    first = Statistics.read(block_loss(hidden, head, blocks, WeightedSlots.of(blocks))[1])
+    first = Statistics.read(Objective()(hidden, head, blocks)[1])
     assert first.slot_accuracy == [1] * (K - 1)
     blocks.labels[:] += vocabulary // 2  # the twins
-    second = Statistics.read(block_loss(hidden, head, blocks, WeightedSlots.of(blocks))[1])
+    second = Statistics.read(Objective()(hidden, head, blocks)[1])
     assert second.slot_accuracy == [0] * (K - 1)
     assert second.loss == first.loss
 
@@ -177,8 +187,7 @@ def test_dpace_weights_are_the_derivative_of_the_accepted_length(alpha):
 @pytest.mark.parametrize("chunk", [5, 16, 1000])  # blocks fall into two chunks, or do not
 def test_dpace_trains_with_its_weights_and_shows_the_decayed_loss(chunk):
     blocks, head, hidden = random_blocks(), random_head() * 0.5, random_hidden(random_blocks())
-    slots = WeightedSlots.of(blocks)
-    loss, statistics = block_loss(hidden, head, blocks, slots, chunk, dpace_alpha=0.5)
+    loss, statistics = Objective(0.5, chunk)(hidden, head, blocks)
 
     logits = F.linear(hidden, head).unflatten(1, (A, K))[:, :, 1:]
     nll = -logits.log_softmax(-1).gather(-1, blocks.labels[..., None])[..., 0]
@@ -189,7 +198,7 @@ def test_dpace_trains_with_its_weights_and_shows_the_decayed_loss(chunk):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     gradients = [torch.autograd.grad(each, hidden)[0] for each in (loss, expected)]
     assert relative_error(*gradients) < 1e-5
-    torch.testing.assert_close(statistics, block_loss(hidden, head, blocks, slots, chunk)[1], rtol=0, atol=0)
+    assert torch.equal(statistics.vector, Objective(chunk=chunk)(hidden, head, blocks).sums.vector)
 
 
 # ------------------------------------------------------------------------------------------------- what has no weight
@@ -201,18 +210,16 @@ def test_only_slots_with_weight_reach_the_loss(first_slot):
     blocks, head = random_blocks(), random_head()
     if first_slot == "without weight":
         blocks.weights[0, 0] = 0
+        blocks = reweighted(blocks)
     weightless = torch.ones(3, A, K, dtype=torch.bool)  # the anchor slot never has weight
     weightless[:, :, 1:] = blocks.weights == 0
     weightless = weightless.flatten(1)
     clean = random_hidden(blocks)
     poisoned = torch.where(weightless[..., None], 1e4, clean.detach()).requires_grad_()
-    slots = WeightedSlots.of(blocks)
-    assert slots.count % PADDING != 0
-    (loss, statistics), (expected, expected_statistics) = (
-        block_loss(h, head, blocks, slots) for h in (poisoned, clean)
-    )
+    assert blocks.count % PADDING != 0
+    (loss, statistics), (expected, expected_statistics) = (Objective()(h, head, blocks) for h in (poisoned, clean))
     assert torch.equal(loss, expected)
-    assert torch.equal(statistics, expected_statistics)
+    assert torch.equal(statistics.vector, expected_statistics.vector)
     loss.backward()
     expected.backward()
     assert torch.equal(poisoned.grad, clean.grad)
@@ -224,12 +231,12 @@ def test_without_any_weight_the_loss_is_zero_and_so_is_the_gradient():
     rows = packed_row([0] * 20, length=20)
     blocks = reference_blocks(rows, [[]], A, K, gamma=4.0)
     hidden = random_hidden(blocks)
-    loss, statistics = block_loss(hidden, random_head(), blocks, WeightedSlots.of(blocks), 16)
+    loss, statistics = Objective(chunk=16)(hidden, random_head(), blocks)
     loss.backward()
     assert loss == 0
     assert hidden.grad is not None
     assert (hidden.grad == 0).all()
-    assert (statistics == 0).all()
+    assert (statistics.vector == 0).all()
     read = Statistics.read(statistics)
     assert (read.loss, read.tau, read.slot_accuracy) == (0, None, [None] * (K - 1))
 
@@ -263,7 +270,7 @@ def test_no_tensor_is_larger_than_the_logits_of_one_chunk_and_products_have_the_
     assert hidden.numel() < chunk * vocabulary
     assert (blocks.weights > 0).sum() > 5 * chunk
     with Watch() as seen:
-        loss, _ = block_loss(hidden, head, blocks, WeightedSlots.of(blocks), chunk)
+        loss, _ = Objective(chunk=chunk)(hidden, head, blocks)
         loss.backward()
     assert seen.largest == chunk * vocabulary
     assert seen.multiplied == {dtype}
@@ -293,9 +300,9 @@ def test_statistics_on_an_example_written_out_by_hand():
         ],
         vocabulary=20,
     )
-    _, vector = block_loss(hidden, torch.eye(20), blocks, WeightedSlots.of(blocks), 4)
-    assert vector.dtype == torch.float64
-    read = Statistics.read(vector)
+    _, sums = Objective(chunk=4)(hidden, torch.eye(20), blocks)
+    assert sums.vector.dtype == torch.float64
+    read = Statistics.read(sums)
     assert read.full_blocks == 4
     assert read.accepted == 4 + 3 + 1 + 2
     assert read.tau == 10 / 4
@@ -316,14 +323,14 @@ def test_statistics_on_an_example_written_out_by_hand():
 def test_statistics_equal_the_naive_count(seed, chunk):
     blocks, head = random_blocks(seed), random_head()
     # most slots guess right, so that runs of several lengths appear
-    guesses = torch.randint(10, V, blocks.input_ids.shape, generator=torch.Generator().manual_seed(seed))
+    guesses = torch.randint(10, V, blocks.slot_ids.shape, generator=torch.Generator().manual_seed(seed))
     lucky = torch.rand(blocks.labels.shape, generator=torch.Generator().manual_seed(seed)) < 0.7
     guesses[..., 1:] = torch.where(lucky, blocks.labels, guesses[..., 1:])
     hidden = torch.linalg.pinv(head).T[guesses.flatten(1)] * 30
-    _, vector = block_loss(hidden, head, blocks, WeightedSlots.of(blocks), chunk)
+    _, sums = Objective(chunk=chunk)(hidden, head, blocks)
     expected = naive_statistics(hidden, head, blocks)
     assert 1 < expected["accepted"] / expected["full_blocks"] < K
-    for name, value in asdict(Statistics.read(vector)).items():
+    for name, value in asdict(Statistics.read(sums)).items():
         assert value == pytest.approx(expected[name], rel=1e-6), name
 
 
@@ -331,11 +338,12 @@ def test_sums_of_micro_batches_read_like_the_whole():
     blocks, head = random_blocks(), random_head()
     hidden = random_hidden(blocks).detach()
 
-    def vector(rows: slice) -> torch.Tensor:
-        part = Blocks(*(getattr(blocks, field.name)[rows] for field in fields(Blocks)))
-        return block_loss(hidden[rows], head, part, WeightedSlots.of(part), 16)[1]
+    def sums(rows: slice) -> Sums:
+        part = {name: getattr(blocks, name)[rows] for name in ("labels", "weights")}
+        return Objective(chunk=16)(hidden[rows], head, reweighted(replace(blocks, **part))).sums
 
-    whole, parts = Statistics.read(vector(slice(0, 3))), Statistics.read(vector(slice(0, 1)) + vector(slice(1, 3)))
+    whole = Statistics.read(sums(slice(0, 3)))
+    parts = Statistics.read(Sums.add_up([sums(slice(0, 1)), sums(slice(1, 3))]))
     for name, value in asdict(whole).items():
         assert asdict(parts)[name] == pytest.approx(value, rel=1e-6), name
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
@@ -345,14 +353,14 @@ def test_sums_of_micro_batches_read_like_the_whole():
 
 def test_statistics_carry_no_gradient():
     blocks = random_blocks()
-    _, vector = block_loss(random_hidden(blocks), random_head(), blocks, WeightedSlots.of(blocks), 16)
-    assert not vector.requires_grad
+    _, sums = Objective(chunk=16)(random_hidden(blocks), random_head(), blocks)
+    assert not sums.vector.requires_grad
 
 
 def test_validation_runs_without_gradient():
     blocks, head = random_blocks(), random_head()
-    expected, statistics = block_loss(random_hidden(blocks), head, blocks, WeightedSlots.of(blocks), 16)
+    expected, statistics = Objective(chunk=16)(random_hidden(blocks), head, blocks)
     with torch.no_grad():
-        loss, same = block_loss(random_hidden(blocks), head, blocks, WeightedSlots.of(blocks), 16)
+        loss, same = Objective(chunk=16)(random_hidden(blocks), head, blocks)
     assert torch.equal(loss, expected.detach())
-    assert torch.equal(same, statistics)
+    assert torch.equal(same.vector, statistics.vector)
