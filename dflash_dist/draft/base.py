@@ -6,6 +6,7 @@ Whoever trains, writes, checks, plans or decodes with a draft asks for nothing e
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -48,7 +49,9 @@ class Draft(nn.Module):
     @classmethod
     def tensors(cls, shape: DraftShape) -> dict[str, list[int]]:
         """The shape of every tensor by its name: no embedding, LM head or rotary buffer, no prefix."""
-        with torch.device("meta"):
+        # Of a draft that captures no layer torch says that there is nothing to initialise.
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return {name: list(tensor.shape) for name, tensor in cls(shape).state_dict().items()}
 
     def forward(self, batch: Batch, features: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,6 @@ class Sampler:
 
     def __init__(self, config: Config, world: World, rows: PackedRows, held_out: PackedRows | None):
         self.config, self.world, self.rows, self.held_out_rows = config, world, rows, held_out
-        self.slot_weights = decay_weights(config.draft.block_size, config.gamma)
 
     def training(self, step: int) -> list[Batch]:
         """Of a step (from 0), with anchors drawn anew."""
@@ -46,13 +45,14 @@ class Sampler:
 
     def _micro_batches(self, part: str, source: PackedRows, rows: list[int], stream: int, step: int) -> list[Batch]:
         config, batches = self.config, []
+        slot_weights = decay_weights(config.draft.block_size, config.gamma)
         numbered = self.world.share(list(enumerate(rows)))
         size = config.train.micro_batch_size
         for few in (numbered[i : i + size] for i in range(0, len(numbered), size)):
             blocks = sample_blocks(
                 source.batch([row for _, row in few], part),
                 anchors=config.loss.anchors,
-                slot_weights=self.slot_weights,
+                slot_weights=slot_weights,
                 mask_token_id=config.mask_token_id,
                 generators=[random_stream(config.train.seed, stream, step, number) for number, _ in few],
             )

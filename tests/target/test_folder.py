@@ -183,6 +183,11 @@ def test_a_hub_id_that_is_not_downloaded_yet_is_no_error(tiny_target: Path, tmp_
     assert weight_files("org/model", "main") == []
 
 
+def write_tiny_draft(folder: Path) -> None:
+    shape = tiny_shape()
+    write_draft(folder, DFlashDraftModel, shape, DFlashDraftModel(shape).state_dict(), "float32")
+
+
 @pytest.mark.parametrize("start", [lambda config, world: Trainer(config, world), capture.capture])
 def test_no_data_is_read_for_a_target_that_cannot_be_loaded(debug_config, tiny_target, tmp_path, alone, start) -> None:
     cut("model.safetensors")(folder := copied(tiny_target, tmp_path / "target"))
@@ -192,7 +197,9 @@ def test_no_data_is_read_for_a_target_that_cannot_be_loaded(debug_config, tiny_t
 
 
 def test_no_data_is_read_for_a_draft_to_begin_from_that_is_damaged(debug_config, tiny_target, tmp_path, alone) -> None:
-    write_draft(tmp_path / "draft", tiny_shape(), DFlashDraftModel(tiny_shape()).state_dict(), "float32")
+    write_draft(
+        tmp_path / "draft", DFlashDraftModel, tiny_shape(), DFlashDraftModel(tiny_shape()).state_dict(), "float32"
+    )
     cut("model.safetensors")(tmp_path / "draft")
     config = debug_config(f"target.path={tiny_target}", "data.path=nowhere.jsonl", f"draft.init={tmp_path / 'draft'}")
     refusal(lambda: Trainer(config, alone), tmp_path / "draft", "{}/model.safetensors is cut or damaged")
@@ -281,7 +288,9 @@ def test_commands_that_name_a_target_take_the_trust_as_a_flag(with_code, tmp_pat
     prompts = write_chats([("user", "Hi"), ("assistant", "yes")])
     argv = ["--target", str(with_code), "--prompts", str(prompts), "--max-new-tokens", "2", "--dtype", "float32"]
     if command == "evaluate":
-        write_draft(tmp_path / "draft", tiny_shape(), DFlashDraftModel(tiny_shape()).state_dict(), "float32")
+        write_draft(
+            tmp_path / "draft", DFlashDraftModel, tiny_shape(), DFlashDraftModel(tiny_shape()).state_dict(), "float32"
+        )
         argv += ["--draft", str(tmp_path / "draft")]
     else:
         argv += ["--out", str(tmp_path / "answers.jsonl")]

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dflash_dist.config import FREE, KNOBS, Config, values
+from dflash_dist.draft.kinds import KINDS
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import make_tiny_chats, make_tiny_target
 from dflash_dist.training import setup
@@ -44,6 +45,7 @@ CHANGES = {
     "data.drop_reasoning": "true",
     "data.cache_dir": "{tmp}/cache",
     "draft.mask_token_id": "10",
+    "draft.kind": "another",
     "draft.block_size": "10",
     "draft.num_layers": "1",
     "draft.intermediate_size": "96",
@@ -107,8 +109,9 @@ def identify(config: Config) -> dict[str, Any]:
 
 
 @pytest.fixture
-def load(tmp_path: Path, tiny_target: Path, debug_config) -> Load:
+def load(tmp_path: Path, tiny_target: Path, debug_config, monkeypatch) -> Load:
     """The debug preset with validation and real decoding, on files of this test's own."""
+    monkeypatch.setitem(KINDS, "another", KINDS["dflash"])
     template = DAY_AND_SWITCH + (tiny_target / "chat_template.jinja").read_text()
     for name in ("target", "other-target"):
         shutil.copytree(tiny_target, tmp_path / name)

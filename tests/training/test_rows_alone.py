@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,8 +129,9 @@ def test_features_of_earlier_versions_are_read_and_filled_up(few, tmp_path, caps
 def test_packed_features_of_a_target_that_mixes_documents_are_not_filled_up(few, gpt_oss, tmp_path) -> None:
     config, out = few(gpt_oss), tmp_path / "features"
     with pytest.MonkeyPatch.context() as patch:  # an interrupted capture of an earlier version
-        patch.setattr("dflash_dist.prepare.capture.load_probed", lambda *_: (None, True, "not tried"))
-        patch.setattr("dflash_dist.prepare.capture.LiveTarget", lambda *_: None)
+        patch.setattr(
+            "dflash_dist.prepare.capture.load_probed", lambda *_: (SimpleNamespace(model=None), True, "not tried")
+        )
         patch.setattr("dflash_dist.prepare.capture.run", lambda *_: None)
         with pytest.raises(ValueError, match="which was just written"):
             captured_by(ALONE, config, out)

@@ -7,15 +7,20 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dflash_dist.objective.statistics import Statistics
+from dflash_dist.objective.statistics import Statistics, Sums
 from dflash_dist.training.evaluation import Acceptance
 from dflash_dist.training.step import StepResult
 from dflash_dist.training.watch import Watch, due
 
 
+def sums_of(accepted: float, full_blocks: float, right: list[float], labels: list[float]) -> Sums:
+    scalars = {"loss": 6.0, "weight": 3.0, "accepted": accepted, "full_blocks": full_blocks}
+    vectors = {"slot_correct": torch.tensor(right), "slot_count": torch.tensor(labels)}
+    return Sums.of(**{name: torch.tensor(value) for name, value in scalars.items()}, **vectors)
+
+
 def result(step: int, at: float, norm: float = 1.0) -> StepResult:
-    statistics = torch.tensor([6.0, 3.0, 5.0, 2.0, *[1.0] * 7, *[2.0] * 7], dtype=torch.float64)
-    return StepResult(step, statistics, torch.tensor(norm), 1e-3, at)
+    return StepResult(step, sums_of(5.0, 2.0, [1.0] * 7, [2.0] * 7), torch.tensor(norm), 1e-3, at)
 
 
 @pytest.fixture
@@ -71,13 +76,10 @@ def test_real_decoding_is_shown_with_a_picture_and_takes_no_time_of_a_step(watch
     assert events.Scalars("eval/tau")[0].value == 2.5 and len(events.Images("eval/slots")) == 1
 
 
-NOTHING_FULL = [6.0, 3.0, 0.0, 0.0, *[1.0] * 3, *[0.0] * 4, *[2.0] * 3, *[0.0] * 4]  # of answers of 4 tokens
-
-
 def test_what_no_answer_was_long_enough_to_measure_is_left_out_and_a_dash(watch, capsys) -> None:
-    statistics = torch.tensor(NOTHING_FULL, dtype=torch.float64)
-    watch.read(StepResult(2, statistics, torch.tensor(1.0), 1e-3, 110.0))
-    watch.validated(2, Statistics.read(statistics), seconds=1.0)
+    of_4_tokens = sums_of(0.0, 0.0, [1.0] * 3 + [0.0] * 4, [2.0] * 3 + [0.0] * 4)
+    watch.read(StepResult(2, of_4_tokens, torch.tensor(1.0), 1e-3, 110.0))
+    watch.validated(2, Statistics.read(of_4_tokens), seconds=1.0)
     watch.evaluated(2, Acceptance(0.0, 0.0, [0.0] * 7), seconds=1.0)
     train, val, real = lines(watch)
     assert "train/tau" not in train and train["train/accuracy"] == 0.5
