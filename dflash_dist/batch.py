@@ -74,7 +74,8 @@ class Batch:
         )
 
     @property
-    def block_size(self) -> int:
+    def slots(self) -> int:
+        """K, of a block."""
         return self.slot_ids.shape[-1]
 
     @property

@@ -128,6 +128,11 @@ class DraftConfig:
         path=True,
     )
 
+    @property
+    def proposals(self) -> int:
+        """Tokens that a block proposes: all but the anchor."""
+        return self.block_size - 1
+
 
 @dataclass
 class LossConfig:

@@ -178,7 +178,7 @@ def dense_mask(blocks: Batch, row: int, window: int | None = None, causal: bool 
     """
     anchors, documents = blocks.anchors[row].tolist(), blocks.anchor_documents[row].tolist()
     context_documents = blocks.document_ids[row].tolist()
-    length, size = len(context_documents), blocks.block_size
+    length, size = len(context_documents), blocks.slots
     mask = torch.zeros(len(anchors) * size, length + len(anchors) * size, dtype=torch.bool)
     for slot in range(len(anchors) * size):
         block = slot // size
@@ -218,7 +218,7 @@ class DenseAttention:
 
 def used_slots(blocks: Batch) -> torch.Tensor:
     """[B, A*K] bool: the slots of blocks with an anchor. What attention returns for the others is never looked at."""
-    return (blocks.anchor_documents >= 0).repeat_interleave(blocks.block_size, dim=1)
+    return (blocks.anchor_documents >= 0).repeat_interleave(blocks.slots, dim=1)
 
 
 # --------------------------------------------------------------------------------------------------------- objective
@@ -234,7 +234,7 @@ def naive_loss(hidden: torch.Tensor, head: torch.Tensor, blocks: Batch) -> torch
     logits = hidden.float() @ head.float().T  # [B, A*K, V]
     total = logits.new_zeros(())
     for b, a, k in blocks.weights.nonzero().tolist():  # k counts from 0 here: the label of slot k + 1
-        slot = a * blocks.block_size + k + 1
+        slot = a * blocks.slots + k + 1
         total = total + blocks.weights[b, a, k] * F.cross_entropy(logits[b, slot], blocks.labels[b, a, k])
     return total
 
@@ -243,7 +243,7 @@ def naive_statistics(hidden: torch.Tensor, head: torch.Tensor, blocks: Batch) ->
     """The fields of `Statistics` by name, counted block by block. Arguments as in `naive_loss`."""
     best = (hidden.float() @ head.float().T).argmax(dim=-1).tolist()
     labels, weights = blocks.labels.tolist(), blocks.weights.tolist()
-    size = blocks.block_size
+    size = blocks.slots
     accepted = full_blocks = 0
     slot_correct, slot_count = [0.0] * (size - 1), [0.0] * (size - 1)
     for b, row in enumerate(weights):

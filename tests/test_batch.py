@@ -17,7 +17,7 @@ def build(rows: Rows, anchors: int = 8, block_size: int = 8, gamma: float = 4.0,
     return sample_blocks(
         Batch.of_rows(*rows),
         anchors=anchors,
-        slot_weights=decay_weights(block_size, gamma),
+        slot_weights=decay_weights(block_size - 1, gamma),
         mask_token_id=MASK,
         generators=[np.random.default_rng([seed, row]) for row in range(len(rows.input_ids))],
     )
@@ -71,7 +71,7 @@ def test_anchors_depend_on_the_rows_own_generator_only():
         alone = sample_blocks(
             Batch.of_rows(*rows.row(b)),
             anchors=6,
-            slot_weights=decay_weights(8, 4.0),
+            slot_weights=decay_weights(7, 4.0),
             mask_token_id=MASK,
             generators=[np.random.default_rng([0, b])],
         )
@@ -142,7 +142,7 @@ def test_slot_zero_is_the_real_token_and_the_others_are_the_mask_token():
     blocks = build(rows)
     assert torch.equal(blocks.slot_ids[..., 0], rows.input_ids.gather(1, blocks.anchors))
     assert (blocks.slot_ids[..., 1:] == MASK).all()
-    assert blocks.block_size == 8
+    assert blocks.slots == 8
 
 
 def test_positions_are_local_to_the_document():
@@ -154,7 +154,7 @@ def test_positions_are_local_to_the_document():
 
 @pytest.mark.parametrize(("block_size", "gamma"), [(16, 7.0), (10, 5.0), (8, 4.0), (2, 1.0)])
 def test_weights_are_the_papers_exponential_decay(block_size, gamma):
-    weights = decay_weights(block_size, gamma)
+    weights = decay_weights(block_size - 1, gamma)
     expected = torch.tensor([math.exp(-(k - 1) / gamma) for k in range(1, block_size)])
     assert weights.dtype == torch.float32
     assert weights[0] == 1

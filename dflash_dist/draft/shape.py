@@ -23,3 +23,8 @@ class DraftShape:
     num_target_layers: int
     vocab_size: int
     max_position_embeddings: int
+
+    @property
+    def proposals(self) -> int:
+        """Tokens that a block proposes: all but the anchor."""
+        return self.block_size - 1

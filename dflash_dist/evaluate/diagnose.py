@@ -112,7 +112,7 @@ class Examiner:
         with capture_layers(decoder.layers, draft.shape.target_layer_ids) as captured:
             logits = decoder.target(input_ids=tokens.to(self.device), use_cache=False).logits[0]
         choices = logits.argmax(dim=-1).cpu().numpy()
-        labels = draft.shape.block_size - 1
+        labels = draft.shape.proposals
         anchors = int(may_be_anchor(mask, documents).sum())
         if anchors == 0:
             nothing = np.zeros((0, labels), bool)

@@ -233,7 +233,7 @@ class Evaluation:
         """Writes and prints what the answers and the evidence of all rows show."""
         args = self.args
         answers = [answer for of_row, _ in rows for answer in of_row]
-        report = summarise(answers, self.draft.shape.block_size, equal=not args.rejection) | {
+        report = summarise(answers, self.draft.shape.proposals, equal=not args.rejection) | {
             **{name: getattr(args, name) for name in ("target", "revision", "draft")},
             "dtype": args.dtype,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",

@@ -46,7 +46,7 @@ class Answer:
         return Answer(**row | {name: Decoded(**row[name]) for name in DECODED})
 
 
-def summarise(answers: Sequence[Answer], block_size: int, equal: bool = True) -> dict[str, Any]:
+def summarise(answers: Sequence[Answer], proposals: int, equal: bool = True) -> dict[str, Any]:
     """The numbers of all answers together, and under `suites` those of each suite.
 
     `tau` is tokens emitted divided by verification passes, prefill excluded, cut at the stop token; its `tau_interval`
@@ -58,11 +58,11 @@ def summarise(answers: Sequence[Answer], block_size: int, equal: bool = True) ->
         equal: both outputs ought to be the same; else what would say so is None.
     """
     suites = dict.fromkeys(answer.suite for answer in answers)
-    of_suites = {suite: _numbers([a for a in answers if a.suite == suite], block_size, equal) for suite in suites}
-    return {**_numbers(answers, block_size, equal), "suites": of_suites}
+    of_suites = {suite: _numbers([a for a in answers if a.suite == suite], proposals, equal) for suite in suites}
+    return {**_numbers(answers, proposals, equal), "suites": of_suites}
 
 
-def _numbers(answers: Sequence[Answer], block_size: int, equal: bool) -> dict[str, Any]:
+def _numbers(answers: Sequence[Answer], proposals: int, equal: bool) -> dict[str, Any]:
     # The turns of a conversation belong together: they count as one prompt.
     prompts: dict[tuple[str, int], list[int]] = {}
     for answer in answers:
@@ -85,8 +85,10 @@ def _numbers(answers: Sequence[Answer], block_size: int, equal: bool) -> dict[st
         "tau": float(emitted.sum() / passes.sum()) if passes.any() else None,
         "tau_interval": tau_interval(emitted, passes),
         "tau_mean_of_prompts": float((emitted / passes.clip(1))[passes > 0].mean()) if passes.any() else None,
-        "acceptance_by_slot": [float((accepted >= k).mean()) if passes.any() else None for k in range(1, block_size)],
-        "passes_by_accepted": np.bincount(accepted, minlength=block_size).tolist(),
+        "acceptance_by_slot": [
+            float((accepted >= k).mean()) if passes.any() else None for k in range(1, proposals + 1)
+        ],
+        "passes_by_accepted": np.bincount(accepted, minlength=proposals + 1).tolist(),
         "plain_tokens_per_s": plain_rate,
         "speculative_tokens_per_s": fast_rate,
         "speed_up": fast_rate / plain_rate,

@@ -54,7 +54,7 @@ class Card:
         rows = {
             "target": f"{self.target}, revision {self.run['target']['revision']}",
             "captured layers": f"outputs of decoder layers {ids} of {shape.num_target_layers}, counted from 0",
-            "block": f"{shape.block_size} tokens: the anchor and {shape.block_size - 1} proposals",
+            "block": f"{shape.proposals + 1} tokens: the anchor and {shape.proposals} proposals",
             "mask token": shape.mask_token_id,
             "draft": f"{shape.num_layers} layers, {self.parameters:,} parameters, {self.dtype}",
             "begun from": starts.get(self.run["draft"]["init"]) or shown(self.run["draft"]["init"]),
@@ -95,7 +95,7 @@ the share of passes that accepted the first k proposals.
 {table(["suite", "prompts", "τ", "speed-up", "acceptance by slot"], rows)}"""
 
     def _serving(self) -> str:
-        block, rendering = self.shape.block_size, ""
+        block, rendering = self.shape.proposals + 1, ""
         if arguments := self.run["data"]["template_args"]:
             rendering = f"""
 

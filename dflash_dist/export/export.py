@@ -102,10 +102,10 @@ def export(args: argparse.Namespace) -> None:
         write_draft(out, kind, shape, tensors, args.dtype, speculators_of)
         (out / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
         (out / CARD).write_text(card.text())
-    print(f"exported {folder} to {out} ({args.dtype}); serve it with blocks of {shape.block_size} tokens:")
-    print(f"  vLLM    num_speculative_tokens={shape.block_size - 1}")
+    print(f"exported {folder} to {out} ({args.dtype}); serve it with blocks of {shape.proposals + 1} tokens:")
+    print(f"  vLLM    num_speculative_tokens={shape.proposals}")
     if args.format == "dflash":
-        print(f"  SGLang  --speculative-num-draft-tokens {shape.block_size}")
+        print(f"  SGLang  --speculative-num-draft-tokens {shape.proposals + 1}")
     if record["template_args"]:
         print(f"  with the chat template arguments of its training: {json.dumps(record['template_args'])}")
 

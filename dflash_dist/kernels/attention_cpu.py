@@ -36,9 +36,9 @@ class ChunkedAttention:
         anchors_at_once: int | None = None,
         context_step: int = CONTEXT_STEP[torch.float32],
     ):
-        self.block_size = batch.block_size
-        anchors_at_once = anchors_at_once or max(RUN_SLOTS // self.block_size, 1)
-        within_block = _to_bias(mask.within_block(self.block_size))
+        self.slots = batch.slots
+        anchors_at_once = anchors_at_once or max(RUN_SLOTS // self.slots, 1)
+        within_block = _to_bias(mask.within_block(self.slots))
         self.within_block = within_block if within_block.any() else None
         self.runs = [
             Run.of(row, slice(start, min(start + anchors_at_once, used)), batch, mask, context_step)
@@ -49,7 +49,7 @@ class ChunkedAttention:
     @torch.compiler.disable  # a compiler would write out every run
     def __call__(self, query, context_key, context_value, block_key, block_value) -> torch.Tensor:
         rows, heads, slots, head_dim = query.shape
-        size = self.block_size
+        size = self.slots
         # The queries of a block that share a key come together: [B, kv_heads, A, Q, D] with Q = heads / kv_heads * K.
         split = query.unflatten(1, (block_key.shape[1], -1)).unflatten(3, (-1, size))
         output = _AttendInRuns.apply(
@@ -79,7 +79,7 @@ class Run:
     @staticmethod
     def of(row: int, anchors: slice, batch: Batch, mask: Mask, context_step: int) -> Run:
         anchor, document = (each[row, anchors, None, None] for each in (batch.anchors, batch.anchor_documents))
-        slot, length = torch.arange(batch.block_size)[:, None], batch.document_ids.shape[1]
+        slot, length = torch.arange(batch.slots)[:, None], batch.document_ids.shape[1]
 
         def visible(begin: int, end: int) -> torch.Tensor:
             """[anchors, K, context], with 1 for K as above."""

@@ -23,7 +23,7 @@ class FlexAttention:
 
     def __init__(self, batch: Batch, mask: Mask = FULL, compiled: bool = True):
         rows, length = batch.document_ids.shape
-        size, slots = batch.block_size, batch.slot_ids[0].numel()
+        size, slots = batch.slots, batch.slot_ids[0].numel()
         anchors, anchor_documents, document_ids = batch.anchors, batch.anchor_documents, batch.document_ids
 
         def visible(b, h, q, kv):

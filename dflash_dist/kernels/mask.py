@@ -40,17 +40,17 @@ class Mask:
         seen = block == other_block
         return seen & (other_slot <= slot) if self.causal else seen
 
-    def within_block(self, block_size: int) -> torch.Tensor:
+    def within_block(self, slots: int) -> torch.Tensor:
         """[K, K]: which slots of its block a slot sees."""
-        slot, block = torch.arange(block_size), torch.zeros(1, dtype=torch.int64)
-        return self.sees_slot(block, slot[:, None], block, slot[None]).expand(block_size, block_size)
+        slot, block = torch.arange(slots), torch.zeros(1, dtype=torch.int64)
+        return self.sees_slot(block, slot[:, None], block, slot[None]).expand(slots, slots)
 
-    def after_context(self, length: int, block_size: int) -> torch.Tensor:
+    def after_context(self, length: int, slots: int) -> torch.Tensor:
         """[K, C + K]: what the slots of one block see of its document's `length` tokens before it, and of itself."""
-        slot, document = torch.arange(block_size)[:, None], torch.zeros(1, dtype=torch.int64)
+        slot, document = torch.arange(slots)[:, None], torch.zeros(1, dtype=torch.int64)
         anchor, context = torch.tensor(length), torch.arange(length)
-        seen = self.sees_context(anchor, slot, document, context, document).expand(block_size, length)
-        return torch.cat([seen, self.within_block(block_size)], dim=1)
+        seen = self.sees_context(anchor, slot, document, context, document).expand(slots, length)
+        return torch.cat([seen, self.within_block(slots)], dim=1)
 
 
 FULL = Mask()

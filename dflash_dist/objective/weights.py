@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def decay_weights(block_size: int, gamma: float) -> torch.Tensor:
+def decay_weights(labels: int, gamma: float) -> torch.Tensor:
     """[K-1] float32: `exp(-(k-1) / gamma)` for k = 1..K-1 (arXiv 2602.06036, eq. 4)."""
-    return torch.exp(-torch.arange(block_size - 1, dtype=torch.float32) / gamma)
+    return torch.exp(-torch.arange(labels, dtype=torch.float32) / gamma)
 
 
 def dpace_weights(probabilities: torch.Tensor, counts: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -75,7 +75,7 @@ class Evaluation:
             return None
         emitted = [count for answer in answers for count in answer.emitted]
         accepted = [count for answer in answers for count in answer.accepted]
-        reached = [sum(count >= slot for count in accepted) for slot in range(1, draft.shape.block_size)]
+        reached = [sum(count >= slot for count in accepted) for slot in range(1, draft.shape.proposals + 1)]
         passes, tokens, *by_slot = self.world.sum_numbers(len(emitted), sum(emitted), *reached)
         return Acceptance(passes, tokens, by_slot)
 

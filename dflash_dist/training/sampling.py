@@ -45,7 +45,7 @@ class Sampler:
 
     def _micro_batches(self, part: str, source: PackedRows, rows: list[int], stream: int, step: int) -> list[Batch]:
         config, batches = self.config, []
-        slot_weights = decay_weights(config.draft.block_size, config.gamma)
+        slot_weights = decay_weights(config.draft.proposals, config.gamma)
         numbered = self.world.share(list(enumerate(rows)))
         size = config.train.micro_batch_size
         for few in (numbered[i : i + size] for i in range(0, len(numbered), size)):

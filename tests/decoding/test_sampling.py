@@ -197,7 +197,7 @@ def test_a_draft_that_foresees_the_target_is_accepted_whole(rejection, monkeypat
     """Its logits for a slot are what the target gives after the right tokens before it."""
     decoder = tiny_decoder()
     decoder.sampling = Sampling(1.0, rejection=rejection)
-    monkeypatch.setattr(decoder, "_foresee", lambda anchor, context: torch.zeros(3, VOCABULARY))
+    monkeypatch.setattr(decoder.draft, "scores", lambda *_: torch.zeros(3, VOCABULARY))
     decoder.head = decoder.target.lm_head.weight.data.zero_()  # a target that chooses evenly
     assert decoder.speculative(PROMPT, 1 + 4 * 5).emitted == [4] * 5
 

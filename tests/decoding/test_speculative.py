@@ -6,7 +6,6 @@ import torch
 from dflash_dist.decoding.speculative import Decoder, first_difference, leading_run
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.kernels.attention import OneBlockAttention
-from dflash_dist.kernels.mask import FULL
 from dflash_dist.target.capture import HFDFlashTargetModel
 from tests.tiny import lively_target, tiny_shape
 
@@ -249,12 +248,12 @@ def test_proposals_are_those_of_the_training_forward_on_the_same_anchor(monkeypa
         proposals = propose(anchor, context)
         length = context.length
         features = capture.generate_batch(torch.tensor([(PROMPT + answer)[:length]]), None, None).hidden_states
-        hidden = decoder.draft(
+        hidden = decoder.draft.through_layers(
             embed(torch.tensor([[anchor, 3, 3, 3]])),
             torch.arange(length, length + 4)[None],
             features,
             torch.arange(length)[None],
-            OneBlockAttention(length, 4, FULL, torch.device("cpu")),
+            lambda mask, length=length: OneBlockAttention(length, 4, mask, torch.device("cpu")),
         )
         assert proposals == target.lm_head(hidden)[0, 1:].argmax(-1).tolist()
         seen.append(tuple(proposals))

@@ -53,7 +53,7 @@ def folder(tiny_target, tmp_path_factory) -> Path:
         mask, positions = torch.arange(ids.shape[1])[None] >= len(prompt), torch.arange(ids.shape[1])[None]
         batch = sample_blocks(
             Batch.of_rows(ids, mask, torch.zeros_like(ids), positions),
-            **{"anchors": NEW_TOKENS, "slot_weights": decay_weights(4, 4.0), "mask_token_id": 3},
+            **{"anchors": NEW_TOKENS, "slot_weights": decay_weights(3, 4.0), "mask_token_id": 3},
             generators=[np.random.default_rng(0)],
         )
         batches.append((batch, target.generate_batch(ids, None, mask).hidden_states))
@@ -163,7 +163,7 @@ def test_data_that_the_target_did_not_write_is_named(diagnose, write_chats):
 
 def examiner(right: list[list[int]], counts: list[list[int]], choices: list[int]) -> Examiner:
     """Of blocks of 3 with the mask token 3, whose forward finds the given."""
-    shape = SimpleNamespace(mask_token_id=3, block_size=3)
+    shape = SimpleNamespace(mask_token_id=3, block_size=3, proposals=2)
     decoder = SimpleNamespace(head=torch.zeros(1), draft=SimpleNamespace(shape=shape))
     tokenizer = SimpleNamespace(decode=lambda tokens: "an answer")
     made = Examiner(decoder, SimpleNamespace(tokenizer=tokenizer), None)

@@ -22,7 +22,7 @@ def answer(tokens: int, plain_seconds: float, seconds: float, emitted: list[int]
 def test_tau_is_pooled_over_passes_and_its_mean_over_prompts():
     long = answer(9, 2.0, 0.5, [2, 2, 2, 1, 1])  # 8 tokens in 5 passes
     short = answer(5, 1.0, 0.25, [4], prompt=1)  # 4 tokens in 1 pass
-    report = summarise([long, short], block_size=4)
+    report = summarise([long, short], proposals=3)
     assert report["tau"] == 12 / 6
     assert report["tau_mean_of_prompts"] == (8 / 5 + 4) / 2
     assert (report["prompts"], report["tokens"], report["passes"]) == (2, 14, 6)
@@ -32,7 +32,7 @@ def test_tau_is_pooled_over_passes_and_its_mean_over_prompts():
 
 
 def test_acceptance_of_slot_k_is_the_share_of_passes_that_accepted_k_proposals():
-    report = summarise([answer(13, 1.0, 1.0, [1, 2, 3, 4, 2])], block_size=4)
+    report = summarise([answer(13, 1.0, 1.0, [1, 2, 3, 4, 2])], proposals=3)
     assert report["passes_by_accepted"] == [1, 2, 1, 1]
     assert report["acceptance_by_slot"] == [4 / 5, 2 / 5, 1 / 5]
     # tau is the anchor's certain token and every slot's share
@@ -41,14 +41,14 @@ def test_acceptance_of_slot_k_is_the_share_of_passes_that_accepted_k_proposals()
 
 def test_an_answer_that_ends_with_its_first_token_has_no_passes():
     short, other = answer(1, 1.0, 1.0, []), answer(5, 1.0, 1.0, [2, 2], prompt=1)
-    report = summarise([short], block_size=4)
+    report = summarise([short], proposals=3)
     assert (report["passes"], report["tau"], report["tau_mean_of_prompts"]) == (0, None, None)
     assert report["acceptance_by_slot"] == [None, None, None] and report["tau_interval"] is None
     shown = {line[:22].strip(): line[22:].split() for line in table(report)}
     named = ["acceptance length", "mean of prompts", "slot 1 accepted", "passes that accept 0"]
     assert [shown[name] for name in named] == [["-"]] * 4
     # nor does it weigh on the mean of the other prompts
-    report = summarise([short, other], block_size=4)
+    report = summarise([short, other], proposals=3)
     assert (report["tau"], report["tau_mean_of_prompts"]) == (2, 2)
     assert report["tau_interval"] == [2, 2], "a draw of prompts without a pass has no tau"
 
@@ -58,23 +58,23 @@ def test_one_loss_among_ties_is_a_loss():
     same, tied, lost = (
         answer(3, 1.0, 1.0, [2], prompt=n, difference=difference) for n, difference in enumerate((None, tie, loss))
     )
-    report = summarise([same, tied], block_size=4)
+    report = summarise([same, tied], proposals=3)
     assert (report["lossless"], report["lossless_share"], report["equal_outputs"]) == (True, 1, 1)
     assert report["differences"] == [{"suite": "s", "prompt": 1, "turn": 0, **tie}]
-    report = summarise([same, tied, lost], block_size=4)
+    report = summarise([same, tied, lost], proposals=3)
     assert (report["lossless"], report["lossless_share"], report["equal_outputs"]) == (False, pytest.approx(2 / 3), 1)
 
 
 def test_turns_of_a_conversation_are_answers_of_one_prompt():
     turns = [answer(5, 1.0, 1.0, [4]), answer(9, 1.0, 1.0, [2, 2, 2, 2], turn=1)]
-    report = summarise(turns, block_size=4)
+    report = summarise(turns, proposals=3)
     assert (report["prompts"], report["answers"], report["equal_outputs"]) == (1, 2, 2)
     assert report["tau"] == report["tau_mean_of_prompts"] == 12 / 5
 
 
 def test_suites_have_their_own_numbers_and_one_prompt_may_have_anothers_number():
     one, other = answer(5, 1.0, 1.0, [4]), answer(5, 1.0, 1.0, [2, 2], suite="t")
-    report = summarise([one, other], block_size=4)
+    report = summarise([one, other], proposals=3)
     assert {name: numbers["tau"] for name, numbers in report["suites"].items()} == {"s": 4, "t": 2}
     assert (report["prompts"], report["tau"]) == (2, 8 / 3)
 
@@ -92,7 +92,7 @@ def test_the_interval_is_that_of_all_ways_to_draw_the_prompts_anew():
 
 def test_the_table_has_a_column_for_each_suite_and_one_for_all():
     one, other = answer(5, 1.0, 0.5, [4]), answer(5, 1.0, 0.5, [1, 3], suite="t")
-    lines = {line[:22].rstrip(): line[22:].split() for line in table(summarise([one, other], block_size=4))}
+    lines = {line[:22].rstrip(): line[22:].split() for line in table(summarise([one, other], proposals=3))}
     assert lines[""] == ["s", "t", "all"]
     assert lines["acceptance length"] == ["4.00", "2.00", "2.67"]
     assert lines["tokens/s plain"] == ["5.0", "5.0", "5.0"]
@@ -107,7 +107,7 @@ def test_the_table_has_a_column_for_each_suite_and_one_for_all():
 
 
 def test_tensorboard_shows_the_slots_and_how_many_were_accepted(tmp_path):
-    to_tensorboard(summarise([answer(11, 1.0, 1.0, [1, 2, 3, 4])], block_size=4), tmp_path, step=7)
+    to_tensorboard(summarise([answer(11, 1.0, 1.0, [1, 2, 3, 4])], proposals=3), tmp_path, step=7)
     board = EventAccumulator(str(tmp_path)).Reload()
     assert board.Tags()["images"] == ["evaluate/slots"]
     (scalar,), (histogram,) = board.Scalars("evaluate/tau/s"), board.Histograms("evaluate/accepted/s")

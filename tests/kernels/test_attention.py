@@ -51,7 +51,7 @@ def random_inputs(rows: Rows, blocks: Batch, seed: int = 0) -> list[torch.Tensor
     """Query, context key and value, block key and value."""
     generator = torch.Generator().manual_seed(seed)
     b, length = rows.input_ids.shape
-    slots = blocks.anchors.shape[1] * blocks.block_size
+    slots = blocks.anchors.shape[1] * blocks.slots
     sizes = [(HEADS, slots), (KV_HEADS, length), (KV_HEADS, length), (KV_HEADS, slots), (KV_HEADS, slots)]
     return [torch.randn(b, heads, tokens, D, generator=generator) for heads, tokens in sizes]
 

@@ -20,8 +20,8 @@ MUTANTS = [
     Mutant(
         "w = exp(−(k−1)/γ)",
         WEIGHTS,
-        "torch.exp(-torch.arange(block_size - 1, dtype=torch.float32) / gamma)",
-        "torch.exp(-torch.arange(1, block_size, dtype=torch.float32) / gamma)",
+        "torch.exp(-torch.arange(labels, dtype=torch.float32) / gamma)",
+        "torch.exp(-torch.arange(1, labels + 1, dtype=torch.float32) / gamma)",
         TEST_BLOCKS,
     ),
     Mutant(

@@ -95,8 +95,8 @@ MUTANTS = [
     Mutant(
         "export says: vLLM counts the proposed tokens",
         EXPORT,
-        "num_speculative_tokens={shape.block_size - 1}",
-        "num_speculative_tokens={shape.block_size}",
+        "num_speculative_tokens={shape.proposals}",
+        "num_speculative_tokens={shape.proposals + 1}",
         TEST_EXPORT,
     ),
     Mutant(

@@ -47,3 +47,14 @@ def test_anchors_are_drawn_anew_where_a_row_comes_again() -> None:
     assert all(len(draws) >= 2 for draws in drawn.values())
     again = [not torch.equal(draws[0], draws[1]) for row, draws in drawn.items() if row]  # row 0 has few
     assert all(again) and len(again) == 10
+
+
+def test_neighbouring_ranks_may_share_their_rows() -> None:
+    config = load_config(CONFIG, ["loss.anchors=12", "train.global_batch_size=8", "train.micro_batch_size=2"])
+
+    def rows_of(rank: int, ranks: int, sharing: int) -> list[list[int]]:
+        world = World(rank, ranks, torch.device("cpu"), sharing=sharing)
+        sampler = Sampler(config, world, packed_rows(11), packed_rows(8))
+        return [few.place.rows for few in [*sampler.training(0), *sampler.held_out()]]
+
+    assert [rows_of(rank, 4, 2) for rank in range(4)] == [rows_of(rank // 2, 2, 1) for rank in range(4)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -71,8 +72,12 @@ def unsupervise(trainer: Trainer, rows: Container[int]) -> None:
     trainer.training.sampler.rows.row = row  # type: ignore[method-assign]
 
 
-def first_step(world: World, config: Config, unsupervised: list[int] | None = None) -> tuple[float, list[torch.Tensor]]:
-    """Loss and gradients of the first step. The rows at the places `unsupervised` of its batch teach nothing."""
+def first_step(
+    world: World, config: Config, unsupervised: list[int] | None = None, sharing: int = 1
+) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of the first step. The rows at the places `unsupervised` of its batch teach nothing; `sharing`
+    ranks work on the same rows."""
+    world = dataclasses.replace(world, sharing=sharing)
     trainer = Trainer(config, world)
     rows = global_rows(0, len(trainer.training.sampler.rows), config.train.global_batch_size, config.train.seed)
     unsupervise(trainer, {rows[place] for place in unsupervised or []})
@@ -109,6 +114,14 @@ def first_step(world: World, config: Config, unsupervised: list[int] | None = No
 def test_two_ranks_give_the_loss_and_gradients_of_one(debug_config, micro: int, unsupervised: list[int]) -> None:
     alone_loss, alone = first_step(ALONE, debug_config("train.micro_batch_size=4"), unsupervised)
     for loss, gradients in run_ranks(first_step, 2, debug_config(f"train.micro_batch_size={micro}"), unsupervised):
+        assert loss == pytest.approx(alone_loss, rel=1e-6)
+        for ours, theirs in zip(gradients, alone, strict=True):
+            assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+def test_ranks_that_share_their_rows_give_the_loss_and_gradients_of_one(debug_config) -> None:
+    alone_loss, alone = first_step(ALONE, debug_config("train.micro_batch_size=4"))
+    for loss, gradients in run_ranks(first_step, 2, debug_config("train.micro_batch_size=4"), None, 2):
         assert loss == pytest.approx(alone_loss, rel=1e-6)
         for ours, theirs in zip(gradients, alone, strict=True):
             assert (ours - theirs).norm() <= 1e-6 * theirs.norm()

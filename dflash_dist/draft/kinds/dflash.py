@@ -131,7 +131,7 @@ class DFlashDraftModel(Draft):
     def propose(
         self, cache: ContextCache, anchor: int, embedding: torch.Tensor, head: torch.Tensor, choose: Choose
     ) -> list[int]:
-        masked = [self.shape.mask_token_id] * (self.shape.block_size - 1)
+        masked = [self.shape.mask_token_id] * self.shape.proposals
         slots = torch.tensor([[anchor, *masked]], device=embedding.device)
         hidden = self.foresee(cache, F.embedding(slots, embedding))
         return choose(self.scores(hidden[0, 1:], None, head), 0)
