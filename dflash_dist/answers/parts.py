@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
 import shutil
 import time
-import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dflash_dist.data.template import check_day
-from dflash_dist.files import writing
+from dflash_dist.files import differences, locked, refuse_changed, whole, writing
 from dflash_dist.reading import check_fields, parse, read_object, reading, shown
 
 Row = dict[str, Any]
@@ -58,15 +56,17 @@ class Parts:
         described = settings_file(out)
         if out.is_file() and not described.is_file():
             raise ValueError(f"{out} exists and was not written by this command: choose another output, or delete it")
-        if described.is_file() and stored_settings(out) != settings:
-            raise ValueError(
-                f"{described} belongs to a run with other prompts or settings: choose another output,"
-                f" or delete it with {out} and {self.folder}"
+        if described.is_file():
+            refuse_changed(
+                f"{described} belongs to a run with other prompts or settings",
+                differences(stored_settings(out), settings, undivided=["template_args"]),
+                f"choose another output, or delete it with {out} and {self.folder}",
             )
         with writing(out):
             self.folder.mkdir(parents=True, exist_ok=True)
             if not described.is_file():
-                _write_whole(described, [json.dumps(settings, indent=2).encode()])
+                with whole(described) as file:
+                    file.write_text(json.dumps(settings, indent=2))
 
     def index(self) -> dict[int, Place]:
         """The finished rows, by number."""
@@ -134,22 +134,20 @@ class Parts:
         """Writes the output in row order and removes the parts, if all rows are there and nobody else did; returns what
         was left out, else None.
 
-        No rank waits for another: whichever finishes last finds everything. The lock is the operating system's, so it
-        falls with its holder.
+        No rank waits for another: whichever finishes last finds everything.
         """
-        refused = None
-        with (self.folder.parent / f"{self.folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        refused, lock = None, self.folder.with_name(f"{self.folder.name}.lock")
+        with locked(lock):
             if not self.out.is_file():
                 places = self.index()
                 if set(rows) <= places.keys():
                     ordered = [(row, places[row]) for row in rows]
-                    with writing(self.out):
-                        _write_whole(self.out, _lines([place for _, place in ordered if place.error is None]))
+                    with writing(self.out), whole(self.out) as partial, partial.open("wb") as file:
+                        file.writelines(_lines([place for _, place in ordered if place.error is None]))
                     refused = [f"row {row}: {place.error}" for row, place in ordered if place.error is not None]
             if self.out.is_file():
                 shutil.rmtree(self.folder, ignore_errors=True)
-                Path(lock.name).unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
         return refused
 
 
@@ -179,12 +177,3 @@ def _lines(places: list[Place]) -> Iterator[bytes]:
         for place in places:
             parts[place.part].seek(place.offset)
             yield parts[place.part].read(place.length).rstrip(b"\n") + b"\n"
-
-
-def _write_whole(path: Path, pieces: Iterable[bytes]) -> None:
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # ranks on several hosts may write at once
-    with partial.open("wb") as file:
-        file.writelines(pieces)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

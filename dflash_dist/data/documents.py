@@ -6,15 +6,12 @@ nothing in it ever goes stale; it appears by a rename, so it is whole.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +25,7 @@ from dflash_dist.data.files import BadRow, Chunk, Source
 from dflash_dist.data.padding import Padding
 from dflash_dist.data.sources import BadRows, digest, read_row, shape_of
 from dflash_dist.data.workers import Workers
+from dflash_dist.files import locked, remove_leftovers, whole, writing
 from dflash_dist.reading import reading
 
 # What is known of each document, in one small file that opening reads; the tokens lie in another, read where needed.
@@ -222,12 +220,15 @@ def open_documents(
     """
     made = entry_folder(folder, source, encoder)
     if not made.is_dir():
-        with _locked(made.with_suffix(".lock")):
+        with (
+            writing(f"the cache of tokenised data in {folder}", "make room, or set data.cache_dir"),
+            locked(made.with_suffix(".lock"), _say_waiting),
+        ):
             if not made.is_dir():
-                try:
-                    _make_entry(made, source, encoder, max_bad_rows, workers or len(os.sched_getaffinity(0)))
-                except OSError as error:
-                    raise ValueError(f"the cache of tokenised data in {folder} cannot be written: {error}") from error
+                remove_leftovers(folder, made.name)
+                with whole(made) as begun:
+                    begun.mkdir()
+                    _write_entry(begun, source, encoder, max_bad_rows, workers or len(os.sched_getaffinity(0)))
     with reading(f"the cache of tokenised data {made}", "delete this folder, which the next start makes anew"):
         told = json.loads((made / "summary.json").read_text())
         counters = {name: Counter(told[name]) for name in ("dropped", "unread", "noted")}
@@ -247,29 +248,14 @@ def _code_version() -> str:
     return hashlib.sha256(b"".join(code)).hexdigest() + str(versions)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
-    except OSError as error:
-        raise ValueError(f"the cache of tokenised data cannot be written: {error}; set data.cache_dir") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("waiting for another process to tokenise the data", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _say_waiting(_: str) -> None:
+    print("waiting for another process to tokenise the data", flush=True)
 
 
-def _make_entry(made: Path, source: Source, encoder: ChatEncoder, max_bad_rows: float, workers: int) -> None:
-    partial = made.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: whoever holds the lock owns this name
-    partial.mkdir(parents=True)
+def _write_entry(folder: Path, source: Source, encoder: ChatEncoder, max_bad_rows: float, workers: int) -> None:
     summary, bad = Summary(source.name), BadRows()
     with (
-        EntryWriter(partial) as writer,
+        EntryWriter(folder) as writer,
         tqdm(desc=f"tokenising {source.name}", unit=" rows", delay=3, leave=False) as progress,
     ):
         for encoded in _encode_all(encoder, source, workers):
@@ -287,8 +273,7 @@ def _make_entry(made: Path, source: Source, encoder: ChatEncoder, max_bad_rows: 
             summary.rows = encoded.last_row
             progress.update(encoded.last_row - progress.n)
     summary.bad, summary.bad_listed, summary.digest = bad.by_cause, bad.listed, writer.content.hexdigest()
-    (partial / "summary.json").write_text(json.dumps(vars(summary), indent=2))
-    partial.rename(made)
+    (folder / "summary.json").write_text(json.dumps(vars(summary), indent=2))
 
 
 # ------------------------------------------------------------------------------------------------ on all cores

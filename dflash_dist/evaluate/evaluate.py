@@ -32,7 +32,7 @@ from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_differ
 from dflash_dist.evaluate.diagnose import Evidence, Examiner, add_up, judge
 from dflash_dist.evaluate.report import Answer, print_report, summarise, to_tensorboard
 from dflash_dist.evaluate.suites import SUITES, Prompt, read_prompts
-from dflash_dist.files import writing
+from dflash_dist.files import whole, writing
 from dflash_dist.ranks import World, join_world
 from dflash_dist.reading import check_fields, reading
 from dflash_dist.target.head import check_head
@@ -246,8 +246,8 @@ class Evaluation:
             verdicts = judge(evidence, self.folder, self.draft.shape, self.info, self.trained)
             report["diagnosis"] = [dataclasses.asdict(verdict) for verdict in verdicts]
         if args.json:
-            with writing(args.json):
-                args.json.write_text(json.dumps(report, indent=2) + "\n")
+            with writing(args.json), whole(args.json) as file:
+                file.write_text(json.dumps(report, indent=2) + "\n")
         if args.tensorboard:
             to_tensorboard(report, args.tensorboard, self.trained.get("step", 0))
         if self.trained and self.encoder.template_args != self.trained["template_args"]:

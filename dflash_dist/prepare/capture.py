@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dflash_dist.config import Config, load_config
 from dflash_dist.data.packing import PackedRows
+from dflash_dist.files import writing
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.features import DATE, EACH, INDEX, FeatureFolder, Shard, read_index, refuse_other
 from dflash_dist.target.load import check_loading
@@ -109,10 +110,8 @@ def share_folder(out: Path, world: World) -> dict[str, Any] | None:
         ValueError: it cannot be made, or some rank does not see it.
     """
     if world.is_main:
-        try:
+        with writing(f"the feature folder {out}"):
             out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"the feature folder {out} cannot be written to: {error}") from error
     world.barrier()
     folders, indices = world.sum_numbers(out.is_dir(), (out / INDEX).exists())
     refuse_unshared(folders, out, world)
@@ -167,7 +166,7 @@ def run(
     mine = share(lacking, micro_batch_size, world)
     # A shard is written in the background while the next one is captured.
     with ThreadPoolExecutor(1) as writer:
-        writing: Future[None] | None = None
+        behind: Future[None] | None = None
         for shard, numbers in tqdm(mine, desc="capturing", unit=" micro-batches", disable=not world.is_main):
             rows = parts[shard.part]
             # As many rows as in training, so that the same kernels run and give the same bits.
@@ -177,11 +176,11 @@ def run(
             for row, states in zip(numbers, hidden):
                 held[row] = states[: features.filled[shard.part][row]].to("cpu", copy=True)
             if len(held) == len(shard.rows):
-                if writing:
-                    writing.result()
-                writing, held = writer.submit(features.write, shard, held), {}
-        if writing:
-            writing.result()
+                if behind:
+                    behind.result()
+                behind, held = writer.submit(features.write, shard, held), {}
+        if behind:
+            behind.result()
 
 
 def share(lacking: list[Shard], micro_batch_size: int, world: World) -> list[tuple[Shard, list[int]]]:

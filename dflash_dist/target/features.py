@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,13 +23,12 @@ import torch
 import xxhash
 
 from dflash_dist.data.template import check_day
-from dflash_dist.files import sync
+from dflash_dist.files import differences, refuse_changed, remove_leftovers, whole, writing
 from dflash_dist.reading import check_fields, in_words, parse, read_object
 
 INDEX = "index.json"
 DATE = "data.date"  # its key for the day that the chat template wrote
 EACH = "rows per shard"
-PARTIAL = ".partial"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
@@ -85,16 +83,11 @@ class FeatureFolder:
         Raises:
             ValueError: the folder cannot be written to.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(f"*{PARTIAL}"):
-                leftover.unlink(missing_ok=True)
+        with writing(f"the feature folder {self.folder}"):
+            remove_leftovers(self.folder)
             if not (self.folder / INDEX).exists():
-                partial = self._partial(INDEX)
-                partial.write_text(json.dumps(self.index, indent=2))
-                self._publish(partial, INDEX)
-        except OSError as error:
-            raise ValueError(f"the feature folder {self.folder} cannot be written to: {error}") from error
+                with whole(self.folder / INDEX) as index:
+                    index.write_text(json.dumps(self.index, indent=2))
 
     def write(self, shard: Shard, rows: dict[int, torch.Tensor]) -> None:
         """Writes a shard from its rows [filled, L * H] on the host.
@@ -105,17 +98,10 @@ class FeatureFolder:
         assert list(rows) == list(shard.rows)
         assert all(t.shape == (self.filled[shard.part][row], self.width) for row, t in rows.items())
         assert all(tensor.dtype == self.dtype for tensor in rows.values()), "stored as captured"
-        partial = self._partial(shard.name)
         metadata = {"index": self._digest} | {str(row): _hash(_bytes(tensor)) for row, tensor in rows.items()}
-        try:
-            _write_safetensors(partial, rows, metadata)
-            self._publish(partial, shard.name)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise ValueError(
-                f"{self.folder / shard.name} could not be written: {error}. Finished shards stay: make room on the"
-                " disk and run the same command again"
-            ) from error
+        path = self.folder / shard.name
+        with writing(path, "make room and run the same command again; finished shards stay"), whole(path) as file:
+            _write_safetensors(file, rows, metadata)
 
     def read(self, part: str, rows: Sequence[int], seq_len: int, pin: bool = False) -> torch.Tensor:
         """[len(rows), seq_len, L * H] on the host: features, then zeros; a row past the end is all zeros.
@@ -177,16 +163,6 @@ class FeatureFolder:
         except (OSError, ValueError):
             return False
 
-    def _partial(self, name: str) -> Path:
-        # Unlike that of any other process, which may be a rank of a killed run that does not know it yet.
-        return self.folder / f"{name}.{uuid.uuid4().hex[:8]}{PARTIAL}"
-
-    def _publish(self, partial: Path, name: str) -> None:
-        """Renames a file once its content is on the disk."""
-        sync(partial)
-        partial.rename(self.folder / name)
-        sync(self.folder)
-
 
 def read_index(folder: Path) -> dict[str, Any]:
     """What the features in `folder` are of.
@@ -211,12 +187,8 @@ def refuse_other(stored: dict[str, Any], ours: dict[str, Any], folder: Path) -> 
     Raises:
         ValueError: naming every key that differs, with both values.
     """
-    other = [f"{key}: {stored.get(key)!r} -> {ours[key]!r}" for key in ours if stored.get(key) != ours[key]]
-    if other:
-        raise ValueError(
-            f"{folder} holds features of something else. Changed: {'; '.join(other)}. Restore these, or capture into"
-            " another folder"
-        )
+    changed = differences({key: stored.get(key) for key in ours}, ours, undivided=ours)
+    refuse_changed(f"{folder} holds features of something else", changed, "capture into another folder")
 
 
 def _write_safetensors(path: Path, rows: dict[int, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from dflash_dist.files import whole
+
 BUILTIN_TARGET, BUILTIN_CHAT = "builtin:tiny", "builtin:chat"
 
 SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>", "<mask>")
@@ -54,14 +56,13 @@ def make_tiny_target(folder: Path) -> None:
     """Writes a random 6-layer Qwen3 of 0.3 M parameters and its tokenizer, unless they are there already."""
     if folder.is_dir():
         return
-    partial = folder.with_suffix(".partial")  # a run that is killed here leaves no half of a model under the name
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Qwen3ForCausalLM(tiny_config(tokenizer))
-    tokenizer.save_pretrained(partial)
-    model.save_pretrained(partial)
-    partial.rename(folder)
+    with whole(folder) as partial:
+        tokenizer.save_pretrained(partial)
+        model.save_pretrained(partial)
 
 
 def make_tiny_chats(path: Path, count: int = 256) -> None:
@@ -69,13 +70,11 @@ def make_tiny_chats(path: Path, count: int = 256) -> None:
     if path.is_file():
         return
     numbers = random.Random(0)
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for _ in range(count):
         a, b = numbers.randint(1, 99), numbers.randint(1, 99)
         question = {"role": "user", "content": f"What is {a} plus {b}?"}
         answer = {"role": "assistant", "content": f"We add {a} and {b}. The sum of {a} and {b} is {a + b}."}
         lines.append(json.dumps({"messages": [question, answer]}))
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n".join(lines) + "\n")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text("\n".join(lines) + "\n")

@@ -16,9 +16,7 @@ import contextlib
 import copy
 import json
 import math
-import os
 import re
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from dflash_dist.files import sync
+from dflash_dist.files import remove_folder, remove_leftovers, whole
 from dflash_dist.reading import check_fields, read_object, reading
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -136,35 +134,28 @@ class Checkpoints:
             optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], moments: Any, state: dict[str, Any]) -> None:
-        final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".{final.name}.partial"
         try:
-            for left in self.folder.glob(".step-*"):  # by a run that was killed as it wrote or removed
-                shutil.rmtree(left, ignore_errors=True)
-            partial.mkdir(parents=True)
-            save_file(tensors, partial / "draft.safetensors")
-            with (partial / "optimizer.pt").open("wb") as file:
-                torch.save(moments, file)
-            state = state | {"checksums": {name: _checksum(partial / name) for name in FILES}}
-            (partial / "state.json").write_text(json.dumps(state, indent=2))
-            for path in (*partial.iterdir(), partial):
-                sync(path)
-            _remove(final)  # left by a run that was cut back to an earlier step
-            partial.rename(final)
-            sync(self.folder)
+            remove_leftovers(self.folder)  # of a run that was killed as it wrote or removed
+            with whole(self.folder / f"step-{step:08d}") as folder:  # it is there if a run was cut back to before it
+                folder.mkdir()
+                save_file(tensors, folder / "draft.safetensors")
+                with (folder / "optimizer.pt").open("wb") as file:
+                    torch.save(moments, file)
+                state = state | {"checksums": {name: _checksum(folder / name) for name in FILES}}
+                (folder / "state.json").write_text(json.dumps(state, indent=2))
             folders = step_folders(self.folder)
             # Newer ones are damaged, or the run would have gone on from them: they must not count as kept.
             kept = [at for at in folders if at <= step][-self.keep :]
             if (best := best_step(self.folder, up_to=step)) is not None:
-                _link(self.folder / BEST, folders[best].name)
+                with whole(self.folder / BEST) as link:
+                    link.symlink_to(folders[best].name)
                 kept.append(best)
             for other in folders.keys() - kept:
-                _remove(folders[other])
+                remove_folder(folders[other])
         except BaseException as error:  # a thread's exception would vanish: wait() raises it
             self._failure = error.__context__ or error  # a full disk; torch.save hides it behind a position in a file
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
-            whole = max(step_folders(self.folder), default=None)
-            last = "there is none yet" if whole is None else f"the last one is of step {whole}"
+            newest = max(step_folders(self.folder), default=None)
+            last = "there is none yet" if newest is None else f"the last one is of step {newest}"
             print(f"CHECKPOINT OF STEP {step} NOT WRITTEN to {self.folder}: {self._failure}; {last}", flush=True)
 
 
@@ -197,20 +188,3 @@ def _host_copy(tree: Any) -> Any:
     if isinstance(tree, list):
         return [_host_copy(value) for value in tree]
     return copy.copy(tree)
-
-
-def _remove(folder: Path) -> None:
-    """Takes the name away first: a folder with a step's name is whole at every moment."""
-    if folder.exists():
-        gone = folder.with_name(f".{folder.name}.removed")
-        shutil.rmtree(gone, ignore_errors=True)
-        folder.rename(gone)
-        shutil.rmtree(gone)
-
-
-def _link(path: Path, to: str) -> None:
-    """Makes or changes a symbolic link, which is there at every moment."""
-    new = path.with_name(f".{path.name}.partial")
-    new.unlink(missing_ok=True)
-    new.symlink_to(to)
-    os.replace(new, path)

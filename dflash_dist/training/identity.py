@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from dflash_dist.config import FIXED, KNOBS, Config, load_written, values
 from dflash_dist.data.rows import Data, make_encoder
 from dflash_dist.data.sources import digest
 from dflash_dist.draft.shape import DraftShape
+from dflash_dist.files import differences, refuse_changed
 from dflash_dist.target.load import TargetInfo, digest_weights, name_weights
 from dflash_dist.training.checkpoint import read_state
 from dflash_dist.training.setup import CONFIG, draft_to_begin_from
@@ -93,15 +93,15 @@ def refuse_another(
         }
     refused = []
     for key in ours:
-        if key in saved and (differences := list(_differences(key, saved[key], ours[key]))):
+        if key in saved and (changed := list(differences(saved[key], ours[key], key, undivided=KNOBS))):
             named = [text for name, text in changed_knobs.items() if KNOBS[name].metadata["resume"] == key]
-            why = "; ".join(text for text in named if text not in differences) if named else MEANINGS.get(key)
-            refused.append("; ".join(differences) + (f" ({why})" if why else ""))
-    if refused:
-        raise ValueError(
-            f"{checkpoint} is a checkpoint of a different run, so it cannot be resumed. Changed: {'; '.join(refused)}."
-            " Restore these, or choose another output_dir (draft.init can begin it from this run's export)"
-        )
+            why = "; ".join(text for text in named if text not in changed) if named else MEANINGS.get(key)
+            refused.append("; ".join(changed) + (f" ({why})" if why else ""))
+    refuse_changed(
+        f"{checkpoint} is a checkpoint of a different run, so it cannot be resumed",
+        refused,
+        "choose another output_dir (draft.init can begin it from this run's export)",
+    )
     return list(changed_knobs.values())
 
 
@@ -143,11 +143,3 @@ def _essential(config: Any) -> Any:
     if isinstance(config, dict):
         return {key: _essential(value) for key, value in config.items() if key not in INCIDENTAL}
     return config
-
-
-def _differences(key: str, before: Any, now: Any) -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict) and key not in KNOBS:
-        for name in sorted(before.keys() | now.keys()):
-            yield from _differences(f"{key}.{name}", before.get(name), now.get(name))
-    elif before != now:
-        yield f"{key}: {before!r} -> {now!r}"

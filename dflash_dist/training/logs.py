@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from dflash_dist.files import writing
+
 LOGS = "logs"  # in the run folder
 
 
@@ -31,12 +33,10 @@ def keep_logs(folder: Path) -> Iterator[None]:
         ValueError: the folder cannot be written to.
     """
     rank, path = int(os.environ.get("RANK", 0)), folder / LOGS
-    try:
+    with writing(f"output_dir {folder}"):
         path.mkdir(parents=True, exist_ok=True)
         # Unbuffered: a killed rank has written its lines, and a full disk keeps none back to fail again.
         log = (path / f"rank-{rank}.log").open("ab", buffering=0)
-    except OSError as error:
-        raise ValueError(f"output_dir {folder} cannot be written to: {error}") from error
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) + 1
     with log, _descriptors_to(log) if rank else contextlib.nullcontext():
         _put(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import resource
 import shutil
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from dflash_dist.files import whole
 from dflash_dist.reading import parse
 from dflash_dist.training.logs import or_dash
 
@@ -100,9 +100,8 @@ def _cut_back(path: Path, step: int) -> None:
                 kept.append(line + b"\n")
         except (ValueError, TypeError, LookupError):
             break
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(kept))
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_bytes(b"".join(kept))
 
 
 class Progress:

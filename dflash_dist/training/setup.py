@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from dflash_dist.data.template import today
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.kinds import kind_of
 from dflash_dist.draft.shape import DraftShape
-from dflash_dist.files import writing
+from dflash_dist.files import locked, whole, writing
 from dflash_dist.machine import TOO_SLOW, bfloat16_slowdown
 from dflash_dist.ranks import World
 from dflash_dist.target.features import DATE, INDEX, read_index
@@ -49,32 +48,20 @@ CONFIG, CHAT_TEMPLATE, PREEMPTED = "config.yaml", "chat_template.jinja", "PREEMP
 
 @contextlib.contextmanager
 def claim_folder(folder: Path, world: World) -> Iterator[None]:
-    """Makes the run folder and holds it while the run lasts, so that no second run writes to it. The lock is the
-    operating system's: it falls with its holder.
+    """Makes the run folder and holds it while the run lasts, so that no second run writes to it.
 
     Raises:
         ValueError: the folder cannot be written to, or another run holds it.
     """
-    if not world.is_main:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise ValueError(f"output_dir {folder} cannot be written to: {error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            raise ValueError(
-                f"output_dir {folder} is in use by {lock.read().strip() or 'another run'}: choose another, or wait"
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}\n")
-        lock.flush()
-        (folder / PREEMPTED).unlink(missing_ok=True)
+
+    def refuse(holder: str) -> None:
+        raise ValueError(f"output_dir {folder} is in use by {holder}: choose another, or wait")
+
+    with contextlib.ExitStack() as held:
+        if world.is_main:
+            with writing(f"output_dir {folder}"):
+                held.enter_context(locked(folder / ".lock", refuse))
+            (folder / PREEMPTED).unlink(missing_ok=True)
         yield
 
 
@@ -351,9 +338,10 @@ def describe_run(config: Config) -> str:
     versions = {"dflash_dist": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in packages}
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(text)
+        contents = {CONFIG: text, "versions.json": json.dumps(versions, indent=2)}
         if config.data.chat_template:
-            (folder / CHAT_TEMPLATE).write_text(Path(config.data.chat_template).read_text(encoding="utf-8"))
-        (folder / "versions.json").write_text(json.dumps(versions, indent=2))
+            contents[CHAT_TEMPLATE] = Path(config.data.chat_template).read_text(encoding="utf-8")
+        for name, content in contents.items():
+            with whole(folder / name) as file:
+                file.write_text(content)
     return text

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -593,8 +594,9 @@ def test_left_over_parts_of_other_settings_are_refused(interrupted, arguments, a
     changes += [{"top_k": 5}, {"endpoint": "http://localhost:1/v1", "extra_body": {}}]
     changes += [{"template_args": {"style": "brief"}}, {"target": f"{interrupted.target}/."}]
     for change in changes:
-        with pytest.raises(ValueError, match=f"{interrupted.out}.settings.json belongs to a run with other"):
+        with pytest.raises(ValueError, match=f"{interrupted.out}.settings.json belongs to a run with other") as refusal:
             regenerate(arguments(batch_size=2, **change), alone)
+        assert re.search(rf"Changed: (.*; )?{[*change][-1]}: .* -> .*\. Restore these, or choose", str(refusal.value))
     assert _part(interrupted).read_bytes() == before
     assert not Path(interrupted.out).exists()
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from tests.mutants import Mutant
 
 CHECKPOINT, FILES = "dflash_dist/training/checkpoint.py", "dflash_dist/files.py"
+TEST_FILES = "tests/test_files.py"
 WATCH, METRICS, LOGS = (f"dflash_dist/training/{name}.py" for name in ("watch", "metrics", "logs"))
 TESTS, TEST_TRAINER = "tests/training/test_checkpoint.py", "tests/training/test_trainer.py"
 TEST_WATCH, TEST_METRICS, TEST_LOGS = (f"tests/training/test_{name}.py" for name in ("watch", "metrics", "logs"))
@@ -22,47 +23,77 @@ MUTANTS = [
         "if False:",
         TESTS,
     ),
-    Mutant("a folder of the same step is replaced", CHECKPOINT, "_remove(final)", "pass", TESTS),
-    Mutant("what a killed run left is no obstacle", CHECKPOINT, 'self.folder.glob(".step-*")', "()", TESTS),
-    Mutant("written, synced, renamed", FILES, "os.fsync(descriptor)", "pass", TESTS),
-    Mutant(
-        "every file is synced",
-        CHECKPOINT,
-        "for path in (*partial.iterdir(), partial):",
-        "for path in (partial,):",
-        TESTS,
-    ),
-    Mutant(
-        "the folder is synced, too",
-        CHECKPOINT,
-        "for path in (*partial.iterdir(), partial):",
-        "for path in partial.iterdir():",
-        TESTS,
-    ),
-    Mutant(
-        "the new name is on the disk before the old one goes", CHECKPOINT, "            sync(self.folder)\n", "", TESTS
-    ),
-    Mutant(
-        "synced before it is renamed",
-        CHECKPOINT,
-        "            _remove(final)",
-        "            os.fsync = lambda _: None\n            _remove(final)",
-        TESTS,
-    ),
+    Mutant("what a killed run left is no obstacle", CHECKPOINT, "remove_leftovers(self.folder)", "pass", TESTS),
     Mutant(
         "deleting renames first",
         CHECKPOINT,
-        "        folder.rename(gone)\n        shutil.rmtree(gone)",
-        "        shutil.rmtree(folder)",
+        "remove_folder(folders[other])",
+        '__import__("shutil").rmtree(folders[other])',
         TESTS,
+    ),
+    # ------------------------------------------------------------------------------------------- whole or absent
+    Mutant("written, synced, renamed", FILES, "os.fsync(descriptor)", "pass", f"{TEST_FILES} {TESTS}"),
+    Mutant("every file is synced", FILES, '(*partial.rglob("*"), partial)', "[partial]", f"{TEST_FILES} {TESTS}"),
+    Mutant(
+        "the folder is synced, too",
+        FILES,
+        '(*partial.rglob("*"), partial)',
+        'partial.rglob("*")',
+        f"{TEST_FILES} {TESTS}",
+    ),
+    Mutant("the new name is on the disk before the old one goes", FILES, "    sync(path.parent)\n", "", TESTS),
+    Mutant(
+        "synced before it is renamed",
+        FILES,
+        "    try:\n        yield partial\n",
+        "    try:\n        yield partial\n        partial.rename(path)\n        partial = path\n",
+        f"{TEST_FILES} {TESTS}",
     ),
     Mutant(
-        "a failed write leaves no half of a checkpoint",
-        CHECKPOINT,
-        "shutil.rmtree(partial, ignore_errors=True)  # a",
-        "pass  # a",
-        TESTS,
+        "a folder of the same step is replaced",
+        FILES,
+        "            remove_folder(path)\n",
+        "            pass\n",
+        f"{TEST_FILES} {TESTS}",
     ),
+    Mutant(
+        "a link is there at every moment",
+        FILES,
+        "path.is_dir() and not path.is_symlink():\n            remove",
+        "path.is_dir():\n            path.unlink() if path.is_symlink() else remove",
+        TEST_FILES,
+    ),
+    Mutant(
+        "what is being removed has no name",
+        FILES,
+        "    path.rename(partial)\n    shutil.rmtree(partial)",
+        "    shutil.rmtree(path)",
+        f"{TEST_FILES} {TESTS}",
+    ),
+    Mutant(
+        "a failed write leaves nothing",
+        FILES,
+        "        _discard(partial)  # a full",
+        "        pass  # a full",
+        f"{TEST_FILES} {TESTS}",
+    ),
+    Mutant("writers at once do not disturb each other", FILES, ".{uuid.uuid4().hex[:8]}", "", TEST_FILES),
+    Mutant("only what has the name is taken away", FILES, "if name in leftover.name:", "if True:", TEST_FILES),
+    # ------------------------------------------------------------------------------------------------ one process
+    Mutant(
+        "a lock is held by one", FILES, "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", TEST_FILES
+    ),
+    Mutant("a lock names its holder now", FILES, "        lock.truncate(0)\n", "", TEST_FILES),
+    # ---------------------------------------------------------------------------------------------------- one run
+    Mutant(
+        "what only one run has differs",
+        FILES,
+        "for key in before | now:",
+        "for key in before.keys() & now.keys():",
+        TEST_FILES,
+    ),
+    Mutant("another run is refused", FILES, 'if listed := "; ".join(changed):', "if False:", TEST_FILES),
+    # ------------------------------------------------------------------------------------------------ checkpoints
     Mutant(
         "training goes on while it is written: weights",
         CHECKPOINT,
@@ -94,7 +125,7 @@ MUTANTS = [
     Mutant("checkpoint.keep", CHECKPOINT, "[-self.keep :]", "[-1:]", TESTS),
     Mutant("newer ones that are damaged do not count as kept", CHECKPOINT, "if at <= step]", "]", TESTS),
     Mutant("the best is never pruned", CHECKPOINT, "kept.append(best)", "pass", TESTS),
-    Mutant("best is a link that follows", CHECKPOINT, "_link(self.folder / BEST, folders[best].name)", "pass", TESTS),
+    Mutant("best is a link that follows", CHECKPOINT, "link.symlink_to(folders[best].name)", "pass", TESTS),
     Mutant("the best so far, not of what was cut away", CHECKPOINT, "if step <= up_to and", "if", TESTS),
     Mutant("the newest of equals is the best", CHECKPOINT, "(measured[step], step)", "(measured[step], -step)", TESTS),
     Mutant("as good as the best is the best", CHECKPOINT, "tau >= read_state", "tau > read_state", TESTS),
@@ -108,8 +139,8 @@ MUTANTS = [
     Mutant(
         "a changed run is refused by name",
         "dflash_dist/training/identity.py",
-        "    if refused:\n",
-        "    if False:\n",
+        "        refused,\n",
+        "        [],\n",
         "tests/training/test_identity.py",
     ),
     # ------------------------------------------------------------------------------------------- what a run shows

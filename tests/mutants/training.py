@@ -371,8 +371,8 @@ MUTANTS = [
     Mutant(
         "one run a folder",
         SETUP,
-        "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        'held.enter_context(locked(folder / ".lock", refuse))',
+        "pass",
         f"{TEST_COMMANDS}::test_a_killed_run_continues_with_the_exact_losses_and_no_second_one_beside_it",
     ),
     Mutant(

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dflash_dist.target import features as module
 from dflash_dist.target.features import FeatureFolder, Shard, read_index, refuse_other
+from tests.disk import watch_disk
 
 FILLED = {"train": np.array([5, 8, 1, 8, 3]), "held-out": np.array([2])}
 WIDTH, SEQ_LEN = 6, 8
@@ -149,7 +149,7 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_leaves_the_finished_shards(tm
     features = make(tmp_path)
     second = features.shards[1]
     (tmp_path / second.name).unlink()
-    with small_disk(300), pytest.raises(ValueError, match=r"train-00001.* could not be written: .*make room"):
+    with small_disk(300), pytest.raises(ValueError, match=r"train-00001.* cannot be written .*make room"):
         features.write(second, rows_of(second, torch.bfloat16))
     assert again(tmp_path).lacking() == [second]
     assert not list(tmp_path.glob("*.partial"))
@@ -166,17 +166,16 @@ def test_what_a_killed_process_left_half_done_is_taken_away(tmp_path: Path) -> N
 
 def test_a_shard_gets_its_name_only_after_it_was_synced(tmp_path: Path, monkeypatch) -> None:
     features = make(tmp_path)
-    shard, events = features.shards[0], []
-    monkeypatch.setattr(module, "sync", lambda path: events.append(("sync", path.suffix)))
-    rename = Path.rename
-    monkeypatch.setattr(Path, "rename", lambda path, to: events.append(("rename", to.suffix)) or rename(path, to))
+    shard, disk = features.shards[0], watch_disk(monkeypatch)
     features.write(shard, rows_of(shard, torch.bfloat16))
-    assert events == [("sync", ".partial"), ("rename", ".safetensors"), ("sync", tmp_path.suffix)]
+    size, names = (tmp_path / shard.name).stat().st_size, " ".join(sorted(path.name for path in tmp_path.iterdir()))
+    partial = f".{shard.name}.partial"
+    assert disk == [("sync", partial, str(size)), ("rename", partial, shard.name), ("sync", tmp_path.name, names)]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"feature folder .*file/features cannot be written to"):
+    with pytest.raises(ValueError, match=r"feature folder .*file/features cannot be written "):
         again(tmp_path / "file" / "features").begin()
 
 

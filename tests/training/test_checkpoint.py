@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dflash_dist import files
 from dflash_dist.config import TrainConfig
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.training import checkpoint
@@ -21,6 +22,7 @@ from dflash_dist.training.checkpoint import (
     step_folders,
 )
 from dflash_dist.training.optim import apply_update, make_optimizer
+from tests.disk import watch_disk
 from tests.tiny import tiny_shape
 
 
@@ -108,8 +110,10 @@ def test_a_run_that_goes_on_from_before_its_best_finds_a_best_of_its_own(tmp_pat
     assert list(step_folders(tmp_path)) == [5, 6] and read_state(tmp_path / "best")["step"] == 5
 
 
-@pytest.mark.parametrize("breaks", ["save_file", "sync"])
-def test_a_failed_write_leaves_the_previous_checkpoint_and_is_reported(tmp_path, monkeypatch, breaks, capsys) -> None:
+@pytest.mark.parametrize(("where", "breaks"), [(checkpoint, "save_file"), (files, "sync")])
+def test_a_failed_write_leaves_the_previous_checkpoint_and_is_reported(
+    tmp_path, monkeypatch, where, breaks, capsys
+) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, *trained(), {})
     checkpoints.wait()
@@ -117,7 +121,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint_and_is_reported(tmp_path,
     def fail(*args) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, breaks, fail)
+    monkeypatch.setattr(where, breaks, fail)
     checkpoints.save(2, *trained(), {})
     checkpoints.save(2, *trained(), {})  # training goes on after a write that failed
     with pytest.raises(RuntimeError, match=r"could not be written to .* no space left on device"):
@@ -156,35 +160,8 @@ def test_a_folder_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "step-00000004/draft.safetensors")["fc.weight"], draft.fc.weight)
 
 
-@pytest.fixture
-def disk(monkeypatch) -> list[tuple[str, ...]]:
-    """What happens to the disk from now on, in order: ("sync", path, files in it or its size), ("rename", from, to) and
-    ("remove", path of a file), names only."""
-    events: list[tuple[str, ...]] = []
-    fsync, rename, unlink = os.fsync, os.rename, os.unlink
-
-    def note_sync(descriptor: int) -> None:
-        fsync(descriptor)
-        path = Path(f"/proc/self/fd/{descriptor}").resolve()
-        content = " ".join(sorted(os.listdir(path))) if path.is_dir() else str(path.stat().st_size)
-        events.append(("sync", path.name, content))
-
-    def note_rename(old: Any, new: Any, **options: Any) -> None:
-        rename(old, new, **options)
-        events.append(("rename", Path(old).name, Path(new).name))
-
-    def note_unlink(path: Any, **options: Any) -> None:
-        unlink(path, **options)
-        events.append(("remove", Path(path).name))
-
-    monkeypatch.setattr(os, "fsync", note_sync)
-    monkeypatch.setattr(os, "rename", note_rename)
-    monkeypatch.setattr(os, "unlink", note_unlink)
-    return events
-
-
-def test_all_is_on_the_disk_before_the_name_and_the_name_before_the_last_one_goes(tmp_path: Path, disk) -> None:
-    """What a loss of power could show and a kill cannot: in which order the disk is told."""
+def test_all_is_on_the_disk_before_the_name_and_the_name_before_the_last_one_goes(tmp_path: Path, monkeypatch) -> None:
+    disk = watch_disk(monkeypatch)
     checkpoints = Checkpoints(tmp_path, keep=1)
     for step in (1, 2):
         disk.clear()
@@ -200,7 +177,7 @@ def test_all_is_on_the_disk_before_the_name_and_the_name_before_the_last_one_goe
         (f".{new}.partial", " ".join(files)),
     }
     assert disk[named + 1] == ("sync", tmp_path.name, f"{old} {new}"), "the folder of the names, with the new one"
-    assert disk[named + 2] == ("rename", old, f".{old}.removed")
+    assert disk[named + 2] == ("rename", old, f".{old}.partial")
     assert sorted(disk[named + 3 :]) == [("remove", name) for name in files]
 
 
