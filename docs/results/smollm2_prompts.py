@@ -13,8 +13,9 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from dflash_dist.serving.suites import SUITES
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dflash_dist.evaluate.suites import SUITES
 
 CODE, WORD_PROBLEMS, QUESTIONS = 1400, 1600, 1000
 BATCH = 64
@@ -119,7 +120,7 @@ def main(folder: str, out: str) -> None:
     ]
     library = functions()
     asked = [code({"prompt": text})[0] for text in pick.sample(library, min(CODE, len(library)))]
-    asked += [math({"prompt": text})[0] for text in made_up(folder, openings, seed=0)]
+    asked += [math({"question": text})[0] for text in made_up(folder, openings, seed=0)]
     asked += made_up(folder, [""] * QUESTIONS, seed=1)
     asked.sort(key=len)  # `regenerate` answers them in batches, each as wide as its longest prompt
     with Path(out).open("w") as file:

