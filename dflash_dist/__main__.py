@@ -58,7 +58,7 @@ def main() -> None:
         told = isinstance(error, (ValueError, FloatingPointError, RuntimeError)) and is_ours(error)
         told = told or (isinstance(error, OSError) and error.errno in OUTSIDE)
         if rank:
-            from dflash_dist.watchdog import tell_torchrun  # imports torch, which took part in this by now
+            from dflash_dist.ranks.watchdog import tell_torchrun  # imports torch, which took part in this by now
 
             tell_torchrun(f"error: {error}" if told else traceback.format_exc())
         if not told:

@@ -1,7 +1,8 @@
-"""What this machine is good at, found by trying it."""
+"""What this machine is good at, found by trying it, and what it is told."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
 
@@ -31,3 +32,15 @@ def bfloat16_slowdown(device: torch.device) -> float:
         matmul_flops_per_s(dtype, device, size=512, times=5) for dtype in (torch.float32, torch.bfloat16)
     )
     return of_float32 / of_bfloat16
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep the tensors' memory that a step frees for the next one, which would fault in every page anew.
+
+    The most that a process holds stays what it was. Other C libraries are left as they are.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # names of parameters, from malloc.h; the values are bytes
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 32 * 2**20)  # the most that it takes; what is larger is given back at once

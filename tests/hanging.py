@@ -8,8 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from dflash_dist.logs import LOGS, keep_logs
 from dflash_dist.ranks import join_world
-from dflash_dist.training.logs import LOGS, keep_logs
 
 
 class Stuck:

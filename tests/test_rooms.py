@@ -10,10 +10,10 @@ import dflash_dist
 PACKAGE = Path(dflash_dist.__file__).parent
 FLOORS = {
     "typed_yaml": -1,
+    "files": -1,
     "config": 0,
     "batch": 0,
-    "watchdog": 0,
-    "files": 0,
+    "logs": 0,
     "reading": 0,
     "machine": 0,
     "ranks": 1,

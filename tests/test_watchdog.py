@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dflash_dist import watchdog as module
 from dflash_dist.config import TrainConfig
-from dflash_dist.training.logs import LOGS
-from dflash_dist.watchdog import Activity, State, Watchdog
+from dflash_dist.logs import LOGS
+from dflash_dist.ranks import watchdog as module
+from dflash_dist.ranks.watchdog import Activity, State, Watchdog
 from tests.conftest import REPOSITORY
 from tests.test_commands import ENVIRONMENT, TORCHRUN, debug, read_until, start
 
@@ -209,8 +209,8 @@ def test_a_stuck_rank_and_a_lost_store_end_all_ranks(tmp_path: Path) -> None:
     terminal, silent = (process.communicate()[0] for process in stuck)
     assert [process.returncode for process in stuck] == [1, 1]
     assert f"rank 1 ({os.uname().nodename}, process {stuck[1].pid}) takes no part any more: for 3 s" in terminal
-    assert re.search(r"it has been at ranks.py:\d+ share, with \d+ collectives begun, where others", terminal)
-    assert re.search(r"Rank 0 waits in gloo:all_reduce \[\[2\]\] .* from ranks.py:\d+ sum_numbers", terminal)
+    assert re.search(r"it has been at ranks/world.py:\d+ share, with \d+ collectives begun, where others", terminal)
+    assert re.search(r"Rank 0 waits in gloo:all_reduce \[\[2\]\] .* from ranks/world.py:\d+ sum_numbers", terminal)
     assert silent == ""
     logs = tmp_path / "stuck" / LOGS
     assert "rank 1" in (logs / "rank-1.log").read_text().splitlines()[0]

@@ -36,8 +36,8 @@ from dflash_dist.data.packing import PackedRows
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.kinds import kind_of
 from dflash_dist.kernels.target_attention_cpu import suit_device
-from dflash_dist.machine import matmul_flops_per_s
-from dflash_dist.ranks import World, join_world, keep_freed_memory
+from dflash_dist.machine import keep_freed_memory, matmul_flops_per_s
+from dflash_dist.ranks import World, join_world
 from dflash_dist.target.capture import HFDFlashTargetModel, decoder_layers
 from dflash_dist.target.load import truncate
 from dflash_dist.target.run import LiveTarget

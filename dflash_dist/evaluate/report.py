@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from dflash_dist.decoding.speculative import Decoded
+from dflash_dist.logs import or_dash
 from dflash_dist.reading import check_fields
-from dflash_dist.training.logs import or_dash
 
 DECODED = ("plain", "fast")
 RESAMPLES = 2000  # of the prompts, for the confidence interval

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dflash_dist.config import Config, load_config
 from dflash_dist.data.packing import PackedRows
 from dflash_dist.files import writing
+from dflash_dist.logs import LOGS, keep_logs
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.features import DATE, EACH, INDEX, FeatureFolder, Shard, read_index, refuse_other
 from dflash_dist.target.load import check_loading
@@ -32,7 +33,6 @@ from dflash_dist.training.context import (
     show_bytes,
     stored_layout,
 )
-from dflash_dist.training.logs import LOGS, keep_logs
 
 
 def main(argv: list[str]) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from dflash_dist.files import whole
+from dflash_dist.logs import or_dash
 from dflash_dist.reading import parse
-from dflash_dist.training.logs import or_dash
 
 
 class MetricLog:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from dflash_dist.config import describe, load_config
-from dflash_dist.training.logs import keep_logs
+from dflash_dist.logs import keep_logs
 
 
 def main(argv: list[str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_dist.config import Config
+from dflash_dist.logs import LOGS
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.run import LiveTarget
 from dflash_dist.training import setup
@@ -19,7 +20,6 @@ from dflash_dist.training.checkpoint import Checkpoints, newest_whole, read_stat
 from dflash_dist.training.context import make_target
 from dflash_dist.training.evaluation import Evaluation, SharedTarget, find_prompts
 from dflash_dist.training.identity import identity_of, refuse_another, refuse_changed_knobs
-from dflash_dist.training.logs import LOGS
 from dflash_dist.training.optim import describe_jump, gather_state, restore_hyperparameters
 from dflash_dist.training.sampling import Sampler
 from dflash_dist.training.step import TrainingStep

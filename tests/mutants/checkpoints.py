@@ -4,9 +4,10 @@ from tests.mutants import Mutant
 
 CHECKPOINT, FILES = "dflash_dist/training/checkpoint.py", "dflash_dist/files.py"
 TEST_FILES = "tests/test_files.py"
-WATCH, METRICS, LOGS = (f"dflash_dist/training/{name}.py" for name in ("watch", "metrics", "logs"))
+WATCH, METRICS = (f"dflash_dist/training/{name}.py" for name in ("watch", "metrics"))
+LOGS, TEST_LOGS = "dflash_dist/logs.py", "tests/test_logs.py"
 TESTS, TEST_TRAINER = "tests/training/test_checkpoint.py", "tests/training/test_trainer.py"
-TEST_WATCH, TEST_METRICS, TEST_LOGS = (f"tests/training/test_{name}.py" for name in ("watch", "metrics", "logs"))
+TEST_WATCH, TEST_METRICS = (f"tests/training/test_{name}.py" for name in ("watch", "metrics"))
 
 MUTANTS = [
     Mutant(

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-RANKS, WATCHDOG, CONFIG = "dflash_dist/ranks.py", "dflash_dist/watchdog.py", "dflash_dist/config.py"
+RANKS, WATCHDOG = "dflash_dist/ranks/world.py", "dflash_dist/ranks/watchdog.py"
+LOGS, CONFIG = "dflash_dist/logs.py", "dflash_dist/config.py"
 SLURM, COMPONENTS = "launch/slurm.sbatch", "launch/components.py"
 TEST_RANKS, TEST_WATCHDOG, TEST_LAUNCH = "tests/test_ranks.py", "tests/test_watchdog.py", "tests/test_launch.py"
 TEST_TRAINER, TEST_LOAD = "tests/training/test_trainer.py", "tests/target/test_load.py"
@@ -134,7 +135,7 @@ MUTANTS = [
     Mutant("the stacks are written down", WATCHDOG, "faulthandler.dump_traceback(file=report)", "pass", REAL),
     Mutant(
         "what is said of a hang is in the log",
-        WATCHDOG,
+        LOGS,
         "    print(text, file=sys.stderr, flush=True)\n",
         "    pass\n",
         REAL,

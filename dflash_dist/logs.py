@@ -2,7 +2,7 @@
 
 Rank 0 prints to both through Python objects, because a pipe in between would no longer be a terminal to progress bars;
 what native code prints there reaches the terminal alone. The other ranks' file descriptors lead to their files, native
-output included.
+output included. Nothing here needs torch: what is said while that loads is in the files, too.
 """
 
 from __future__ import annotations
@@ -53,6 +53,13 @@ def keep_logs(folder: Path) -> Iterator[None]:
             raise
         finally:
             sys.stdout, sys.stderr = before
+
+
+def say_on_terminal(text: str) -> None:
+    """Prints to stderr and, where that goes to a log file, to the terminal as well."""
+    if sys.__stderr__ is not None and sys.stderr.fileno() != sys.__stderr__.fileno():
+        print(text, file=sys.__stderr__, flush=True)
+    print(text, file=sys.stderr, flush=True)
 
 
 def or_dash(value: float | None, form: str = "{:.2f}") -> str:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from dflash_dist.training.logs import LOGS, keep_logs
+from dflash_dist.logs import LOGS, keep_logs
 from tests.conftest import REPOSITORY
 
 PRINTS = """
 import os, sys
 from pathlib import Path
-from dflash_dist.training.logs import keep_logs
+from dflash_dist.logs import keep_logs
 with keep_logs(Path(sys.argv[1])):
     print("from Python")
     print("a warning", file=sys.stderr)

@@ -30,7 +30,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PACKAGE = str(Path(__file__).parent)
+from dflash_dist.logs import say_on_terminal
+
+PACKAGE = str(Path(__file__).parents[1])
 LAST = 20  # collectives in a report
 LAST_WORDS = 60.0  # [s] after which a process that is to end does so, even if a dead disk or GPU holds up its report
 
@@ -296,15 +298,3 @@ def tell_torchrun(message: str) -> None:
         with contextlib.suppress(OSError):
             details = {"py_callstack": message, "timestamp": str(int(time.time()))}
             Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
-
-
-def say_on_terminal(text: str) -> None:
-    """Prints to stderr and, where that goes to a log file, to the terminal as well: `sys.__stderr__` still leads
-    there."""
-    if _redirected():
-        print(text, file=sys.__stderr__, flush=True)
-    print(text, file=sys.stderr, flush=True)
-
-
-def _redirected() -> bool:
-    return sys.__stderr__ is not None and sys.stderr.fileno() != sys.__stderr__.fileno()

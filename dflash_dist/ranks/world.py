@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from dflash_dist.watchdog import Activity, Watchdog
+from dflash_dist.machine import keep_freed_memory
+from dflash_dist.ranks.watchdog import Activity, Watchdog
 
 T = TypeVar("T")
 
@@ -150,18 +150,6 @@ def _watched(world: World, hang_timeout: float, logs: Path | None) -> Iterator[N
         yield
     finally:
         watchdog.stop()
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep the tensors' memory that a step frees for the next one, which would fault in every page anew.
-
-    The most that a process holds stays what it was. Other C libraries are left as they are.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3  # names of parameters, from malloc.h; the values are bytes
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_threshold, 32 * 2**20)  # the most that it takes; what is larger is given back at once
 
 
 def _device(local_rank: int) -> torch.device:
