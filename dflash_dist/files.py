@@ -113,16 +113,16 @@ def locked(path: Path, taken: Callable[[str], object] = str) -> Iterator[None]:
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as lock:
+    with path.open("a+b", buffering=0) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            taken(lock.read().strip() or "another process")
+            taken(lock.read().decode().strip() or "another process")
             fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}\n")
-        lock.flush()
+        with contextlib.suppress(OSError):  # a full disk has no room for a name, and need not be written to
+            lock.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         yield
 
 
