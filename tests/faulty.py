@@ -107,6 +107,7 @@ class Tracer:
 
 def line_of(function: Callable, text: str) -> str:
     """The line of a function of the package that has `text`, as a fault names it."""
+    function = inspect.unwrap(function)
     lines, first = inspect.getsourcelines(function)
     (number,) = (number for number, line in enumerate(lines, first) if text in line)
     return f"{inspect.getfile(function).removeprefix(PACKAGE)}:{number}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dflash_dist.training.checkpoint import Checkpoints
+from dflash_dist.files import whole
 from dflash_dist.training.step import TrainingStep
 from dflash_dist.training.trainer import Trainer
 from tests.conftest import REPOSITORY
@@ -154,7 +154,7 @@ def test_torchrun_with_two_ranks_gives_the_same_run(undisturbed: Path, undisturb
 def test_ranks_that_are_struck_come_back_with_the_exact_losses(undisturbed_pair: Path, tmp_path: Path) -> None:
     """As in tests/faults.py: a rank is killed as a checkpoint is about to get its name, and torchrun
     starts the ranks again; then both are stopped in the middle of a step, and the same command goes on."""
-    kill = Fault("SIGKILL", "rank 0", "save", line_of(Checkpoints._write, "partial.rename(final)"), 2)
+    kill = Fault("SIGKILL", "rank 0", "save", line_of(whole, "partial.rename(path)"), 2)
     stop = Fault("SIGTERM", "all ranks", "step", line_of(TrainingStep.run, "self.backward("), 3)
     choose(tmp_path, [kill, stop])
     command = [*AFRESH, *RANKS, "--max_restarts", "1", "-m", "tests.faulty", str(tmp_path)]
