@@ -13,7 +13,6 @@ Time counts while this process runs: one that was suspended as a whole, and goes
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import faulthandler
 import json
 import os
@@ -22,7 +21,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,11 +111,16 @@ class Watchdog:
 
     # ------------------------------------------------------------------------------------------------ the threads
 
-    def _tell(self) -> None:
+    def _rounds(self) -> Iterator[float]:
+        """Gives, every interval until the end, the seconds since the last one in which this process may have run."""
         last = time.monotonic()
         while not self.stopped.wait(self.interval):
             now = time.monotonic()
-            seconds, last = min(now - last, 2 * self.interval), now
+            yield min(now - last, 2 * self.interval)
+            last = now
+
+    def _tell(self) -> None:
+        for seconds in self._rounds():
             if self.lost and not self.activity.expects_progress:
                 continue  # the rank that holds the store may have ended, and well
             self.asking = True
@@ -139,10 +143,11 @@ class Watchdog:
                 self.store.set(self.keys[self.rank], self._word(self.rounds + 1, left=True))
 
     def _guard(self) -> None:
-        rounds, silent, last = self.rounds, 0.0, time.monotonic()
-        while not self.stopped.wait(self.interval) and self.teller.is_alive():
-            now = time.monotonic()
-            silent, last = silent + min(now - last, 2 * self.interval), now
+        rounds, silent = self.rounds, 0.0
+        for seconds in self._rounds():
+            if not self.teller.is_alive():
+                return
+            silent += seconds
             allowed = not self.asking or (self.lost and not self.activity.expects_progress)
             if self.rounds != rounds or allowed:
                 rounds, silent = self.rounds, 0.0
@@ -157,9 +162,8 @@ class Watchdog:
     def _word(self, beat: int, left: bool = False) -> str:
         frame = sys._current_frames().get(self.main_thread)
         where = "nowhere" if left or frame is None else _site(_frames(frame))
-        activity = dataclasses.asdict(self.activity)
-        state = State(beat, self.name, collectives=_collectives_begun(), left=left, where=where, **activity)
-        return json.dumps(dataclasses.asdict(state))
+        state = State(beat, self.name, _collectives_begun(), left=left, where=where, **vars(self.activity))
+        return json.dumps(vars(state))
 
     # ------------------------------------------------------------------------------------------------ the verdict
 

@@ -55,18 +55,12 @@ MUTANTS = [
         TEST_WATCHDOG + "::test_it_watches_by_default",
     ),
     Mutant(
-        "a job that was suspended goes on",
+        "a job that was suspended goes on, also where the store does not answer",
         WATCHDOG,
-        "seconds, last = min(now - last, 2 * self.interval), now",
-        "seconds, last = now - last, now",
-        f"{TEST_WATCHDOG}::test_time_in_which_the_job_was_suspended_is_not_a_ranks_silence",
-    ),
-    Mutant(
-        "also where the store does not answer",
-        WATCHDOG,
-        "silent + min(now - last, 2 * self.interval), now",
-        "silent + now - last, now",
-        f"{TEST_WATCHDOG}::test_nor_is_it_silence_of_the_jobs_store",
+        "yield min(now - last, 2 * self.interval)",
+        "yield now - last",
+        f"{TEST_WATCHDOG}::test_time_in_which_the_job_was_suspended_is_not_a_ranks_silence"
+        f" {TEST_WATCHDOG}::test_nor_is_it_silence_of_the_jobs_store",
     ),
     Mutant(
         "the store that does not answer is found",
