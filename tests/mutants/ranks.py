@@ -18,7 +18,7 @@ MUTANTS = [
     # ---------------------------------------------------------------------------------------------------- ranks
     Mutant(
         "ranks slice the batch",
-        "dflash_dist/ranks.py",
+        RANKS,
         "rows[group * each :",
         "rows[0 :",
         "tests/training/test_sampling.py",
