@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from dflash_dist.config import DataConfig
+from dflash_dist.data.conversations import Conversation, name_row, read_conversations
 from dflash_dist.data.rows import cache_folder
-from dflash_dist.data.sources import Conversation, name_row, read_conversations
 from dflash_dist.reading import reading
 
 

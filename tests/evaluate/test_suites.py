@@ -8,8 +8,8 @@ import zipfile
 import pytest
 
 from dflash_dist.config import DataConfig
+from dflash_dist.data.conversations import Conversation
 from dflash_dist.data.rows import cache_folder
-from dflash_dist.data.sources import Conversation
 from dflash_dist.evaluate.suites import SUITES, read_prompts
 
 # A line of each suite's file, as its package has it, and what is asked.
