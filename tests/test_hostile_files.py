@@ -281,7 +281,7 @@ def test_a_damaged_cache_of_tokens_says_to_delete_it(tiny_target, write_chats, t
     source = FileSource(write_chats([("user", "Hi"), ("assistant", "yes")]))
     open_documents(source, encoder, tmp_path / "cache", 0, workers=1)
     [made] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-    for name, content in (("documents.arrow", b"x"), ("summary.json", b"[]"), ("tokens.arrow", None)):
+    for name, content in (("documents.arrow", b"x"), ("account.json", b"[]"), ("documents.arrow", None)):
         folder = copied(made, tmp_path / "whole")
         write(made / name, content)
         assert refused(lambda: open_documents(source, encoder, tmp_path / "cache", 0, workers=1), f"{made} cannot be")

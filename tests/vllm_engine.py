@@ -19,7 +19,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dflash_dist.contract.folder import CONFIG, WEIGHTS, read_draft
 from dflash_dist.data.chat import ChatEncoder
-from dflash_dist.data.sources import read_conversations
+from dflash_dist.data.conversations import read_conversations
 from dflash_dist.decoding.speculative import TIE, Decoder
 from dflash_dist.export import export
 from dflash_dist.export.check import check

@@ -18,7 +18,8 @@ import openai
 
 from dflash_dist.answers.parts import Row
 from dflash_dist.answers.regenerate import answer_turns, split_reasoning
-from dflash_dist.data.sources import REASONING_KEYS, Conversation, Message
+from dflash_dist.data.conversations import Conversation, Message
+from dflash_dist.data.keys import REASONING_KEYS
 
 FIRST_BACK_OFF, LONGEST_BACK_OFF = 0.5, 8.0  # [s], as the client's own
 MOST_CONNECTIONS = 1000  # that the client opens

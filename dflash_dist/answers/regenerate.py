@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,9 @@ from tqdm import tqdm
 
 from dflash_dist.answers.parts import Parts, Row, stored_settings
 from dflash_dist.config import TrainConfig, is_day
+from dflash_dist.data.account import Account, BadRow
 from dflash_dist.data.chat import ChatEncoder
-from dflash_dist.data.sources import (
-    BadRow,
-    BadRows,
-    Conversation,
-    Message,
-    describe_noted,
-    describe_unread,
-    is_context,
-    read_conversations,
-    read_row,
-)
+from dflash_dist.data.conversations import Conversation, Message, is_context, read_conversations, read_row
 from dflash_dist.data.template import today
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.load import check_loading_whole, load_whole, read_info
@@ -157,22 +147,20 @@ def _encoder(args: argparse.Namespace, world: World) -> ChatEncoder | None:
 def _read_prompts(args: argparse.Namespace, world: World) -> tuple[list[int], dict[int, Conversation], str]:
     """The numbers of all rows, this rank's conversations by row, and a digest of all conversations."""
     rows: list[int] = []
-    mine, bad, digest, unread, noted = {}, BadRows(), hashlib.sha256(), Counter[str](), Counter[str]()
-    for row, asked in read_conversations(args.prompts, args.max_bad_rows, noted):
-        unread.update(asked.unread)
+    mine, bad, digest, account = {}, Account(args.prompts), hashlib.sha256(), Account()
+    for row, asked in read_conversations(args.prompts, args.max_bad_rows, account):
         if next(answer_turns(asked), None) is None:
-            bad.add(args.prompts, row, BadRow("nothing to answer: nobody asks anything of the target"))
-            bad.refuse_above(args.max_bad_rows, None)
+            bad.add_bad(row, BadRow("nothing to answer: nobody asks anything of the target"))
+            bad.refuse_above(args.max_bad_rows)
             continue
         if len(rows) % world.size == world.rank:
             mine[row] = asked
         rows.append(row)
         own = [asked.template_args] if asked.template_args else []
         digest.update(json.dumps([row, asked.messages, asked.tools, *own]).encode() + b"\n")
-    if unread and world.is_main:
-        print(describe_unread(unread))
-    for line in describe_noted(noted) if world.is_main else ():
-        print(line)
+    if world.is_main:
+        for line in (*account.describe_unread(), *account.describe_noted()):
+            print(line)
     return rows, mine, digest.hexdigest()[:16]
 
 
@@ -322,12 +310,12 @@ def _answer_here(
 
 def _refuse_unknown_tokens(todo: dict[int, Conversation], encoder: ChatEncoder, args: argparse.Namespace) -> None:
     """Raises a ValueError where more prompts than may be bad have a token that the target has no embedding for."""
-    bad = BadRows()
+    bad = Account(args.prompts)
     for row, asked in todo.items():
         try:
             encoder.prompt_of(dataclasses.replace(asked, messages=next(answer_turns(asked))))
         except BadRow as error:
-            bad.add(args.prompts, row, error)
+            bad.add_bad(row, error)
     bad.refuse_above(args.max_bad_rows, len(todo))
 
 

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from dflash_dist.config import DataConfig
+from dflash_dist.data.account import Account
 from dflash_dist.data.chat import ChatEncoder, Document
-from dflash_dist.data.documents import EntryWriter, Summary, as_arrays, entry_folder
-from dflash_dist.data.files import CHUNK_ROWS, FileSource
+from dflash_dist.data.documents import as_batch, entry_folder, write_documents
 from dflash_dist.data.rows import cache_folder, load_data, make_encoder
+from dflash_dist.data.sources import CHUNK_ROWS, FileSource
 from dflash_dist.target.folder import read_tokenizer
 
 WORDS = (
@@ -76,12 +77,12 @@ def time_tokenising(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         data = load_data(config, encoder, seed=0, pack=True)
         loop.append(between - begun)
         ours.append(time.perf_counter() - between)
-        assert documents == len(data.loaded.documents), "both ways read the same chats"
+        assert documents == len(data.train.documents), "both ways read the same chats"
     return {
         "cores": len(os.sched_getaffinity(0)),
         "rows": args.rows,
         "tokens": data.train.tokens,
-        "filled": data.train.rows.filled,
+        "filled": data.train.filled,
         "rows_per_s_obvious_loop": args.rows / min(loop),
         "rows_per_s": args.rows / min(ours),
         "ratio": min(loop) / min(ours),
@@ -134,12 +135,11 @@ def measure_opening(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     document = Document(np.arange(SHORT_ROW, dtype=np.int32), [(SHORT_ROW // 2, SHORT_ROW)])
     made = entry_folder(cache_folder(config), FileSource(path), encoder)
     made.mkdir(parents=True)
-    with EntryWriter(made) as writer:
-        for first in range(0, args.open_rows, CHUNK_ROWS):
-            count = min(CHUNK_ROWS, args.open_rows - first)
-            writer.add(*as_arrays(range(first + 1, first + count + 1), [document] * count))
-    summary = Summary(str(path), "messages", args.open_rows)
-    (made / "summary.json").write_text(json.dumps(vars(summary)))
+    rows = range(1, args.open_rows + 1)
+    chunks = (rows[start : start + CHUNK_ROWS] for start in range(0, args.open_rows, CHUNK_ROWS))
+    digest = write_documents(made / "documents.arrow", (as_batch(chunk, [document] * len(chunk)) for chunk in chunks))
+    account = Account(str(path), args.open_rows, {"messages": 1}, digest=digest)
+    (made / "account.json").write_text(json.dumps(vars(account)))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         seconds, mib = pool.apply(open_cache, (folder, args))
     return {"opened_rows": args.open_rows, "opening_s": seconds, "opening_peak_mib_above_rest": mib}
@@ -156,7 +156,7 @@ def open_cache(folder: Path, args: argparse.Namespace) -> tuple[float, float]:
     config, encoder = _short_rows(folder, args)
     begun, rest = time.perf_counter(), _status_mib("VmRSS")
     data = load_data(config, encoder, seed=0, pack=True)
-    data.train.rows.batch([0, len(data.train.rows) - 1])
+    data.train.batch([0, len(data.train) - 1])
     return time.perf_counter() - begun, _status_mib("VmHWM") - rest
 
 

@@ -10,196 +10,142 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
-from dflash_dist.data.chat import ChatEncoder, Document, Text
-from dflash_dist.data.files import BadRow, Chunk, Source
+from dflash_dist.data.account import SAID, Account, BadRow
+from dflash_dist.data.chat import ChatEncoder, Document
+from dflash_dist.data.conversations import Text, read_row, shape_of
 from dflash_dist.data.padding import Padding
-from dflash_dist.data.sources import BadRows, digest, read_row, shape_of
+from dflash_dist.data.sources import Chunk, Source, digest
 from dflash_dist.data.workers import Workers
 from dflash_dist.files import locked, remove_leftovers, whole, writing
 from dflash_dist.reading import reading
 
-# What is known of each document, in one small file that opening reads; the tokens lie in another, read where needed.
-INDEX = pa.schema(
+NO_LIMIT = np.iinfo(np.int32).max
+SCHEMA = pa.schema(
     {
         "row": pa.int32(),  # of the source, from 1; several documents may come from one row
-        "length": pa.int32(),  # tokens
-        "first_anchor": pa.int32(),  # the first token that is supervised with its successor; NO_ANCHOR without one
+        "input_ids": pa.list_(pa.int32()),
         "supervised": pa.list_(pa.int32()),  # begin, end, begin, end, ...
     }
 )
-TOKENS = pa.schema({"input_ids": pa.int32()})
-TOKEN_BATCHES = b"token_batches"  # metadata of the index: the size of each batch of tokens
-NO_ANCHOR = np.iinfo(np.int32).max
-# A batch of tokens is read into the map as a whole; a document lies in one batch.
-TOKENS_A_BATCH = 1 << 20
-AT_ONCE = 1 << 16  # documents that a sum over all of them looks at together: a bound on memory
+TOKENS_A_BATCH = 1 << 20  # in the file: few enough batches to open quickly, and small enough to sum over one by one
 # A worker process imports the tokenizer's library first, which takes seconds: too long for less than this.
 CHUNKS_ALONE = 8
 # The modules that decide what documents say.
-CODE = ("padding", "files", "keys", "sources", "template", "chat", "workers", "documents")
+CODE = ("account", "keys", "padding", "sources", "conversations", "template", "chat", "workers", "documents")
 
 
-@dataclass
-class Summary:
-    """What an entry tells of its source, besides the documents."""
+def count_anchors(spans: np.ndarray, document: np.ndarray, limit: int) -> np.ndarray:
+    """How many tokens of each supervised range can be anchors: those whose next token, in the same document, is
+    supervised too. That is all of a range but its last, which can be one only if the next range follows at once.
 
-    source: str
-    shape: str = ""
-    rows: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)  # by cause
-    unread: Counter[str] = field(default_factory=Counter)  # rows by a key that nothing reads
-    noted: Counter[str] = field(default_factory=Counter)  # what was read otherwise than it stands there, in words
-    bad: dict[str, int] = field(default_factory=dict)  # by cause
-    bad_listed: list[str] = field(default_factory=list)
-    digest: str = ""  # of all documents
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The documents of a source."""
-
-    index: pa.RecordBatch  # of INDEX
-    token_batches: np.ndarray  # tokens before each batch of tokens
-    read_tokens: Callable[[int], np.ndarray]  # a batch by number, as a view of its file
-
-    def column(self, name: str) -> np.ndarray:
-        return self.index.column(name).to_numpy()
+    Args:
+        spans: [N, 2] ranges [begin, end) of documents, ascending within each.
+        document: [N] the document of each.
+        limit: tokens at which documents are cut.
+    """
+    begin, end = spans.T
+    goes_on = np.zeros(len(spans), bool)
+    goes_on[:-1] = (document[1:] == document[:-1]) & (begin[1:] == end[:-1])
+    return np.maximum(np.minimum(end + goes_on, limit) - begin - 1, 0)
 
 
 class Documents:
-    """Documents by number. Their tokens stay in memory-mapped files."""
+    """Documents by number. Their tokens stay in memory-mapped files.
 
-    def __init__(self, entries: Sequence[Entry]):
-        self.entries = entries
-        self.row = _joined([entry.column("row") for entry in entries])
-        self.length = _joined([entry.column("length") for entry in entries])
-        self.first_anchor = _joined([entry.column("first_anchor") for entry in entries])
-        self._first = np.cumsum([0, *(entry.index.num_rows for entry in entries)])  # document of each entry
-        self._end = [
-            np.cumsum(entry.column("length"), dtype=np.int64) for entry in entries
-        ]  # tokens up to each document's end
+    Args:
+        entries: the documents of each source, as `open_documents` gives them.
+    """
+
+    def __init__(self, entries: Sequence[tuple[pa.Table, Account]]):
+        tables, self.accounts = [table for table, _ in entries], [account for _, account in entries]
+        before = np.cumsum([0, *(account.rows for account in self.accounts)]).tolist()
+        rows = [first + table["row"].to_numpy() for first, table in zip(before, tables)]
+        self._table = pa.concat_tables([SCHEMA.empty_table(), *tables])
+        self.length = pc.list_value_length(self._table["input_ids"]).to_numpy()  # [documents] tokens
+        self.row = np.concatenate([np.zeros(0, np.int32), *rows])  # [documents] where each came from, over all sources
 
     @staticmethod
     def of(documents: Sequence[Document]) -> Documents:
         """Documents in memory, each a row of its own."""
-        index, tokens = as_arrays(range(1, len(documents) + 1), documents)
-        return Documents([Entry(index, np.zeros(1, np.int64), lambda _: tokens)])
+        batch = as_batch(range(1, len(documents) + 1), documents)
+        return Documents([(pa.Table.from_batches([batch]), Account(rows=len(documents)))])
 
     def __len__(self) -> int:
-        return int(self._first[-1])
+        return len(self.length)
 
     def __getitem__(self, number: int) -> Document:
-        which = int(np.searchsorted(self._first, number, "right")) - 1
-        entry, within = self.entries[which], number - int(self._first[which])
-        length = int(self.length[number])
-        token = int(self._end[which][within]) - length
-        batch = int(np.searchsorted(entry.token_batches, token, "right")) - 1
-        begin = token - int(entry.token_batches[batch])
-        edges, offsets = _lists(entry.index, "supervised")
-        spans = edges[offsets[within] : offsets[within + 1]].reshape(-1, 2)
-        return Document(entry.read_tokens(batch)[begin : begin + length], [(int(b), int(e)) for b, e in spans])
+        ids, edges = (self._table[name][number].values.to_numpy() for name in ("input_ids", "supervised"))
+        return Document(ids, list(map(tuple, edges.reshape(-1, 2).tolist())))
 
-    def supervised_tokens(self, limit: int, at_least: int = 1) -> np.ndarray:
-        """[len(self)]: supervised tokens among the first `limit` of each document; with `at_least` 2, how many of them
-        can be anchors, since the last of a range has no supervised successor."""
-        counts = np.zeros(len(self), np.int32)
-        for entry, first in zip(self.entries, self._first):
-            edges, offsets = _lists(entry.index, "supervised")
-            for start in range(0, entry.index.num_rows, AT_ONCE):
-                some = offsets[start : start + AT_ONCE + 1]
-                begin, end = edges[some[0] : some[-1]].reshape(-1, 2).T
-                inside = np.maximum(np.minimum(end, limit) - begin - (at_least - 1), 0)
-                owner = np.repeat(np.arange(len(some) - 1), np.diff(some) // 2)
-                counts[first + start :][: len(some) - 1] = np.bincount(owner, inside, minlength=len(some) - 1)
-        return counts
+    def of_row(self, row: int) -> list[Document]:
+        """Those that came from a row, counted over all sources."""
+        return [self[int(number)] for number in np.flatnonzero(self.row == row)]
 
+    def supervised(self, limit: int) -> np.ndarray:
+        """[documents]: supervised tokens among the first `limit` of each."""
+        return self._sums(lambda spans, _: np.maximum(np.minimum(spans[:, 1], limit) - spans[:, 0], 0))
 
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate([np.zeros(0, np.int32), *arrays])
+    def anchors(self, limit: int) -> np.ndarray:
+        """[documents]: tokens of each that can be anchors where it is cut at `limit`."""
+        return self._sums(lambda spans, document: count_anchors(spans, document, limit))
 
+    def first_anchor(self) -> int | None:
+        """The earliest place that an anchor has in any of them."""
+        places = [spans[count_anchors(spans, document, NO_LIMIT) > 0, 0] for spans, document in self._spans()]
+        return min((int(place.min()) for place in places if len(place)), default=None)
 
-def _lists(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Values and offsets of a column of lists; views, not copies."""
-    column = batch.column(name)
-    return column.values.to_numpy(), column.offsets.to_numpy()
+    def _sums(self, count: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        sums = np.zeros(len(self), np.int32)
+        for spans, document in self._spans():
+            np.add.at(sums, document, count(spans, document))
+        return sums
 
-
-def as_arrays(rows: Sequence[int], documents: Sequence[Document]) -> tuple[pa.RecordBatch, np.ndarray]:
-    """The index of documents that came from `rows`, and their tokens one after the other."""
-    edges = [np.array(document.supervised, np.int32).reshape(-1) for document in documents]
-    offsets = np.cumsum([0, *map(len, edges)], dtype=np.int32)
-    columns = [
-        pa.array(rows, pa.int32()),
-        pa.array([len(document.input_ids) for document in documents], pa.int32()),
-        pa.array([next((b for b, e in d.supervised if e - b > 1), NO_ANCHOR) for d in documents], pa.int32()),
-        pa.ListArray.from_arrays(offsets, np.concatenate([np.zeros(0, np.int32), *edges])),
-    ]
-    tokens = np.concatenate([np.zeros(0, np.int32), *(document.input_ids for document in documents)])
-    return pa.RecordBatch.from_arrays(columns, schema=INDEX), tokens
+    def _spans(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Supervised ranges [N, 2] and the number of the document [N] of each; batch by batch, a bound on memory."""
+        first = 0
+        for lists in self._table["supervised"].chunks:
+            document = np.repeat(np.arange(first, first + len(lists)), np.diff(lists.offsets) // 2)
+            yield lists.flatten().to_numpy().reshape(-1, 2), document
+            first += len(lists)
 
 
-class EntryWriter:
-    """Writes documents into a folder, as they come."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.indices: list[pa.RecordBatch] = []
-        self.content = hashlib.sha256()
-        self._waiting: list[np.ndarray] = []
-        self._sizes: list[int] = []
-
-    def __enter__(self) -> EntryWriter:
-        self._file = pa.OSFile(str(self.folder / "tokens.arrow"), "wb")
-        self._writer = pa.ipc.new_file(self._file, TOKENS)
-        return self
-
-    def add(self, index: pa.RecordBatch, tokens: np.ndarray) -> None:
-        self.indices.append(index)
-        self._waiting.append(tokens)
-        self.content.update(tokens.tobytes())
-        for name in ("length", "supervised"):
-            for buffer in index.column(name).buffers():
-                self.content.update(buffer or b"")
-        if sum(map(len, self._waiting)) >= TOKENS_A_BATCH:
-            self._flush()
-
-    def _flush(self) -> None:
-        tokens = np.concatenate([np.zeros(0, np.int32), *self._waiting])
-        self._sizes.append(len(tokens))
-        self._writer.write_batch(pa.RecordBatch.from_arrays([pa.array(tokens)], schema=TOKENS))
-        self._waiting = []
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._flush()
-            # With the index, so that opening need not look into the tokens.
-            schema = INDEX.with_metadata({TOKEN_BATCHES: json.dumps(self._sizes)})
-            index = pa.Table.from_batches(self.indices, INDEX).combine_chunks()
-            with pa.OSFile(str(self.folder / "documents.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-                writer.write_table(index)
-        self._writer.close()
-        self._file.close()
+def as_batch(rows: Sequence[int], documents: Sequence[Document]) -> pa.RecordBatch:
+    """Documents that came from `rows`."""
+    ids = _lists([document.input_ids for document in documents])
+    supervised = _lists([np.array(document.supervised, np.int32).reshape(-1) for document in documents])
+    return pa.RecordBatch.from_arrays([pa.array(rows, pa.int32()), ids, supervised], schema=SCHEMA)
 
 
-def read_entry(folder: Path) -> Entry:
-    """An entry that was written whole; only its index is read."""
-    documents, tokens = (
-        pa.ipc.open_file(pa.memory_map(str(folder / f"{name}.arrow"))) for name in ("documents", "tokens")
-    )
-    index = documents.get_batch(0) if documents.num_record_batches else as_arrays([], [])[0]
-    sizes = json.loads(documents.schema.metadata[TOKEN_BATCHES])
-    starts = np.cumsum([0, *sizes[:-1]], dtype=np.int64)
-    return Entry(index, starts, lambda number: tokens.get_batch(number).column(0).to_numpy())
+def _lists(arrays: list[np.ndarray]) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate([np.zeros(0, np.int32), *arrays]))
+
+
+def write_documents(file: Path, batches: Iterable[pa.RecordBatch]) -> str:
+    """Writes documents as they come. Returns a digest of them, which their batches belong to."""
+    content, waiting, tokens = hashlib.sha256(), [], 0
+    with pa.OSFile(str(file), "wb") as out, pa.ipc.new_file(out, SCHEMA) as writer:
+        for batch in batches:
+            ids, supervised = batch["input_ids"], batch["supervised"]
+            for array in (ids.values, ids.value_lengths(), supervised.offsets, supervised.values):
+                content.update(array.to_numpy())
+            waiting.append(batch)
+            tokens += len(ids.values)
+            if tokens >= TOKENS_A_BATCH:
+                writer.write_batch(pa.concat_batches(waiting))
+                waiting, tokens = [], 0
+        if waiting:
+            writer.write_batch(pa.concat_batches(waiting))
+    return content.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ the cache
@@ -207,9 +153,9 @@ def read_entry(folder: Path) -> Entry:
 
 def open_documents(
     source: Source, encoder: ChatEncoder, folder: Path, max_bad_rows: float, workers: int | None = None
-) -> tuple[Entry, Summary]:
-    """The documents of `source`, from the cache in `folder` or made now. Whichever process comes first makes them; the
-    others wait for its lock, which the operating system releases also when it dies.
+) -> tuple[pa.Table, Account]:
+    """The documents of `source`, from the cache in `folder` or made now, and what became of its rows. Whichever process
+    comes first makes them; the others wait for its lock, which the operating system releases also when it dies.
 
     Args:
         max_bad_rows: where a count, making them stops once more rows are bad and enough of them are listed.
@@ -230,9 +176,8 @@ def open_documents(
                     begun.mkdir()
                     _write_entry(begun, source, encoder, max_bad_rows, workers or len(os.sched_getaffinity(0)))
     with reading(f"the cache of tokenised data {made}", "delete this folder, which the next start makes anew"):
-        told = json.loads((made / "summary.json").read_text())
-        counters = {name: Counter(told[name]) for name in ("dropped", "unread", "noted")}
-        return read_entry(made), Summary(**(told | counters))
+        account = Account(**json.loads((made / "account.json").read_text()))
+        return pa.ipc.open_file(pa.memory_map(str(made / "documents.arrow"))).read_all(), account
 
 
 def entry_folder(folder: Path, source: Source, encoder: ChatEncoder) -> Path:
@@ -253,104 +198,72 @@ def _say_waiting(_: str) -> None:
 
 
 def _write_entry(folder: Path, source: Source, encoder: ChatEncoder, max_bad_rows: float, workers: int) -> None:
-    summary, bad = Summary(source.name), BadRows()
+    account = Account(source.name)
+    encoded = _encoded(source, encoder, max_bad_rows, workers, account)
+    account.digest = write_documents(folder / "documents.arrow", encoded)
+    (folder / "account.json").write_text(json.dumps(vars(account), indent=2))
+
+
+def _encoded(
+    source: Source, encoder: ChatEncoder, max_bad_rows: float, workers: int, account: Account
+) -> Iterator[pa.RecordBatch]:
+    """The documents of a source, encoded on all cores; the account takes what became of its rows.
+
+    Raises:
+        ValueError: its rows have several shapes, or too many are bad.
+    """
     with (
-        EntryWriter(folder) as writer,
+        Workers(encoder, workers, CHUNKS_ALONE) as pool,
         tqdm(desc=f"tokenising {source.name}", unit=" rows", delay=3, leave=False) as progress,
     ):
-        for encoded in _encode_all(encoder, source, workers):
-            if encoded.other_shape:
-                raise ValueError(f"{source.name}, {encoded.other_shape}")
-            summary.shape = encoded.shape
-            writer.add(encoded.index, encoded.tokens)
-            for number, error in encoded.bad:
-                bad.add(source.name, number, error)
-            if len(bad.listed) == bad.LISTED:
-                bad.refuse_above(max_bad_rows, None)
-            summary.dropped += encoded.dropped
-            summary.unread += encoded.unread
-            summary.noted += encoded.noted
-            summary.rows = encoded.last_row
-            progress.update(encoded.last_row - progress.n)
-    summary.bad, summary.bad_listed, summary.digest = bad.by_cause, bad.listed, writer.content.hexdigest()
-    (folder / "summary.json").write_text(json.dumps(vars(summary), indent=2))
+        for batch, more in pool.map(encode_chunk, source.chunks(lambda chunks: pool.map(_look, chunks))):
+            account.add(more)
+            if len(account.shapes) > 1:
+                (shape, _), (other, row) = list(account.shapes.items())[:2]
+                raise ValueError(
+                    f"{source.name}, row {row}: it has the shape '{other}', the rows before it '{shape}'; split the"
+                    " file, or bring its rows to one shape"
+                )
+            if len(account.bad_listed) == SAID:
+                account.refuse_above(max_bad_rows)
+            progress.update(more.rows)
+            yield batch
 
 
-# ------------------------------------------------------------------------------------------------ on all cores
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The documents of a chunk."""
-
-    index: pa.RecordBatch
-    tokens: np.ndarray
-    last_row: int
-    bad: list[tuple[int, BadRow]]
-    dropped: Counter[str]
-    unread: Counter[str]
-    noted: Counter[str]
-    shape: str  # empty as long as no row had one
-    other_shape: str = ""  # names a row that has another shape than the first
-
-
-def encode_chunk(encoder: ChatEncoder, chunk: Chunk, shape: str) -> Encoded:
-    """Parses, renders and tokenises a chunk. Without a shape, that of its first row with one counts."""
+def encode_chunk(encoder: ChatEncoder, chunk: Chunk) -> tuple[pa.RecordBatch, Account]:
+    """Parses, renders and tokenises a chunk."""
+    account, bad = Account(chunk.source, len(chunk.rows)), dict[int, BadRow]()
     rows: list[int] = []
     texts: list[Text] = []
-    bad: list[tuple[int, BadRow]] = []
-    dropped, unread, noted = Counter[str](), Counter[str](), Counter[str]()
-    other_shape = ""
-    for number, row in chunk.parsed(noted):
+    for number, row in chunk.parsed(account.noted):
         try:
-            if isinstance(row, BadRow):
-                raise row
-            shape = shape or shape_of(row)
-            if shape_of(row) != shape:
-                other_shape = (
-                    f"row {number}: it has the shape '{shape_of(row)}', the rows before it '{shape}'; split the file,"
-                    " or bring its rows to one shape"
-                )
-                break
+            if isinstance(row, dict):
+                account.shapes.setdefault(shape_of(row), number)
             read = read_row(row)
             made = encoder.texts(read)
         except BadRow as error:
-            bad.append((number, error))
+            bad[number] = error
             continue
         except RecursionError:
-            bad.append((number, BadRow("nested too deeply: no template can render it")))
+            bad[number] = BadRow("nested too deeply: no template can render it")
             continue
         if not made:
-            dropped["no assistant turn"] += 1
-        unread.update(encoder.unread(read))
+            account.dropped["no assistant turn"] += 1
+        account.unread.update(encoder.unread(read))
         if encoder.goes_on(read):
-            noted["row with an answer that goes on behind its end of turn, and is taught up to that"] += 1
+            account.noted["row with an answer that goes on behind its end of turn, and is taught up to that"] += 1
         rows += [number] * len(made)
         texts += made
-    documents, unknown = encoder.tokenise(texts), dict[int, BadRow]()
-    for number, document in zip(rows, documents):
+    documents = list(zip(rows, encoder.tokenise(texts)))
+    for number, document in documents:
         try:
             encoder.refuse_unknown(document.input_ids)
         except BadRow as error:
-            unknown[number] = error
-    if unknown:
-        bad = sorted([*bad, *unknown.items()], key=lambda listed: listed[0])
-        documents = [document for number, document in zip(rows, documents) if number not in unknown]
-        rows = [number for number in rows if number not in unknown]
-    index, tokens = as_arrays(rows, documents)
-    return Encoded(index, tokens, chunk.first + len(chunk.rows) - 1, bad, dropped, unread, noted, shape, other_shape)
-
-
-def _encode_all(encoder: ChatEncoder, source: Source, workers: int) -> Iterator[Encoded]:
-    """Encodes a source's chunks in their order."""
-    with Workers(encoder, workers, CHUNKS_ALONE) as pool:
-        chunks = source.chunks(lambda lines: pool.map(_look, lines))
-        shape = ""
-        while not shape and (chunk := next(chunks, None)):  # the first row says the shape of all
-            encoded = encode_chunk(encoder, chunk, shape)
-            shape = encoded.shape
-            yield encoded
-        yield from pool.map(partial(encode_chunk, shape=shape), chunks)
+            bad[number] = error
+    for number in sorted(bad):
+        account.add_bad(number, bad[number])
+    documents = [(number, document) for number, document in documents if number not in bad]
+    return as_batch([number for number, _ in documents], [document for _, document in documents]), account
 
 
 def _look(_: ChatEncoder, chunk: Chunk) -> Padding:

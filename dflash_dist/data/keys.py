@@ -1,4 +1,5 @@
-"""The keys of a row: which are read, which say nothing of the prompt or its supervision, and which forbid its use.
+"""The keys of a row: which tell its shape, which are read, which say nothing of the prompt or its supervision, and
+which forbid its use.
 
 Whatever is left is named with a count where the data is described, so that nothing gets lost in silence.
 """
@@ -8,6 +9,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from dflash_dist.data.account import BadRow
+
+# shape -> the keys that tell it; where a row has the keys of several, the first counts
+SHAPES = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "text": ("text", "prompt_length"),
+    "prompt/response": ("prompt", "response"),
+}
 # What engines call the thinking before an answer, and what chat templates read: Qwen3 the first, gpt-oss the last.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # beside the turns, as exports of ShareGPT keep it
@@ -17,13 +27,14 @@ THINKING_SWITCHES = ("enable_thinking", "thinking")  # Qwen3's argument of the c
 SUPERVISION_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_weight")
 BEGUN_KEYS = ("prefix", "partial")  # of an assistant's turn that somebody else began
 
-_OF_ANY_CHAT = {*SYSTEM_KEYS, *TOOL_KEYS, "chat_template_kwargs", "finish_reason"}
-ROW_KEYS = {
-    "messages": frozenset({"messages", *_OF_ANY_CHAT}),
-    "conversations": frozenset({"conversations", *_OF_ANY_CHAT}),
-    "text": frozenset({"text", "prompt_length", "finish_reason"}),
-    "prompt/response": frozenset({"prompt", "response", *REASONING_KEYS, *_OF_ANY_CHAT}),
+_OF_ANY_CHAT = {*SYSTEM_KEYS, *TOOL_KEYS, "chat_template_kwargs"}
+_MORE_KEYS = {  # beside those that tell the shape
+    "messages": _OF_ANY_CHAT,
+    "conversations": _OF_ANY_CHAT,
+    "text": set(),
+    "prompt/response": {*REASONING_KEYS, *_OF_ANY_CHAT},
 }
+ROW_KEYS = {shape: frozenset({*keys, *_MORE_KEYS[shape], "finish_reason"}) for shape, keys in SHAPES.items()}
 MESSAGE_KEYS = frozenset({"role", "content", "name", "tool_call_id", *SUPERVISION_KEYS})
 ANSWER_KEYS = MESSAGE_KEYS | {*REASONING_KEYS, *BEGUN_KEYS, "tool_calls", "function_call"}
 CALL_KEYS = frozenset({"id", "type", "function", "name", "arguments", "index"})
@@ -59,16 +70,21 @@ REFUSED_IN_CALL = dict.fromkeys(
 )
 
 
+def shapes_of(row: Mapping[str, Any]) -> list[str]:
+    """The shapes whose keys a row has, the one that counts first."""
+    return [shape for shape, keys in SHAPES.items() if all(key in row for key in keys)]
+
+
 def says_nothing(value: Any) -> bool:
     """Whether a key might as well be missing: null or empty."""
     return value is None or (not value and isinstance(value, str | list | dict))
 
 
-def refused_keys(values: Mapping[str, Any], refused: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The keys with which `values` cannot be used, and why."""
-    if refused.keys().isdisjoint(values):
-        return []
-    return [(key, refused[key]) for key in values if key in refused and not says_nothing(values[key])]
+def refuse_keys(values: Mapping[str, Any], refused: Mapping[str, str]) -> None:
+    """Raises a BadRow that names a key with which `values` cannot be used, and why."""
+    for key in values:
+        if key in refused and not says_nothing(values[key]):
+            raise BadRow(f"unusable key '{key}': {refused[key]}")
 
 
 def unread_in_row(row: Mapping[str, Any], shape: str) -> Iterator[str]:
@@ -80,19 +96,14 @@ def unread_in_row(row: Mapping[str, Any], shape: str) -> Iterator[str]:
 
 def unread_in_message(message: Mapping[str, Any]) -> Iterator[str]:
     """The same of a message, of its tool calls and of the parts of its content."""
-    known = ANSWER_KEYS if message["role"] == "assistant" else MESSAGE_KEYS
-    if not message.keys() <= known:
-        yield from _others(message, known, "message.")
+    yield from _others(message, ANSWER_KEYS if message["role"] == "assistant" else MESSAGE_KEYS, "message.")
     for key, known in (("tool_calls", CALL_KEYS), ("content", PART_KEYS)):
-        if isinstance(message.get(key), list):
-            for part in filter(_is_object, message[key]):
+        parts = message.get(key)
+        for part in parts if isinstance(parts, list) else ():
+            if isinstance(part, dict):
                 yield from _others(part, known, f"message.{key}.")
-                if _is_object(part.get("function")):
+                if isinstance(part.get("function"), dict):
                     yield from _others(part["function"], CALL_KEYS, f"message.{key}.function.")
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 def _others(values: Mapping[str, Any], known: Collection[str], prefix: str = "") -> Iterator[str]:

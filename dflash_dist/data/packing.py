@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class PackedRows:
     """
 
     def __init__(self, documents: Documents, chosen: np.ndarray, seq_len: int, pad_id: int, pack: bool = True):
-        self.documents, self.seq_len, self.pad_id = documents, seq_len, pad_id
+        self.documents, self.seq_len, self.pad_id, self.packs = documents, seq_len, pad_id, pack
         lengths = np.minimum(documents.length[chosen], seq_len)
         row_of = pack_best_fit(lengths, seq_len) if pack else np.arange(len(chosen), dtype=np.int32)
         by_row = np.argsort(row_of, kind="stable")
@@ -46,21 +46,53 @@ class PackedRows:
         return PackedRows(self.documents, self.chosen, self.seq_len, self.pad_id)
 
     @property
+    def conversations(self) -> int:
+        return len(np.unique(self.documents.row[self.chosen]))
+
+    @property
     def filled_tokens(self) -> np.ndarray:
         """[rows]: tokens that are not padding."""
-        return np.add.reduceat(self.lengths, self.starts[:-1], dtype=np.int64)
+        return self._by_row(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Those that are not padding."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @cached_property
+    def supervised(self) -> int:
+        """Tokens that are."""
+        return int(self.documents.supervised(self.seq_len)[self.chosen].sum(dtype=np.int64))
+
+    @cached_property
+    def anchors(self) -> np.ndarray:
+        """[rows]: tokens that can be an anchor."""
+        return self._by_row(self.documents.anchors(self.seq_len)[self.chosen])
+
+    def _by_row(self, counts: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(counts, self.starts[:-1], dtype=np.int64)
 
     @property
     def filled(self) -> float:
         """Share of the rows' tokens that are not padding."""
-        return int(self.lengths.sum(dtype=np.int64)) / (len(self) * self.seq_len)
+        return self.tokens / (len(self) * self.seq_len)
 
-    def fingerprint(self, *content: str) -> str:
-        """Changes with the way the rows are laid out, and with `content`, which stands for the documents."""
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any token of the documents, and with the way they are laid out."""
+        content = tuple(account.digest for account in self.documents.accounts)
         state = hashlib.sha256(repr((content, self.seq_len)).encode())
         for array in (self.chosen, self.starts):
             state.update(array.astype(np.int64).tobytes())
         return state.hexdigest()[:16]
+
+    def describe(self) -> str:
+        """One line."""
+        return (
+            f"{self.conversations:,} conversations -> {len(self.chosen):,} documents, {self.tokens:,} tokens"
+            f" ({self.supervised / self.tokens:.0%} supervised)"
+            f" -> {len(self):,} rows of {self.seq_len}, {self.filled:.1%} filled"
+        )
 
     def row(self, index: int) -> Iterator[Document]:
         """The documents of a row, whole; an index past the end gives none."""

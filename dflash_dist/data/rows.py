@@ -6,80 +6,20 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dflash_dist.config import DataConfig
-from dflash_dist.data.chat import ChatEncoder, Document
-from dflash_dist.data.documents import NO_ANCHOR, Documents, Summary, open_documents
+from dflash_dist.data.account import Account
+from dflash_dist.data.chat import ChatEncoder
+from dflash_dist.data.documents import Documents, open_documents
 from dflash_dist.data.packing import SOURCE_SHARE, PackedRows, random_stream
-from dflash_dist.data.sources import BadRows, describe_noted, describe_unread, find_sources
+from dflash_dist.data.sources import find_sources
 from dflash_dist.data.template import today
 
 LEAST_SUPERVISED = 0.01
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Everything under one or several paths."""
-
-    documents: Documents
-    conversation: np.ndarray  # [documents] the row that each came from, counted over all sources
-    weight: np.ndarray  # [documents]
-    path: np.ndarray  # [documents] number of the path that each came from
-    learnable: np.ndarray  # [documents] whether it holds an anchor
-    summaries: list[Summary]
-    passed_over: list[Path]  # files that end as data does and are none
-
-    def of_row(self, row: int) -> list[Document]:
-        """The documents that came from a row of the data."""
-        return [self.documents[int(number)] for number in np.flatnonzero(self.conversation == row)]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Training rows or held-out rows."""
-
-    name: str
-    rows: PackedRows
-    conversations: int
-    digests: list[str]  # of the documents it was chosen from
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with any token of the rows."""
-        return self.rows.fingerprint(*self.digests)
-
-    @cached_property
-    def tokens(self) -> int:
-        return int(self.rows.lengths.sum(dtype=np.int64))
-
-    @cached_property
-    def supervised(self) -> int:
-        return self._sum(at_least=1)
-
-    @cached_property
-    def anchors(self) -> int:
-        """Tokens that could be an anchor."""
-        return self._sum(at_least=2)
-
-    def packed(self) -> Part:
-        return replace(self, rows=self.rows.packed())
-
-    def _sum(self, at_least: int) -> int:
-        counts = self.rows.documents.supervised_tokens(self.rows.seq_len, at_least)
-        return int(counts[self.rows.chosen].sum(dtype=np.int64))
-
-    def describe(self) -> str:
-        rows = self.rows
-        return (
-            f"{self.name}: {self.conversations:,} conversations -> {len(rows.chosen):,} documents,"
-            f" {self.tokens:,} tokens ({self.supervised / self.tokens:.0%} supervised)"
-            f" -> {len(rows):,} rows of {rows.seq_len}, {rows.filled:.1%} filled"
-        )
 
 
 @dataclass(frozen=True)
@@ -87,43 +27,47 @@ class Data:
     """What a run learns from."""
 
     path: str | dict[str, float]  # as the config names it
-    train: Part
-    held_out: Part | None
-    loaded: Loaded  # what `data.path` gives, before anything is held out, repeated or packed
-    summaries: list[Summary]
+    train: PackedRows
+    held_out: PackedRows | None
+    accounts: list[Account]  # of all sources
     passed_over: list[Path]  # files that end as data does and are none
     dropped: Counter[str]  # rows and documents that taught nothing, by cause
     cut: int  # documents that were longer than a row
-    packs: bool  # several documents a row
+
+    @property
+    def packs(self) -> bool:
+        """Several documents a row."""
+        return self.train.packs
 
     def packed(self) -> Data:
         """The same documents, several a row: where the target keeps them apart."""
-        held_out = self.held_out.packed() if self.held_out else None
-        return replace(self, train=self.train.packed(), held_out=held_out, packs=True)
+        return replace(self, train=self.train.packed(), held_out=self.held_out and self.held_out.packed())
+
+    def parts(self) -> dict[str, PackedRows]:
+        """What there is of training rows and held-out rows, by name."""
+        return {"train": self.train} | ({"held out": self.held_out} if self.held_out else {})
 
     def describe(self) -> Iterator[str]:
         """What became of the data, a line a fact."""
-        for summary in self.summaries:
-            yield f"{summary.source}: {summary.rows:,} rows, read as '{summary.shape}'"
-            for noted in describe_noted(summary.noted):
-                yield f"{summary.source}: {noted}"
+        for account in self.accounts:
+            yield f"{account.source}: {account.rows:,} rows, read as '{account.shape}'"
+            for noted in account.describe_noted():
+                yield f"{account.source}: {noted}"
+        total = Account.total(self.accounts)
         if self.passed_over:
             yield "no data, and passed over: " + ", ".join(map(str, self.passed_over))
         if self.cut:
             yield f"cut at the end of a row: {self.cut:,} documents"
-        if unread := sum((summary.unread for summary in self.summaries), Counter[str]()):
-            yield describe_unread(unread)
+        yield from total.describe_unread()
         for cause, count in self.dropped.items():
             yield f"left out: {count:,} x {cause}"
-        bad = [listed for summary in self.summaries for listed in summary.bad_listed]
-        for listed in bad[: BadRows.LISTED]:
+        for listed in total.bad_listed:
             yield f"bad row: {listed}"
 
     def describe_rows(self) -> Iterator[str]:
         """How the documents lie in rows, a line a part."""
-        yield self.train.describe()
-        if self.held_out:
-            yield self.held_out.describe()
+        for name, rows in self.parts().items():
+            yield f"{name}: {rows.describe()}"
 
     def refuse_unsupervised(self) -> None:
         """Refuses data that teaches next to nothing; a look at it (preview) tells why.
@@ -149,45 +93,79 @@ def load_data(config: DataConfig, encoder: ChatEncoder, seed: int, pack: bool) -
     Raises:
         ValueError: nothing to read or to learn from, or too many bad rows.
     """
-    loaded = _load(config.path if isinstance(config.path, dict) else {config.path: 1.0}, config, encoder)
-    chosen = np.flatnonzero(loaded.learnable).astype(np.int32)
-    all_loaded, held_out = [loaded], None
+    paths = config.path if isinstance(config.path, dict) else {config.path: 1.0}
+    passed_over: list[Path] = []
+    documents, path, learnable = _load(list(paths), config, encoder, passed_over)
+    read = [(documents, learnable)]
+
+    def rows(name: str, documents: Documents, chosen: np.ndarray) -> PackedRows:
+        if not len(chosen):
+            raise ValueError(f"{name}: no document is left: raise the weights of data.path")
+        return PackedRows(documents, chosen, config.seq_len, encoder.pad_id, pack)
+
+    chosen, held_out = np.flatnonzero(learnable).astype(np.int32), None
     if config.val_path:
-        other = _load({config.val_path: 1.0}, config, encoder)
-        all_loaded.append(other)
-        held_out = _part("held out", other, np.flatnonzero(other.learnable), config.seq_len, encoder.pad_id, pack)
+        others, _, usable = _load([config.val_path], config, encoder, passed_over)
+        read.append((others, usable))
+        held_out = rows("held out", others, np.flatnonzero(usable))
     elif config.val_conversations:
-        conversations = np.unique(loaded.conversation[chosen])
-        if config.val_conversations >= len(conversations):
-            raise ValueError(
-                f"data.val_conversations {config.val_conversations} leaves nothing to train on:"
-                f" {_named(config.path)} gives {len(conversations)} conversations: hold out fewer, or name others in"
-                " data.val_path"
-            )
-        every = len(conversations) / config.val_conversations
-        picked = conversations[(np.arange(config.val_conversations) * every).astype(int)]
-        is_held_out = np.isin(loaded.conversation[chosen], picked)
-        held_out = _part("held out", loaded, chosen[is_held_out], config.seq_len, encoder.pad_id, pack)
+        is_held_out = np.isin(documents.row[chosen], _spread(documents.row[chosen], config))
+        held_out = rows("held out", documents, chosen[is_held_out])
         chosen = chosen[~is_held_out]
-    chosen = _weighted(chosen, loaded, seed)
-    train = _part("train", loaded, chosen, config.seq_len, encoder.pad_id, pack)
+    train = rows("train", documents, _weighted(chosen, path[chosen], list(paths.values()), seed))
+
     dropped, cut = Counter[str](), 0
-    for part in all_loaded:
-        for summary in part.summaries:
-            dropped += Counter(summary.bad) + summary.dropped
-        dropped["no answer within a row"] += int((~part.learnable).sum())
-        cut += int((part.documents.length[part.learnable] > config.seq_len).sum())
-    return Data(
-        config.path,
-        train,
-        held_out,
-        loaded,
-        [summary for part in all_loaded for summary in part.summaries],
-        [file for part in all_loaded for file in part.passed_over],
-        +dropped,
-        cut,
-        pack,
-    )
+    for some, usable in read:
+        for account in some.accounts:
+            dropped += account.bad + account.dropped
+        dropped["no answer within a row"] += int((~usable).sum())
+        cut += int((some.length[usable] > config.seq_len).sum())
+    accounts = [account for some, _ in read for account in some.accounts]
+    return Data(config.path, train, held_out, accounts, passed_over, +dropped, cut)
+
+
+def _load(
+    paths: list[str], config: DataConfig, encoder: ChatEncoder, passed_over: list[Path]
+) -> tuple[Documents, np.ndarray, np.ndarray]:
+    """The documents under all paths; of each the number of its path, and whether it holds an anchor."""
+    entries, numbers = [], []
+    for number, path in enumerate(paths):
+        for source in find_sources(path, passed_over):
+            entries.append(open_documents(source, encoder, cache_folder(config), config.max_bad_rows))
+            numbers.append(number)
+    documents, total = Documents(entries), Account.total(account for _, account in entries)
+    total.refuse_above(config.max_bad_rows, total.rows)
+    learnable = documents.anchors(config.seq_len) > 0
+    if not learnable.any():
+        dropped = total.bad + total.dropped + Counter({"no answer within a row": len(documents)})
+        causes = "".join(f", {count} x {cause}" for cause, count in dropped.items())
+        first = documents.first_anchor()
+        advice = f"; data.seq_len must be at least {first + 2}" if first is not None else ""
+        raise ValueError(f"nothing in {', '.join(paths)} can be learned from: {total.rows} rows{causes}{advice}")
+    return documents, np.repeat(numbers, [len(table) for table, _ in entries]), learnable
+
+
+def _spread(rows: np.ndarray, config: DataConfig) -> np.ndarray:
+    """As many of the conversations as are to be held out, evenly over all of them."""
+    conversations = np.unique(rows)
+    if config.val_conversations >= len(conversations):
+        raise ValueError(
+            f"data.val_conversations {config.val_conversations} leaves nothing to train on: {_named(config.path)} gives"
+            f" {len(conversations)} conversations: hold out fewer, or name others in data.val_path"
+        )
+    every = len(conversations) / config.val_conversations
+    return conversations[(np.arange(config.val_conversations) * every).astype(int)]
+
+
+def _weighted(chosen: np.ndarray, path: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
+    """Repeats the documents of paths with a weight above 1; of a broken weight's rest, takes that share of them."""
+    whole, rest = np.divmod(np.array(weights, np.float32), 1)
+    times = whole.astype(np.int32)[path]
+    for number in np.flatnonzero(rest).tolist():
+        among = np.flatnonzero(path == number)
+        share = round(float(rest[number]) * len(among))
+        times[random_stream(seed, SOURCE_SHARE, number).permutation(among)[:share]] += 1
+    return np.repeat(chosen, times)
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -216,68 +194,6 @@ def make_encoder(config: DataConfig, tokenizer: Any, stop_ids: list[int], vocab_
         vocab_size=vocab_size,
         date=config.date or today(),
     )
-
-
-def _load(paths: dict[str, float], config: DataConfig, encoder: ChatEncoder) -> Loaded:
-    entries, summaries, bad, rows = [], [], BadRows(), 0
-    conversations, weights, numbers_of_paths = [], [], []
-    passed_over: list[Path] = []
-    for number, (path, weight) in enumerate(paths.items()):
-        for source in find_sources(path, passed_over):
-            entry, summary = open_documents(source, encoder, cache_folder(config), config.max_bad_rows)
-            bad.merge(summary.bad, summary.bad_listed)
-            conversations.append(rows + entry.column("row"))
-            weights.append(np.full(entry.index.num_rows, weight, np.float32))
-            numbers_of_paths.append(np.full(entry.index.num_rows, number, np.int16))
-            rows += summary.rows
-            entries.append(entry)
-            summaries.append(summary)
-    bad.refuse_above(config.max_bad_rows, rows)
-    documents = Documents(entries)
-    learnable = documents.first_anchor <= config.seq_len - 2
-    if not learnable.any():
-        told = Counter(bad.by_cause) + sum((summary.dropped for summary in summaries), Counter[str]())
-        told["no answer within a row"] += len(documents)
-        first = documents.first_anchor.min(initial=NO_ANCHOR)
-        advice = f"; data.seq_len must be at least {first + 2}" if first != NO_ANCHOR else ""
-        raise ValueError(
-            f"nothing in {_named(paths)} can be learned from: {rows} rows"
-            + "".join(f", {count} x {cause}" for cause, count in (+told).items())
-            + advice
-        )
-    return Loaded(
-        documents,
-        np.concatenate(conversations),
-        np.concatenate(weights),
-        np.concatenate(numbers_of_paths),
-        learnable,
-        summaries,
-        passed_over,
-    )
-
-
-def _weighted(chosen: np.ndarray, loaded: Loaded, seed: int) -> np.ndarray:
-    """Repeats the documents of sources with a weight above 1; of a broken weight's rest, takes that share of them."""
-    weight = loaded.weight[chosen]
-    if (weight == 1).all():
-        return chosen
-    whole = np.floor(weight).astype(np.int32)
-    rest = weight - whole
-    kept = np.zeros(len(chosen), np.int32)
-    path = loaded.path[chosen]
-    for number in np.unique(path[rest > 0]).tolist():
-        among = np.flatnonzero(path == number)
-        share = float(rest[among[0]])
-        kept[random_stream(seed, SOURCE_SHARE, number).permutation(among)[: round(share * len(among))]] = 1
-    return np.repeat(chosen, whole + kept)
-
-
-def _part(name: str, loaded: Loaded, chosen: np.ndarray, seq_len: int, pad_id: int, pack: bool) -> Part:
-    if not len(chosen):
-        raise ValueError(f"{name}: no document is left: raise the weights of data.path")
-    conversations = 1 + int(np.count_nonzero(np.diff(loaded.conversation[chosen])))  # they lie together
-    rows = PackedRows(loaded.documents, chosen, seq_len, pad_id, pack)
-    return Part(name, rows, conversations, [summary.digest for summary in loaded.summaries])
 
 
 def _named(paths: str | dict[str, float]) -> str:

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeVar
 
 from dflash_dist.data.chat import ChatEncoder
-from dflash_dist.data.files import Chunk
+from dflash_dist.data.sources import Chunk
 
 T = TypeVar("T")
 

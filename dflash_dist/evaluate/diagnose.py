@@ -16,8 +16,9 @@ import torch
 
 from dflash_dist.batch import Batch, may_be_anchor, sample_blocks
 from dflash_dist.contract.folder import read_headers
+from dflash_dist.data.account import BadRow
 from dflash_dist.data.chat import ChatEncoder
-from dflash_dist.data.sources import BadRow, Conversation
+from dflash_dist.data.conversations import Conversation
 from dflash_dist.decoding.speculative import Decoded, Decoder
 from dflash_dist.draft.shape import DraftShape
 from dflash_dist.logs import or_dash

@@ -25,7 +25,7 @@ from dflash_dist.answers.regenerate import as_message, json_object
 from dflash_dist.config import TrainConfig
 from dflash_dist.contract.folder import find_draft, read_draft, read_record, target_faults
 from dflash_dist.data.chat import ChatEncoder
-from dflash_dist.data.sources import Conversation, read_row
+from dflash_dist.data.conversations import Conversation, read_row
 from dflash_dist.data.template import today
 from dflash_dist.decoding.sampling import Sampling
 from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_difference

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dflash_dist.data.files import BadRow, FileSource, HubSource
-from dflash_dist.data.sources import Conversation, name_row, read_conversations
+from dflash_dist.data.account import BadRow
+from dflash_dist.data.conversations import Conversation, name_row, read_conversations
+from dflash_dist.data.sources import FileSource, HubSource
 from dflash_dist.reading import is_kind
 
 

@@ -63,7 +63,7 @@ def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) ->
     data = setup.read_data(config, info, world)
     data.refuse_unsupervised()
     token_bytes = len(config.target.layer_ids) * info.text.hidden_size * getattr(torch, config.target.dtype).itemsize
-    size = sum(part.tokens for part in parts_of(data).values()) * token_bytes
+    size = sum(rows.tokens for rows in parts_of(data).values()) * token_bytes
     loaded, stored = None, share_folder(out, world)
     if stored is None:
         check_room(out, size, world)
@@ -94,7 +94,7 @@ def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) ->
             loaded, exact, told = load_probed(config, info, world)
             if packs and not exact:
                 raise ValueError(f"{out} holds features of packed rows, but {told}. Capture into another folder")
-        rows = {name: part.rows for name, part in parts_of(data).items()}
+        rows = parts_of(data)
         run(features, lacking, LiveTarget(loaded.model, data.packs), rows, config.train.micro_batch_size, world)
     lacking = agree_on_lacking(features, world)
     if lacking:

@@ -18,7 +18,7 @@ import torch
 
 from dflash_dist.config import Config, load_config
 from dflash_dist.data.chat import Document
-from dflash_dist.data.rows import Data, Part
+from dflash_dist.data.rows import Data
 from dflash_dist.ranks import World
 from dflash_dist.target.features import read_index
 from dflash_dist.target.load import TargetInfo, expects_packing
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     data = setup.lay_out(data, *expected_layout(config, info), world)
     for line in describe(config, data):
         print(line)
-    row = args.row if args.row is not None else int(data.loaded.conversation[0])
+    row = args.row if args.row is not None else int(data.train.documents.row[0])
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for line in show_row(data, row, info.tokenizer, colour):
         print(line)
@@ -62,30 +62,21 @@ def expected_layout(config: Config, info: TargetInfo) -> tuple[bool, str]:
 
 def describe(config: Config, data: Data) -> Iterator[str]:
     """Lengths, anchors and steps, a line a fact."""
-    for part in filter(None, (data.train, data.held_out)):
-        rows = part.rows
+    for name, rows in data.parts().items():
         lengths = rows.documents.length[rows.chosen]
         shares = "  ".join(f"{int(np.percentile(lengths, share))} ({share} %)" for share in (10, 50, 90, 99))
-        yield f"{part.name}: document lengths {shares}  {lengths.max()} (longest) tokens"
-        available, sampled = anchors(part, config.loss.anchors)
+        yield f"{name}: document lengths {shares}  {lengths.max()} (longest) tokens"
+        sampled = np.minimum(rows.anchors, config.loss.anchors).sum()
         yield (
-            f"{part.name}: {available:,} tokens can be an anchor; {sampled / len(rows):.0f} of loss.anchors"
+            f"{name}: {rows.anchors.sum():,} tokens can be an anchor; {sampled / len(rows):.0f} of loss.anchors"
             f" {config.loss.anchors} are used in a row, on average"
         )
-    steps = setup.planned_steps(config, len(data.train.rows))
+    steps = setup.planned_steps(config, len(data.train))
     batch = config.train.global_batch_size
     yield (
-        f"steps: {steps:,} of {batch} rows, {steps * batch / len(data.train.rows):.1f} passes over the data,"
-        f" about {steps * batch * data.train.tokens / len(data.train.rows):.3g} tokens"
+        f"steps: {steps:,} of {batch} rows, {steps * batch / len(data.train):.1f} passes over the data,"
+        f" about {steps * batch * data.train.tokens / len(data.train):.3g} tokens"
     )
-
-
-def anchors(part: Part, a_row: int) -> tuple[int, int]:
-    """Tokens that could be an anchor, and blocks that a pass over the rows samples, at most `a_row` in each."""
-    rows = part.rows
-    counts = rows.documents.supervised_tokens(rows.seq_len, at_least=2)[rows.chosen]
-    in_row = np.add.reduceat(counts, rows.starts[:-1])
-    return int(in_row.sum()), int(np.minimum(in_row, a_row).sum())
 
 
 def show_row(data: Data, row: int, tokenizer: Any, colour: bool) -> Iterator[str]:
@@ -94,9 +85,9 @@ def show_row(data: Data, row: int, tokenizer: Any, colour: bool) -> Iterator[str
     Raises:
         ValueError: the row gave no document.
     """
-    documents = data.loaded.of_row(row)
+    documents = data.train.documents.of_row(row)
     if not documents:
-        last = sum(summary.rows for summary in data.loaded.summaries)
+        last = sum(account.rows for account in data.train.documents.accounts)
         raise ValueError(
             f"row {row} gives no document: rows count from 1 to {last}, and bad or empty ones are left out"
         )

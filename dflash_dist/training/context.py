@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dflash_dist.config import Config
-from dflash_dist.data.rows import Data, Part
+from dflash_dist.data.packing import PackedRows
+from dflash_dist.data.rows import Data
 from dflash_dist.ranks import World
 from dflash_dist.target.features import FeatureFolder, read_index, refuse_other
 from dflash_dist.target.load import (
@@ -37,8 +38,8 @@ def describe_features(config: Config, info: TargetInfo, data: Data) -> dict[str,
         "target.dtype": config.target.dtype,
         "hidden size": info.text.hidden_size,
         "data.seq_len": config.data.seq_len,
-        **{f"{name} rows": len(part.rows) for name, part in parts.items()},
-        **{f"{name} fingerprint": part.fingerprint for name, part in parts.items()},
+        **{f"{name} rows": len(rows) for name, rows in parts.items()},
+        **{f"{name} fingerprint": rows.fingerprint for name, rows in parts.items()},
     }
 
 
@@ -115,12 +116,12 @@ def stored_layout(index: dict[str, Any], folder: Path, info: TargetInfo) -> tupl
 
 def open_folder(folder: Path, index: dict[str, Any], config: Config, info: TargetInfo, data: Data) -> FeatureFolder:
     """The folder for the rows of `data`; nothing is read or written yet."""
-    filled = {name: part.rows.filled_tokens for name, part in parts_of(data).items()}
+    filled = {name: rows.filled_tokens for name, rows in parts_of(data).items()}
     width = len(config.target.layer_ids) * info.text.hidden_size
     return FeatureFolder(folder, index, filled, width, getattr(torch, config.target.dtype))
 
 
-def parts_of(data: Data) -> dict[str, Part]:
+def parts_of(data: Data) -> dict[str, PackedRows]:
     return {TRAIN: data.train} | ({HELD_OUT: data.held_out} if data.held_out else {})
 
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dflash_dist.config import Config, EvalConfig
+from dflash_dist.data.conversations import name_row, read_conversations
 from dflash_dist.data.rows import Data, make_encoder
-from dflash_dist.data.sources import name_row, read_conversations
 from dflash_dist.decoding.speculative import Decoder
 from dflash_dist.draft.base import Draft
 from dflash_dist.ranks import World
@@ -141,7 +141,7 @@ def find_prompts(config: Config, info: TargetInfo, data: Data) -> list[list[int]
     prompts, count = [], config.eval.count
     if config.eval.prompts is None:
         assert data.held_out, "load_config refuses real decoding without prompts"
-        rows = data.held_out.rows
+        rows = data.held_out
         numbers = np.unique(rows.chosen)
         for number in numbers[np.arange(0, len(numbers), max(len(numbers) / count, 1)).astype(int)]:
             document = rows.documents[int(number)]

@@ -60,7 +60,7 @@ class Trainer:
         prompts = find_prompts(config, info, data) if config.eval.every else []
         draft = setup.make_draft(config, info, world).to(world.device)
         target, embedding, head, data = make_target(config, info, data, world)
-        rows, held_out = data.train.rows, data.held_out.rows if data.held_out else None
+        rows, held_out = data.train, data.held_out
         self.total_steps = setup.planned_steps(config, len(rows))
         sampler = Sampler(config, world, rows, held_out)
         self.training = TrainingStep(config, world, sampler, draft, target, embedding, head, self.total_steps)

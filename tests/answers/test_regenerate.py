@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from dflash_dist.answers import regenerate as answers
 from dflash_dist.answers.regenerate import answer_turns, main, regenerate, split_reasoning
-from dflash_dist.data.sources import BadRow, Conversation, Message, read_row
+from dflash_dist.data.account import BadRow
+from dflash_dist.data.conversations import Conversation, Message, read_row
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import CHATML
 from tests.data.files import make_encoder
@@ -295,13 +296,13 @@ def test_an_answer_that_says_nothing_is_left_out(arguments, alone, monkeypatch, 
 
 def test_tools_reach_the_prompt_and_the_output(arguments, alone, monkeypatch):
     tools, asked = [{"type": "function", "function": {"name": "weather", "parameters": {}}}], []
-    prompt_ids = answers.ChatEncoder.prompt_ids
+    prompt_of = answers.ChatEncoder.prompt_of
 
-    def watched(self, messages, tools=None):
-        asked.append(tools)
-        return prompt_ids(self, messages, tools)
+    def watched(self, conversation):
+        asked.append(conversation.tools)
+        return prompt_of(self, conversation)
 
-    monkeypatch.setattr(answers.ChatEncoder, "prompt_ids", watched)
+    monkeypatch.setattr(answers.ChatEncoder, "prompt_of", watched)
     args = arguments()
     Path(args.prompts).write_text(json.dumps({"messages": [_user("Hi")], "tools": tools}) + "\n")
     regenerate(args, alone)
@@ -377,14 +378,14 @@ def test_a_day_is_given_as_one(arguments, alone):
 
 
 def test_a_prompt_that_the_template_refuses_is_left_out(arguments, alone, monkeypatch, capsys):
-    prompt_ids = answers.ChatEncoder.prompt_ids
+    prompt_of = answers.ChatEncoder.prompt_of
 
-    def picky(self, messages, tools=None):
-        if messages[0]["content"] == "Why?":
+    def picky(self, conversation):
+        if conversation.messages[0]["content"] == "Why?":
             raise BadRow("refused by the chat template: no questions")
-        return prompt_ids(self, messages, tools)
+        return prompt_of(self, conversation)
 
-    monkeypatch.setattr(answers.ChatEncoder, "prompt_ids", picky)
+    monkeypatch.setattr(answers.ChatEncoder, "prompt_of", picky)
     regenerate(arguments(), alone)
     assert [row["row"] for row in _read(arguments().out)] == [1, 2, 3, 5, 6]
     assert "row 4: refused by the chat template: no questions" in capsys.readouterr().out

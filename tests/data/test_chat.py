@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dflash_dist.data.chat import ChatEncoder, Document, Message, Text
-from dflash_dist.data.sources import BadRow, Conversation, Rendered
+from dflash_dist.data.account import BadRow
+from dflash_dist.data.chat import ChatEncoder, Document
+from dflash_dist.data.conversations import Conversation, Message, Text
 from dflash_dist.target.tiny import CHATML, SPECIAL, tiny_tokenizer
 
 STOP = 2  # <|im_end|> of the tiny tokenizer
@@ -78,6 +79,11 @@ def text_of(encoder: ChatEncoder, tokens: Sequence[int] | np.ndarray) -> str:
 def supervised(encoder: ChatEncoder, document: Document) -> list[str]:
     """The text of each supervised range."""
     return [text_of(encoder, document.input_ids[begin:end]) for begin, end in document.supervised]
+
+
+def rendered(text: str, prompt_length: int) -> Text:
+    """Of which the target wrote what follows the prompt."""
+    return Text(text, [(prompt_length, len(text))])
 
 
 def encode(encoder: ChatEncoder, messages: list[Message], **more: object) -> list[Document]:
@@ -244,7 +250,7 @@ def test_any_of_several_stop_tokens_ends_the_turn():
 def test_of_a_rendered_text_what_follows_the_prompt_is_supervised_up_to_the_end_of_the_turn(written, expected):
     encoder = make_encoder(CHATML)
     prompt = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
-    (document,) = encoder.encode(Rendered(prompt + written, len(prompt)))
+    (document,) = encoder.encode(rendered(prompt + written, len(prompt)))
     assert text_of(encoder, document.input_ids) == prompt + written
     assert supervised(encoder, document) == [expected]
 
@@ -276,8 +282,8 @@ def test_any_token_that_ends_a_turn_ends_an_answer():
 def test_of_a_rendered_text_only_the_first_turn_behind_the_prompt_is_supervised():
     """What a user wrote later is not the target's."""
     encoder = make_encoder(CHATML)
-    text = encoder.render(turns("q", "one", "r", "two"))
-    (document,) = encoder.encode(Rendered(text, text.index("one")))
+    text = encoder.template.render(turns("q", "one", "r", "two"))
+    (document,) = encoder.encode(rendered(text, text.index("one")))
     assert supervised(encoder, document) == ["one<|im_end|>"]
 
 
@@ -290,8 +296,8 @@ def test_of_a_rendered_text_only_the_first_turn_behind_the_prompt_is_supervised(
         (Conversation(turns("q<|im_end|>q", "one")), False),
         (Conversation([{"role": "assistant", "content": "Hi<|im_end|>!"}, *turns("q", "one")]), False),
         (Conversation([*turns("q"), {"role": "assistant", "content": "a", "reasoning_content": "<|im_end|>"}]), True),
-        (Rendered("q:one<|im_end|>two", 2), True),
-        (Rendered("<|im_end|>q:one<|im_end|>\n", 12), False),
+        (rendered("q:one<|im_end|>two", 2), True),
+        (rendered("<|im_end|>q:one<|im_end|>\n", 12), False),
     ],
 )
 def test_it_is_known_whether_an_answer_goes_on_behind_its_end(row, goes_on):
@@ -348,7 +354,7 @@ def test_an_answer_of_no_weight_is_rendered_and_not_supervised(template, context
     assert supervised(encoder, document) == [
         f"{messages[k]['content']}<|im_end|>" for k in (1, 3, 5) if k not in context
     ]
-    whole = ids(encoder, encoder.render(messages))
+    whole = ids(encoder, encoder.template.render(messages))
     assert document.input_ids.tolist() == whole[: len(document.input_ids)]
     last = max({1, 3, 5} - context) if template != FORCED_MARKED else 5
     assert text_of(encoder, document.input_ids).rstrip().endswith(f"{messages[last]['content']}<|im_end|>")
@@ -423,13 +429,14 @@ def test_where_the_template_refuses_or_stumbles_the_row_is_at_fault(stumble, rea
 def test_the_template_that_is_named_takes_the_place_of_the_tokenizers_own():
     encoder = ChatEncoder(tiny_tokenizer(), [STOP], chat_template=COLON)
     assert (
-        encoder.render(turns("q"), add_generation_prompt=True) == "<|im_start|>user:q<|im_end|>\n<|im_start|>assistant:"
+        encoder.template.render(turns("q"), add_generation_prompt=True)
+        == "<|im_start|>user:q<|im_end|>\n<|im_start|>assistant:"
     )
 
 
 def test_template_arguments_reach_the_template():
     encoder = make_encoder("{{ style }}" + CHATML, template_args={"style": "brief"})
-    assert encoder.render(turns("q")).startswith("brief<|im_start|>")
+    assert encoder.template.render(turns("q")).startswith("brief<|im_start|>")
 
 
 @pytest.mark.parametrize(
@@ -462,13 +469,13 @@ def test_an_argument_that_would_vanish_is_refused(template, given, message):
     ],
 )
 def test_an_argument_is_known_wherever_the_template_takes_it(template):
-    assert make_encoder(template + CHATML, template_args={"style": "x"}).known_args == {"style"}
+    assert make_encoder(template + CHATML, template_args={"style": "x"}).template.known_args == {"style"}
 
 
 def test_of_several_templates_each_may_take_an_argument():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ style }}" + CHATML}
-    assert ChatEncoder(tokenizer, [STOP], {"style": "x"}).known_args == {"style"}
+    assert ChatEncoder(tokenizer, [STOP], {"style": "x"}).template.known_args == {"style"}
 
 
 DATED = "{{ strftime_now('%d.%m.%y %H:%M') }}" + CHATML
@@ -477,7 +484,7 @@ DATED = "{{ strftime_now('%d.%m.%y %H:%M') }}" + CHATML
 def test_a_template_writes_the_day_that_it_is_told():
     encoder = make_encoder(DATED, date="2024-02-29")
     assert encoder.writes_date
-    for rendered in (encoder.render(turns("q")), encoder.texts(Conversation(turns("q", "a")))[0].text):
+    for rendered in (encoder.template.render(turns("q")), encoder.texts(Conversation(turns("q", "a")))[0].text):
         assert rendered.startswith("29.02.24 00:00<|im_start|>")
     marked = make_encoder("{{ strftime_now('%Y') }}" + FORCED_MARKED, date="2024-02-29")
     assert marked.texts(Conversation(turns("q", "a")))[0].text.startswith("2024<|im_start|>")

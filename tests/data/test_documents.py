@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dflash_dist.config import DataConfig
 from dflash_dist.data import documents as module
-from dflash_dist.data import files
-from dflash_dist.data.chat import ChatEncoder
-from dflash_dist.data.documents import NO_ANCHOR, Documents, Summary, encode_chunk, open_documents
-from dflash_dist.data.files import Chunk, FileSource, Look
+from dflash_dist.data import sources
+from dflash_dist.data.account import Account
+from dflash_dist.data.chat import ChatEncoder, Document
+from dflash_dist.data.conversations import read_row
+from dflash_dist.data.documents import Documents, encode_chunk, open_documents
 from dflash_dist.data.rows import load_data
-from dflash_dist.data.sources import read_row
+from dflash_dist.data.sources import Chunk, FileSource, Look
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import CHATML
 from tests.data.files import CHANGING, NO_ANSWER, chat, chats, make_encoder, write_rows
@@ -34,12 +38,10 @@ ROWS = [
 ]
 
 
-def opened(path: Path, encoder: ChatEncoder | None = None, max_bad_rows: float = 0) -> tuple[Documents, Summary]:
+def opened(path: Path, encoder: ChatEncoder | None = None, max_bad_rows: float = 0) -> tuple[Documents, Account]:
     """Opens in this process, with a cache beside the file."""
-    entry, summary = open_documents(
-        FileSource(path), encoder or make_encoder(), path.parent / "cache", max_bad_rows, workers=1
-    )
-    return Documents([entry]), summary
+    entry = open_documents(FileSource(path), encoder or make_encoder(), path.parent / "cache", max_bad_rows, workers=1)
+    return Documents([entry]), entry[1]
 
 
 def told(documents: Documents) -> list[tuple[int, list[int], Any]]:
@@ -63,7 +65,7 @@ def entries(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def short_chunks(monkeypatch) -> None:
-    monkeypatch.setattr(files, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 3)
     monkeypatch.setattr(module, "CHUNKS_ALONE", 2)
 
 
@@ -107,7 +109,7 @@ def test_worker_processes_make_the_same_entry(tmp_path, short_chunks):
     made = [
         open_documents(FileSource(path), encoder, tmp_path / f"{workers} workers", 0, workers) for workers in (1, 2)
     ]
-    (alone, summary), (shared, other_summary) = [(told(Documents([entry])), summary) for entry, summary in made]
+    (alone, summary), (shared, other_summary) = [(told(Documents([entry])), entry[1]) for entry in made]
     assert shared == alone
     assert other_summary == summary
     rows[0], rows[-2] = calling(x="1"), calling()
@@ -129,22 +131,38 @@ def test_documents_are_found_across_batches_with_and_without_any(tmp_path, short
 def test_a_source_may_have_no_documents(tmp_path, rows):
     documents, summary = opened(write_rows(tmp_path / "rows.jsonl", rows))
     assert (len(documents), summary.rows) == (0, len(rows))
-    assert documents.supervised_tokens(5).tolist() == []
+    assert documents.supervised(5).tolist() == documents.anchors(5).tolist() == []
+    assert documents.first_anchor() is None
+
+
+def check_counts(documents: Documents, limit: int) -> None:
+    """Against counting token by token."""
+    masks = [documents[number].loss_mask[:limit] for number in range(len(documents))]
+    assert documents.supervised(limit).tolist() == [int(mask.sum()) for mask in masks]
+    assert documents.anchors(limit).tolist() == [int((mask[:-1] & mask[1:]).sum()) for mask in masks]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 20, 33, 34, 35, 60, 10_000])
 def test_supervised_tokens_and_anchors_are_counted_up_to_a_limit(tmp_path, short_chunks, limit):
-    documents, _ = opened(write_rows(tmp_path / "rows.jsonl", ROWS))
-    masks = [documents[number].loss_mask[:limit] for number in range(len(documents))]
-    assert documents.supervised_tokens(limit).tolist() == [int(mask.sum()) for mask in masks]
-    anchors = [int((mask[:-1] & mask[1:]).sum()) for mask in masks]
-    assert documents.supervised_tokens(limit, at_least=2).tolist() == anchors
+    check_counts(opened(write_rows(tmp_path / "rows.jsonl", ROWS))[0], limit)
+
+
+@given(lengths=st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=4), limit=st.integers(0, 15))
+def test_ranges_that_touch_count_as_one_and_documents_that_touch_do_not(lengths, limit):
+    """Numbers of tokens that are, by turns, context and supervised."""
+    documents = []
+    for of_one in lengths:
+        edges = np.cumsum([0, *of_one]).tolist()
+        spans = [(begin, end) for begin, end in zip(edges[1::2], edges[2::2]) if begin < end]
+        documents.append(Document(np.zeros(edges[-1], np.int32), spans))
+    check_counts(Documents.of(documents), limit)
 
 
 def test_the_first_anchor_is_the_first_supervised_token_with_a_supervised_successor(tmp_path):
     rows = [{"text": "ab" + "c" * answer, "prompt_length": 2} for answer in (1, 2, 3)]
     documents, _ = opened(write_rows(tmp_path / "rows.jsonl", rows))
-    assert documents.first_anchor.tolist() == [NO_ANCHOR, 2, 2]
+    assert documents.anchors(100).tolist() == [0, 1, 2]
+    assert documents.first_anchor() == 2
 
 
 def test_documents_in_memory_read_as_given():
@@ -161,7 +179,7 @@ def test_documents_are_not_read_into_memory_but_mapped(tmp_path):
     tokens = [documents[number].input_ids for number in range(3)]
     assert all(ids.any() for ids in tokens)
     [entry] = entries(tmp_path)
-    with (entry / "tokens.arrow").open("r+b") as file:
+    with (entry / "documents.arrow").open("r+b") as file:
         file.write(bytes(os.fstat(file.fileno()).st_size))
     assert not any(ids.any() for ids in tokens)
 
@@ -291,7 +309,7 @@ class Killed(ChatEncoder):
 
 
 def open_until_killed(path: Path) -> None:
-    files.CHUNK_ROWS = 3
+    sources.CHUNK_ROWS = 3
     opened(path, Killed(make_encoder().tokenizer, [2]))
 
 
@@ -404,8 +422,8 @@ def test_a_row_nested_too_deeply_to_be_rendered_is_bad():  # defect reported
     call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
     lines = [json.dumps({"messages": [{"role": "user", "content": "q"}, call]}).encode()]
     encoder = make_encoder(chat_template=CHATML.replace("{{ message.content }}", "{{ message | tojson }}"))
-    encoded = encode_chunk(encoder, Chunk(1, lines), "messages")
-    assert [number for number, _ in encoded.bad] == [1]
+    _, account = encode_chunk(encoder, Chunk("rows", 1, lines))
+    assert account.bad_listed == ["rows, row 1: nested too deeply: no template can render it"]
 
 
 class Counted:

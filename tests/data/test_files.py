@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dflash_dist.data.files import BLOCK, BadRow, Chunk, FileSource
+from dflash_dist.data.account import BadRow
 from dflash_dist.data.padding import Padding
-from dflash_dist.data.sources import find_sources
+from dflash_dist.data.sources import BLOCK, Chunk, FileSource, find_sources
 from tests.data.files import chat, write_rows
 
 Rows = list[dict[str, Any]]
@@ -287,17 +287,18 @@ def test_nulls_outside_of_free_json_say_nothing_in_any_file(tmp_path):
 
 def test_what_is_said_of_nulls_does_not_depend_on_chunks_or_their_order(tmp_path, monkeypatch):
     rows = [*padded(ROWS), *EITHER, *NEVER, *OWN]
-    chunks = [Chunk(1, [json.dumps(row).encode() for row in rows[k : k + 1]]) for k in range(len(rows))]
-    whole = Chunk(1, [line for chunk in chunks for line in chunk.rows]).look()
+    chunks = [Chunk("", 1, [json.dumps(row).encode() for row in rows[k : k + 1]]) for k in range(len(rows))]
+    whole = Chunk("", 1, [line for chunk in chunks for line in chunk.rows]).look()
     for order in (chunks, chunks[::-1], [*chunks[5:], *chunks[:5]]):
-        parts = Padding().add_all(chunk.look() for chunk in order)
+        parts = Padding()
+        parts.add_all(chunk.look() for chunk in order)
         assert [parts.without(row, Counter()) for row in rows] == [whole.without(row, Counter()) for row in rows]
 
 
 def test_objects_that_differ_are_not_looked_into(tmp_path):
     """Else what is known would grow with every name that a tool's arguments ever had."""
     rows = [asked(call("f", **{f"a{k}": {f"b{k}": 1}})) for k in range(100)]
-    known = Chunk(1, [json.dumps(row).encode() for row in rows]).look()
+    known = Chunk("", 1, [json.dumps(row).encode() for row in rows]).look()
     assert len(known.keys) + len(known.valued) <= 6
 
 

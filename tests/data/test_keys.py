@@ -10,12 +10,13 @@ import pytest
 
 from dflash_dist.config import DataConfig
 from dflash_dist.data import documents as module
-from dflash_dist.data import files
+from dflash_dist.data import sources
+from dflash_dist.data.account import BadRow
+from dflash_dist.data.conversations import Conversation, Text, is_context, read_row
 from dflash_dist.data.documents import open_documents
-from dflash_dist.data.files import BadRow, FileSource
 from dflash_dist.data.keys import LABELS
 from dflash_dist.data.rows import load_data
-from dflash_dist.data.sources import Conversation, Rendered, is_context, read_row
+from dflash_dist.data.sources import FileSource
 from dflash_dist.target.tiny import CHATML
 from tests.data.files import chat, make_encoder, write_rows
 
@@ -208,7 +209,7 @@ def test_keys_that_nothing_reads_are_told():
         "thinking",
         "tool_choice",
     ]
-    assert read_row({"text": "qa", "prompt_length": 1, "system": "s", "tools": []}) == Rendered("qa", 1)
+    assert read_row({"text": "qa", "prompt_length": 1, "system": "s", "tools": []}) == Text("qa", [(1, 2)])
     assert read_row({"text": "qa", "prompt_length": 1, "system": "s", "tools": []}).unread == ("system",)
 
 
@@ -223,7 +224,7 @@ def test_labels_and_what_is_null_or_empty_are_not_told():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_cache_counts_the_rows_with_each_key_on_any_number_of_processes(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(files, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 2)
     monkeypatch.setattr(module, "CHUNKS_ALONE", 1)
     rows = [chat(f"{k}?", f"{k}!", prompt="p" * (k % 3), id=k) for k in range(9)]
     rows[4]["messages"][0]["mood"] = rows[4]["messages"][1]["mood"] = "low"

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from dflash_dist.batch import may_be_anchor
+from dflash_dist.data.account import Account
 from dflash_dist.data.chat import Document
 from dflash_dist.data.documents import Documents
 from dflash_dist.data.packing import (
@@ -33,10 +35,17 @@ SHORT = document([21, 22], (0, 1))
 
 
 def pack(
-    documents: Sequence[Document], seq_len: int, pad_id: int = PAD, chosen: Sequence[int] | None = None, **options: bool
+    documents: Sequence[Document],
+    seq_len: int,
+    pad_id: int = PAD,
+    chosen: Sequence[int] | None = None,
+    digests: Sequence[str] = ("content",),
+    **options: bool,
 ) -> PackedRows:
     numbers = np.arange(len(documents)) if chosen is None else np.array(chosen)
-    return PackedRows(Documents.of(documents), numbers, seq_len, pad_id, **options)
+    held = Documents.of(documents)
+    held.accounts = [Account(digest=digest) for digest in digests]
+    return PackedRows(held, numbers, seq_len, pad_id, **options)
 
 
 def unique_documents(lengths: Sequence[int]) -> list[Document]:
@@ -106,6 +115,18 @@ def test_batches_are_those_of_a_slow_reference(several):
     assert read == [slow_row(list(rows.row(index)), 8, PAD) for index in asked]
     held = [[min(len(each.input_ids), 8) for each in rows.row(index)] for index in asked]
     assert batch.filled == [sum(lengths) for lengths in held] and batch.place.rows == asked
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_rows_anchors_are_those_that_blocks_are_drawn_from(several):
+    """Counted by ranges and by masks; also where ranges touch, or only rows or documents do."""
+    documents = [
+        *unique_documents([4, 3, 2, 1, 9, 12]),
+        *(document(range(5), *spans) for spans in ([(0, 2), (2, 5)], [(0, 1), (1, 2)], [(0, 1), (4, 5)], [])),
+    ]
+    rows = pack(documents, seq_len=8, chosen=[*range(len(documents)), 4, 7], pack=several)
+    batch = rows.batch(range(len(rows)))
+    assert rows.anchors.tolist() == may_be_anchor(batch.loss_mask, batch.document_ids).sum(dim=1).tolist()
 
 
 def texts_in(rows: PackedRows) -> list[list[list[int]]]:
@@ -215,25 +236,25 @@ def test_a_document_that_no_row_holds_is_a_bug(lengths):
 
 
 def test_the_fingerprint_is_the_same_for_the_same_documents():
-    assert pack([LONG, SHORT], 4).fingerprint("content") == pack([LONG, SHORT], 4).fingerprint("content")
+    assert pack([LONG, SHORT], 4).fingerprint == pack([LONG, SHORT], 4).fingerprint
 
 
 @pytest.mark.parametrize(
-    ("changed", "content"),
+    "changed",
     [
-        pytest.param(pack([LONG, SHORT, SHORT], 5), ["other"], id="what the documents hold"),
-        pytest.param(pack([LONG, SHORT, SHORT], 5), ["con", "tent"], id="which source holds it"),
-        pytest.param(pack([LONG, SHORT, SHORT], 6), ["content"], id="the length of rows"),
-        pytest.param(pack([LONG, SHORT, SHORT], 4), ["content"], id="where a row ends"),
-        pytest.param(pack([LONG, SHORT, SHORT], 5, pack=False), ["content"], id="packing"),
-        pytest.param(pack([LONG, SHORT, SHORT], 5, chosen=[0, 2, 1]), ["content"], id="the order"),
-        pytest.param(pack([LONG, SHORT, SHORT], 5, chosen=[0, 1]), ["content"], id="a document less"),
-        pytest.param(pack([LONG, SHORT, SHORT], 5, chosen=[0, 1, 1]), ["content"], id="another document"),
-        pytest.param(pack([LONG, SHORT, SHORT], 5, chosen=[0, 1, 2, 2]), ["content"], id="a document twice"),
+        pytest.param(pack([LONG, SHORT, SHORT], 5, digests=["other"]), id="what the documents hold"),
+        pytest.param(pack([LONG, SHORT, SHORT], 5, digests=["con", "tent"]), id="which source holds it"),
+        pytest.param(pack([LONG, SHORT, SHORT], 6), id="the length of rows"),
+        pytest.param(pack([LONG, SHORT, SHORT], 4), id="where a row ends"),
+        pytest.param(pack([LONG, SHORT, SHORT], 5, pack=False), id="packing"),
+        pytest.param(pack([LONG, SHORT, SHORT], 5, chosen=[0, 2, 1]), id="the order"),
+        pytest.param(pack([LONG, SHORT, SHORT], 5, chosen=[0, 1]), id="a document less"),
+        pytest.param(pack([LONG, SHORT, SHORT], 5, chosen=[0, 1, 1]), id="another document"),
+        pytest.param(pack([LONG, SHORT, SHORT], 5, chosen=[0, 1, 2, 2]), id="a document twice"),
     ],
 )
-def test_the_fingerprint_changes_with(changed, content):
-    assert changed.fingerprint(*content) != pack([LONG, SHORT, SHORT], 5).fingerprint("content")
+def test_the_fingerprint_changes_with(changed):
+    assert changed.fingerprint != pack([LONG, SHORT, SHORT], 5).fingerprint
 
 
 # ------------------------------------------------------------------------------------------------ order of rows

@@ -9,7 +9,8 @@ import pytest
 
 from dflash_dist.config import Config, DataConfig
 from dflash_dist.data.chat import ChatEncoder
-from dflash_dist.data.rows import Data, Part, cache_folder, load_data, make_encoder
+from dflash_dist.data.packing import PackedRows
+from dflash_dist.data.rows import Data, cache_folder, load_data, make_encoder
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import CHATML, tiny_tokenizer
 from dflash_dist.training.setup import read_data
@@ -25,16 +26,16 @@ def load(
     return load_data(DataConfig(path=path, **config), encoder or files.make_encoder(), seed, pack=True)
 
 
-def laid_out(part: Part | None) -> list[str]:
-    """The texts of a part's documents, sorted, each as often as it is laid out."""
-    assert part is not None
-    held = [document for index in range(len(part.rows)) for document in part.rows.row(index)]
+def laid_out(rows: PackedRows | None) -> list[str]:
+    """The texts of the documents in rows, sorted, each as often as it is laid out."""
+    assert rows is not None
+    held = [document for index in range(len(rows)) for document in rows.row(index)]
     return sorted(tiny_tokenizer().decode(document.input_ids) for document in held)
 
 
-def questions(part: Part | None) -> Counter[str]:
+def questions(rows: PackedRows | None) -> Counter[str]:
     """How often each conversation of `chats` is laid out, by its question."""
-    return Counter(text.split("user\n")[1].split("?")[0] for text in laid_out(part))
+    return Counter(text.split("user\n")[1].split("?")[0] for text in laid_out(rows))
 
 
 # ------------------------------------------------------------------------------------------------ sources and weights
@@ -47,7 +48,7 @@ def test_a_path_gives_all_its_files(tmp_path):
     data = load(tmp_path / "data")
     assert questions(data.train) == Counter(["a0", "a1", "a2", "b0"])
     assert data.held_out is None
-    assert [(summary.rows, summary.shape) for summary in data.summaries] == [(3, "messages"), (1, "prompt/response")]
+    assert [(account.rows, account.shape) for account in data.accounts] == [(3, "messages"), (1, "prompt/response")]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -112,7 +113,7 @@ def test_a_path_of_its_own_is_held_out_whole(tmp_path):
     data = load(path, weights=[2], val_path=str(other), val_conversations=1)
     assert questions(data.train) == Counter({"a0": 2, "a1": 2, "a2": 2})
     assert questions(data.held_out) == Counter(["b0", "b1", "b2"])
-    assert len(data.summaries) == 2
+    assert len(data.accounts) == 2
 
 
 # ------------------------------------------------------------------------------------------------ bad rows
@@ -155,7 +156,7 @@ def test_a_higher_limit_does_not_tokenise_again(two_sources, monkeypatch):
     with pytest.raises(ValueError, match="2 bad rows"):
         load(*two_sources, weights=[1, 1])
     monkeypatch.delattr(ChatEncoder, "tokenise")
-    assert len(load(*two_sources, weights=[1, 1], max_bad_rows=2).train.rows.chosen) == 8
+    assert len(load(*two_sources, weights=[1, 1], max_bad_rows=2).train.chosen) == 8
 
 
 # ------------------------------------------------------------------------------------------------ the account
@@ -183,7 +184,12 @@ def test_every_row_is_accounted_for(tmp_path):
     data = load(path, seq_len=10, max_bad_rows=2)
     assert data.dropped == Counter({"no answer within a row": 3, "wrong prompt_length": 1, "malformed JSON": 1})
     assert data.cut == 2
-    assert (data.train.conversations, data.train.tokens, data.train.supervised, data.train.anchors) == (4, 40, 20, 16)
+    assert (data.train.conversations, data.train.tokens, data.train.supervised, data.train.anchors.sum()) == (
+        4,
+        40,
+        20,
+        16,
+    )
     data = load(other, weights=[2], val_path=str(path), seq_len=60, max_bad_rows=2)
     assert list(data.describe()) == [
         f"{other}: 4 rows, read as 'messages'",
@@ -253,7 +259,7 @@ def test_data_with_nothing_to_learn_from_is_refused(tmp_path, rows, account):
         load(path, seq_len=10, max_bad_rows=1)
     if "at least 23" in account:  # as advised, and no token less
         train = load(path, seq_len=23, max_bad_rows=1).train
-        assert train.anchors == len(train.rows.chosen), "one a document"
+        assert train.anchors.sum() == len(train.chosen), "one a document"
         with pytest.raises(ValueError, match="nothing in"):
             load(path, seq_len=22, max_bad_rows=1)
 

