@@ -16,6 +16,7 @@ FLOORS = {
     "files": 0,
     "reading": 0,
     "machine": 0,
+    "options": 1,
     "ranks": 1,
     "data": 1,
     "kernels": 1,
