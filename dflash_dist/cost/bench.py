@@ -145,6 +145,9 @@ def make_trial(args: argparse.Namespace) -> Trial:
         ids = [int(i) for i in args.layer_ids.split(",")]
     else:
         ids = config.target.layer_ids or spread_layers(target.num_hidden_layers, min(5, draft.num_layers))
+    outside = [i for i in ids if not 0 <= i < target.num_hidden_layers]
+    if outside:
+        raise ValueError(f"--layer-ids {outside} are out of range: the target has {target.num_hidden_layers} layers")
     rows = args.rows or config.train.micro_batch_size
     dtype = args.dtype or (config.train.precision if args.config else "bfloat16")
     config = dataclasses.replace(
@@ -157,9 +160,6 @@ def make_trial(args: argparse.Namespace) -> Trial:
             config.train, precision=dtype, micro_batch_size=rows, compile=args.compile or config.train.compile
         ),
     )
-    outside = [i for i in ids if not 0 <= i < target.num_hidden_layers]
-    if outside:
-        raise ValueError(f"--layer-ids {outside} are out of range: the target has {target.num_hidden_layers} layers")
     target.max_position_embeddings = max(target.max_position_embeddings, config.data.seq_len)
     if config.loss.gamma is None and draft.block_size not in PUBLISHED_GAMMA:
         config.loss.gamma = draft.block_size / 2  # as costly as any other
