@@ -85,7 +85,7 @@ def _described(field: dataclasses.Field[Any], hint: Any) -> tuple[list[str], dic
     """An option as argparse is told of it."""
     default = field.default_factory() if field.default_factory is not MISSING else field.default
     meaning = field.metadata["meaning"]
-    if default not in (MISSING, None, False, [], {}) and not field.metadata.get("shown"):
+    if default not in (MISSING, None, False, "", [], {}) and not field.metadata.get("shown"):
         meaning = f"{meaning} (default: {default})".lstrip()
     keywords: dict[str, Any] = {"help": meaning.replace("%", "%%")}
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -109,7 +109,6 @@ def _reader(hint: Any) -> Any:
         try:
             return TypeAdapter(hint).validate_python(text)
         except ValidationError as error:
-            why = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise argparse.ArgumentTypeError(f"{why}, found {text!r}") from error
+            raise argparse.ArgumentTypeError(f"{error.errors()[0]['msg']}, found {text!r}") from error
 
     return read
