@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import difflib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +23,12 @@ PASSED = {"messages", "tools", "add_generation_prompt"}  # arguments that every 
 def today() -> str:
     """YYYY-MM-DD, as this machine's clock has it."""
     return datetime.date.today().isoformat()
+
+
+def settle_day(agree: Callable[[str], str], *known: str | None) -> str:
+    """The day of a run: the first one that is known already, otherwise today. The ranks `agree` on it, for midnight may
+    lie between them."""
+    return agree(next(filter(None, known), None) or today())
 
 
 def check_day(content: dict[str, Any], key: str, where: str, advice: str) -> None:
