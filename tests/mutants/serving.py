@@ -45,43 +45,43 @@ MUTANTS = [
     Mutant(
         "export: a damaged checkpoint is refused",
         EXPORT,
-        "if problem := damage(folder):",
+        "if problem := damage(folders[step]):",
         "if problem := None:",
         TEST_EXPORT,
     ),
-    Mutant("export: in bf16", EXPORT, 'default="bfloat16")', 'default="float32")', TEST_EXPORT),
+    Mutant("export: in bf16", EXPORT, 'dtype: Dtype = option("", "bfloat16")', 'dtype: Dtype = option("", "float32")', TEST_EXPORT),
     Mutant(
         "training.json: how its chats were rendered, the reasoning",
         EXPORT,
-        '        "drop_reasoning": data["drop_reasoning"],\n',
+        '        "drop_reasoning": data.drop_reasoning,\n',
         '        "drop_reasoning": False,\n',
         TEST_EXPORT,
     ),
     Mutant(
         "training.json: the chat template that replaced the target's",
         EXPORT,
-        'template.read_text() if data["chat_template"] else None',
+        '(run / CHAT_TEMPLATE).read_text() if data.chat_template else None',
         "None",
         TEST_EXPORT,
     ),
     Mutant(
         "training.json: null is the target's own template",
         EXPORT,
-        'template.read_text() if data["chat_template"] else None',
+        '(run / CHAT_TEMPLATE).read_text() if data.chat_template else None',
         "template.read_text()",
         TEST_EXPORT,
     ),
     Mutant(
         "training.json: template arguments",
         EXPORT,
-        '"template_args": data["template_args"],',
+        '"template_args": data.template_args,',
         '"template_args": {},',
         TEST_EXPORT,
     ),
     Mutant(
         "training.json: the target's revision",
         EXPORT,
-        '"revision": target["revision"],',
+        '"revision": target.revision,',
         '"revision": "main",',
         TEST_EXPORT,
     ),
@@ -109,8 +109,8 @@ MUTANTS = [
     Mutant(
         "or --base-model does",
         EXPORT,
-        'base_model = args.base_model or config["target"]["path"]',
-        'base_model = config["target"]["path"]',
+        'base_model = options.base_model or config.target.path',
+        'base_model = config.target.path',
         f"{TEST_EXPORT} {TEST_CARD}",
     ),
     Mutant(
@@ -130,8 +130,8 @@ MUTANTS = [
     Mutant(
         "a card says nothing of the machine: the draft it began from",
         CARD,
-        'or shown(self.run["draft"]["init"])',
-        'or self.run["draft"]["init"]',
+        'or shown(self.run.draft.init)',
+        'or self.run.draft.init',
         TEST_CARD,
     ),
     Mutant(
@@ -165,7 +165,7 @@ MUTANTS = [
     Mutant(
         "the card: serve with the template arguments that training used",
         CARD,
-        'if arguments := self.run["data"]["template_args"]:',
+        'if arguments := self.run.data.template_args:',
         "if arguments := None:",
         TEST_CARD,
     ),
@@ -399,8 +399,8 @@ MUTANTS = [
     Mutant(
         "noise depends on the prompt's number",
         EVALUATE,
-        "seed=self.args.seed * 1_000_003 + row)",
-        "seed=self.args.seed)",
+        "seed=self.options.seed * 1_000_003 + row)",
+        "seed=self.options.seed)",
         evaluating("one_question_asked_twice_is_answered_with_other_noise"),
     ),
     Mutant(
@@ -427,7 +427,7 @@ MUTANTS = [
     Mutant(
         "--rejection: the answers need not be the target's very tokens",
         EVALUATE,
-        "equal=not args.rejection",
+        "equal=not options.rejection",
         "equal=True",
         evaluating("rejection_sampling_claims_no_equality"),
     ),
@@ -448,22 +448,22 @@ MUTANTS = [
     Mutant(
         "--diagnose compares likeliest tokens",
         EVALUATE,
-        "if args.diagnose and args.temperature > 0:",
+        "if options.diagnose and options.temperature > 0:",
         "if False:",
         evaluating("a_diagnosis_of_sampled_answers_is_refused"),
     ),
     Mutant(
         "report.json holds how it was decoded",
         EVALUATE,
-        "            **{name: getattr(args, name) for name in ANSWERED_WITH},\n",
+        "            **{name: getattr(options, name) for name in ANSWERED_WITH},\n",
         "",
         evaluating("rejection_sampling_claims_no_equality"),
     ),
     Mutant(
         "greedily in float32, unless asked otherwise",
         EVALUATE,
-        'default="float32", help="float32 shows equality"',
-        'default="bfloat16", help="float32 shows equality"',
+        'dtype: Dtype = option("float32 shows equality", "float32")',
+        'dtype: Dtype = option("float32 shows equality", "bfloat16")',
         evaluating("a_random_draft_is_lossless"),
     ),
     Mutant(
