@@ -12,7 +12,7 @@ import math
 import operator
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -286,7 +286,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: naming the file and the key, and what to write instead.
     """
     config = read(Config, _there(path), overrides)
-    _refuse_impossible(config)
+    for why in _impossible(config):
+        raise ValueError(why)
     return config
 
 
@@ -333,64 +334,56 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def _refuse_impossible(config: Config) -> None:
-    """Raises a ValueError for what is not set, and for values that do not go together."""
+def _impossible(config: Config) -> Iterator[str]:
+    """What is not set, and what does not go together."""
     target, data, draft, loss, train = config.target, config.data, config.draft, config.loss, config.train
     ids, held_out = target.layer_ids, data.val_path is not None or data.val_conversations > 0
-
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            raise ValueError(message)
-
-    require(bool(config.output_dir), "output_dir is not set: name the folder that this run writes to")
-    require(bool(target.path), "target.path is not set: name the model folder or hub id of the frozen target")
-    require(bool(data.path), "data.path is not set: name a file, folder or hub dataset of conversations")
-    require(bool(ids), "target.layer_ids is empty: list the decoder layers to capture, such as [1, 9, 17, 25, 33]")
-    require(
-        draft.mask_token_id is not None,
-        "draft.mask_token_id is not set: choose a reserved token of the target's vocabulary that no text contains",
-    )
-    require(
-        all(a < b for a, b in itertools.pairwise(ids)),
-        f"target.layer_ids {ids} must be strictly increasing: serving engines sort them",
-    )
-    require(
-        not (target.attention or "").startswith("flash_attention") or train.micro_batch_size == 1,
-        "target.attention: flash_attention keeps packed documents apart in a single row only: set"
-        " train.micro_batch_size to 1, or leave target.attention unset",
-    )
-    require(
-        loss.gamma is not None or draft.block_size in PUBLISHED_GAMMA,
-        f"loss.gamma has no published value for draft.block_size {draft.block_size}: set it (16 was trained with 7,"
-        " 8 with 4)",
-    )
-    require(
-        (draft.block_size - 2) / config.gamma < LIGHTEST,
-        f"loss.gamma {loss.gamma} leaves the last slot of a block of {draft.block_size} without weight: set it to at"
-        f" least {math.ceil((draft.block_size - 2) / LIGHTEST)}",
-    )
-    require(
-        train.global_batch_size % train.micro_batch_size == 0,
-        f"train.global_batch_size {train.global_batch_size} must be a multiple of"
-        f" train.micro_batch_size {train.micro_batch_size}",
-    )
-    require(
-        not config.validate.every or held_out,
-        "validate.every is set but nothing is held out: set data.val_path or data.val_conversations",
-    )
-    if config.eval.every:
-        require(
-            config.eval.prompts is not None or held_out,
+    if not config.output_dir:
+        yield "output_dir is not set: name the folder that this run writes to"
+    if not target.path:
+        yield "target.path is not set: name the model folder or hub id of the frozen target"
+    if not data.path:
+        yield "data.path is not set: name a file, folder or hub dataset of conversations"
+    if not ids:
+        yield "target.layer_ids is empty: list the decoder layers to capture, such as [1, 9, 17, 25, 33]"
+    if any(a >= b for a, b in itertools.pairwise(ids)):
+        yield f"target.layer_ids {ids} must be strictly increasing: serving engines sort them"
+    if draft.mask_token_id is None:
+        yield "draft.mask_token_id is not set: choose a reserved token of the target's vocabulary that no text contains"
+    if (target.attention or "").startswith("flash_attention") and train.micro_batch_size > 1:
+        yield (
+            "target.attention: flash_attention keeps packed documents apart in a single row only: set"
+            " train.micro_batch_size to 1, or leave target.attention unset"
+        )
+    if loss.gamma is None and draft.block_size not in PUBLISHED_GAMMA:
+        yield (
+            f"loss.gamma has no published value for draft.block_size {draft.block_size}: set it (16 was trained with"
+            " 7, 8 with 4)"
+        )
+    if (draft.block_size - 2) / config.gamma >= LIGHTEST:
+        yield (
+            f"loss.gamma {loss.gamma} leaves the last slot of a block of {draft.block_size} without weight: set it to"
+            f" at least {math.ceil((draft.block_size - 2) / LIGHTEST)}"
+        )
+    if train.global_batch_size % train.micro_batch_size:
+        yield (
+            f"train.global_batch_size {train.global_batch_size} must be a multiple of"
+            f" train.micro_batch_size {train.micro_batch_size}"
+        )
+    if config.validate.every and not held_out:
+        yield "validate.every is set but nothing is held out: set data.val_path or data.val_conversations"
+    if config.eval.every and config.eval.prompts is None and not held_out:
+        yield (
             "eval.every is set but there is nothing to decode: set eval.prompts, data.val_path or"
-            " data.val_conversations",
+            " data.val_conversations"
         )
-        require(
-            target.features is None,
+    if config.eval.every and target.features is not None:
+        yield (
             "eval.every is set but target.features takes the target's place: real decoding runs the target, so unset"
-            " one of them; `evaluate` can measure the exports of such a run",
+            " one of them; `evaluate` can measure the exports of such a run"
         )
-        require(
-            target.full_depth,
+    if config.eval.every and not target.full_depth:
+        yield (
             "eval.every is set but only the captured layers of the target are loaded: real decoding needs all, so set"
-            " target.full_depth to true",
+            " target.full_depth to true"
         )

@@ -36,14 +36,18 @@ FLOORS = {
 }
 
 
-def imported_rooms(path: Path) -> set[str]:
+def imported_modules(path: Path) -> set[str]:
     modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             modules |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
-    return {name.split(".")[1] for name in modules if name.startswith("dflash_dist.")} & FLOORS.keys()
+    return modules
+
+
+def imported_rooms(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported_modules(path) if name.startswith("dflash_dist.")} & FLOORS.keys()
 
 
 def test_rooms_import_from_lower_floors_only() -> None:
@@ -62,3 +66,16 @@ def test_the_mathematics_does_not_know_the_config() -> None:
     for room in ("kernels", "draft", "objective"):
         for path in (PACKAGE / room).rglob("*.py"):
             assert imported_rooms(path) <= {"batch", "kernels", room}
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Nor a longer circle; imports inside of functions count."""
+    files = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    imports = {name: imported_modules(path) & files.keys() - {name} for name, path in files.items()}
+
+    def reached(name: str, seen: frozenset[str] = frozenset()) -> frozenset[str]:
+        for other in imports[name] - seen:
+            seen = reached(other, seen | {other})
+        return seen
+
+    assert not [name for name in files if name in reached(name)]

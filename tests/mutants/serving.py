@@ -49,7 +49,13 @@ MUTANTS = [
         "if problem := None:",
         TEST_EXPORT,
     ),
-    Mutant("export: in bf16", EXPORT, 'dtype: Dtype = option("", "bfloat16")', 'dtype: Dtype = option("", "float32")', TEST_EXPORT),
+    Mutant(
+        "export: in bf16",
+        EXPORT,
+        'dtype: Dtype = option("", "bfloat16")',
+        'dtype: Dtype = option("", "float32")',
+        TEST_EXPORT,
+    ),
     Mutant(
         "training.json: how its chats were rendered, the reasoning",
         EXPORT,
@@ -60,15 +66,15 @@ MUTANTS = [
     Mutant(
         "training.json: the chat template that replaced the target's",
         EXPORT,
-        '(run / CHAT_TEMPLATE).read_text() if data.chat_template else None',
+        "(run / CHAT_TEMPLATE).read_text() if data.chat_template else None",
         "None",
         TEST_EXPORT,
     ),
     Mutant(
         "training.json: null is the target's own template",
         EXPORT,
-        '(run / CHAT_TEMPLATE).read_text() if data.chat_template else None',
-        "template.read_text()",
+        "(run / CHAT_TEMPLATE).read_text() if data.chat_template else None",
+        "(run / CHAT_TEMPLATE).read_text()",
         TEST_EXPORT,
     ),
     Mutant(
@@ -109,8 +115,8 @@ MUTANTS = [
     Mutant(
         "or --base-model does",
         EXPORT,
-        'base_model = options.base_model or config.target.path',
-        'base_model = config.target.path',
+        "base_model = options.base_model or config.target.path",
+        "base_model = config.target.path",
         f"{TEST_EXPORT} {TEST_CARD}",
     ),
     Mutant(
@@ -130,8 +136,8 @@ MUTANTS = [
     Mutant(
         "a card says nothing of the machine: the draft it began from",
         CARD,
-        'or shown(self.run.draft.init)',
-        'or self.run.draft.init',
+        "or shown(self.run.draft.init)",
+        "or self.run.draft.init",
         TEST_CARD,
     ),
     Mutant(
@@ -165,7 +171,7 @@ MUTANTS = [
     Mutant(
         "the card: serve with the template arguments that training used",
         CARD,
-        'if arguments := self.run.data.template_args:',
+        "if arguments := self.run.data.template_args:",
         "if arguments := None:",
         TEST_CARD,
     ),
