@@ -55,6 +55,17 @@ class ConfigOptions:
         return load_config(self.config, self.overrides)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """How a target answers, in every command that lets it."""
+
+    max_new_tokens: int = option("longest answer [tokens]", 1024)
+    temperature: float = option("0: greedy", 0.0)
+    top_p: float = option("nucleus of the sampled distribution", 1.0)
+    top_k: int = option("likeliest tokens that are sampled from; 0: all", 0)
+    seed: int = option("seed of sampling", 0)
+
+
 def parse(options: type[T], command: str, about: str | None, argv: Sequence[str], epilog: str = "") -> T:
     """The options that a command line states. Ends the program where it states none of this kind, and for `--help`.
 

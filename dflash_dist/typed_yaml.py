@@ -135,15 +135,11 @@ def _parse(text: str, where: str) -> Any:
     """Dicts, lists and scalars; None for a text without content."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.constructor.ConstructorError as error:
-        assert error.problem_mark is not None
-        raise ValueError(f"{where}, line {error.problem_mark.line + 1}: {error.problem}") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f", in line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{where} is not valid YAML: {error.problem}{line}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{where} is not valid YAML{line}: {problem}") from error
 
 
 def _overridden(tree: dict[str, Any], override: str, known: dict[str, dataclasses.Field[Any]]) -> dict[str, Any]:
@@ -239,30 +235,26 @@ def _at_home(value: Any) -> Any:
 
 
 def _in_words(error: ValidationError, tree: Any, known: Collection[str]) -> str:
-    """The first thing that pydantic found, in one sentence with the key, and the value as it was typed."""
-    first, *others = error.errors(include_url=False)
+    """What pydantic found in one sentence, with the key, and the value as it was typed."""
     # Of a union every type says what it found: the one that got deepest was meant.
-    same_knob = [first, *(other for other in others if other["loc"][:2] == first["loc"][:2])]
-    found = max(same_knob, key=lambda one: len(one["loc"]))
+    found = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
     keys: list[str] = []
     for part in found["loc"]:
         if isinstance(tree, list) or (isinstance(tree, dict) and part in tree):
             tree = tree[part]  # type: ignore[index]
             keys += [part] if isinstance(part, str) else []
-    dotted = ".".join(keys)
+    dotted, message = ".".join(keys), found["msg"]
     if found["type"] == "unexpected_keyword_argument":
         return f"unknown key {dotted!r}{_nearest(known, '.'.join(keys[:-1]), keys[-1])}"
-    if found["type"] == "dataclass_type":
-        return f"{dotted} is a section, found {_shown(tree)}"
-    message = found["msg"].removeprefix("Value error, ")
     if found["type"] == "value_error":  # of our own
-        return dotted + message
+        return dotted + message.removeprefix("Value error, ")
     for pydantics, ours in WORDS.items():
         message = re.sub(pydantics, ours, message)
     return dotted + message + ("" if ", not " in message else f", found {_shown(tree)}")
 
 
 WORDS = {
+    ".* instance of .*": " is a section",
     ".*? should ": " must ",
     "greater than or equal to": "at least",
     "less than or equal to": "at most",

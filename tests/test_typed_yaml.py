@@ -211,7 +211,7 @@ def test_a_template_argument_that_may_be_a_word_or_a_truth_is_refused(load, refu
     [
         (
             "train:\n  lr: 1\n  seed: 2\n  lr: 3\n",
-            "run.yaml, line 8: the key 'lr' stands twice, first in line 6: leave one",
+            "run.yaml is not valid YAML in line 8: the key 'lr' stands twice, first in line 6: leave one",
         ),
         ("data: {path: x}\n", "line 5: the key 'data' stands twice, first in line 3"),
         ("train: {lr: 1, lr: 1}\n", "line 5: the key 'lr' stands twice, first in line 5"),
@@ -223,9 +223,9 @@ def test_a_template_argument_that_may_be_a_word_or_a_truth_is_refused(load, refu
         ("loss: !mine {}\n", "line 5: tags such as !mine are not read"),
         ("eval: &e {count: *e}\n", "line 5: found unconstructable recursive node"),
         ("eval: {<<: 3}\n", "line 5: expected a mapping or list of mappings for merging, but found scalar"),
-        ("train: {lr: 1}\n---\ntrain: {lr: 2}\n", "is not valid YAML: but found another document, in line 6"),
-        ("train:\n\tlr: 1\n", "cannot start any token, in line 6"),
-        ("train: {lr: 1\n", "is not valid YAML: expected ',' or '}'"),
+        ("train: {lr: 1}\n---\ntrain: {lr: 2}\n", "is not valid YAML in line 6: but found another document"),
+        ("train:\n\tlr: 1\n", "in line 6: found character '\\t' that cannot start any token"),
+        ("train: {lr: 1\n", "is not valid YAML in line 6: expected ',' or '}'"),
         ("train: {1: 2}\n", "unknown key 'train.1'"),
         ("train: {true: 2}\n", "unknown key 'train.true'"),
         ("train.lr: 3e-4\n", "unknown key 'train.lr': in a file, 'lr' stands below 'train:'"),
@@ -254,6 +254,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path) -> None:
 @pytest.mark.parametrize("section", ["train:", "train: ~", "train: {}", "train: # nothing yet"])
 def test_an_empty_section_takes_an_override(load, section) -> None:
     assert load("train.lr=0.5", text=f"{MINIMAL}{section}\n").train.lr == 0.5
+    assert load(text=f"{MINIMAL}{section}\n") == load()
     assert load(
         "data.template_args.x=1", text=MINIMAL.replace("chats.jsonl", "chats.jsonl, template_args: ")
     ).data.template_args == {"x": 1}

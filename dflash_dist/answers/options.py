@@ -6,24 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dflash_dist.config import Day, Dtype
-from dflash_dist.options import JsonObject, option
+from dflash_dist.options import AnswerOptions, JsonObject, option
 
 SERVER = "answers from a server (key: OPENAI_API_KEY)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegenerateOptions:
+class RegenerateOptions(AnswerOptions):
     target: str = option("model folder or hub id; with --endpoint its name there")
     trust_remote_code: bool = option("run Python code that the target brings", False)
     prompts: str = option("conversations; their answers are written again")
     out: Path = option("JSONL to write")
     max_bad_rows: int = option("prompts that may be unusable, and are left out", 0)
     batch_size: int = option("conversations generated at once", 24)
-    max_new_tokens: int = option("longest answer [tokens]", 1024)
-    temperature: float = option("0: greedy", 0.0)
-    top_p: float = option("nucleus of the sampled distribution", 1.0)
-    top_k: int = option("likeliest tokens that are sampled from; 0: all", 0)
-    seed: int = option("seed of sampling", 0)
     dtype: Dtype = option("", "bfloat16")
     template_args: JsonObject = option("JSON object for the chat template", {})
     date: Day | None = option(

@@ -33,7 +33,7 @@ from dflash_dist.evaluate.diagnose import Evidence, Examiner, add_up, judge
 from dflash_dist.evaluate.report import Answer, print_report, summarise, to_tensorboard
 from dflash_dist.evaluate.suites import SUITES, Prompt, read_prompts
 from dflash_dist.files import writing
-from dflash_dist.options import JsonObject, option, parse
+from dflash_dist.options import AnswerOptions, JsonObject, option, parse
 from dflash_dist.ranks import World, join_world
 from dflash_dist.reading import check_fields, reading
 from dflash_dist.target.head import check_head
@@ -52,7 +52,7 @@ ANSWERED_WITH = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "rej
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(AnswerOptions):
     target: str = option("model folder or hub id")
     revision: str = option("of a hub id of the target", "main")
     trust_remote_code: bool = option("run Python code that the target brings", False)
@@ -64,11 +64,6 @@ class EvaluateOptions:
     limit: int | None = option("the first N prompts of each suite only; all by default", None)
     json: Path | None = option("file for the report; needed under torchrun, on a shared disk", None)
     tensorboard: Path | None = option("folder for a picture of the slots, histograms and tau", None)
-    max_new_tokens: int = option("longest answer [tokens]", 1024)
-    temperature: float = option("0: greedy", 0.0)
-    top_p: float = option("nucleus of the sampled distribution", 1.0)
-    top_k: int = option("likeliest tokens that are sampled from; 0: all", 0)
-    seed: int = option("seed of sampling", 0)
     rejection: bool = option(
         "accept by rejection sampling: more tokens a pass, but answers like the target's in distribution only", False
     )
