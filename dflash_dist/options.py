@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
@@ -78,12 +79,13 @@ def parse(options: type[T], command: str, about: str | None, argv: Sequence[str]
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     groups: dict[str, Any] = {"": parser}
-    types = typing.get_type_hints(options, include_extras=True)
-    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+    hints = typing.get_type_hints(options, include_extras=True)
+    fields: Any = dataclasses.fields(options)  # type: ignore[arg-type]
+    for field in sorted(fields, key=lambda field: not _is_required(field)):
         group = field.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        names, keywords = _described(field, types[field.name])
+        names, keywords = _described(field, hints[field.name])
         groups[group].add_argument(*names, **keywords)
     found = parser.parse_intermixed_args(argv)
     try:
@@ -92,13 +94,20 @@ def parse(options: type[T], command: str, about: str | None, argv: Sequence[str]
         parser.error(str(error))
 
 
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
 def _described(field: dataclasses.Field[Any], hint: Any) -> tuple[list[str], dict[str, Any]]:
     """An option as argparse is told of it."""
-    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    default = field.default if field.default_factory is MISSING else field.default_factory()
     meaning = field.metadata["meaning"]
-    if default not in (MISSING, None, False, "", [], {}) and not field.metadata.get("shown"):
+    if isinstance(default, (int, float, str)) and default is not False and default != "":
         meaning = f"{meaning} (default: {default})".lstrip()
     keywords: dict[str, Any] = {"help": meaning.replace("%", "%%")}
+    match typing.get_args(hint):
+        case (stated, types.NoneType):
+            hint = stated
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is bool:
         keywords["action"] = "store_true"
@@ -108,7 +117,7 @@ def _described(field: dataclasses.Field[Any], hint: Any) -> tuple[list[str], dic
         keywords["type"] = _reader(inner[0] if origin is list else hint)
     if "shown" in field.metadata:
         return [field.name], keywords | ({"nargs": "*", "metavar": field.metadata["shown"]} if origin is list else {})
-    keywords |= {"required": True} if default is MISSING else {"default": default}
+    keywords |= {"required": True} if _is_required(field) else {"default": default}
     names = [f"--{field.name.replace('_', '-')}", field.metadata["also"]]
     return list(filter(None, names)), keywords | ({"nargs": "+"} if origin is list else {})
 
@@ -120,6 +129,8 @@ def _reader(hint: Any) -> Any:
         try:
             return TypeAdapter(hint).validate_python(text)
         except ValidationError as error:
-            raise argparse.ArgumentTypeError(f"{error.errors()[0]['msg']}, found {text!r}") from error
+            found, ours = error.errors()[0]["msg"], error.errors()[0]["type"] == "value_error"
+            why = found.removeprefix("Value error, ").strip() if ours else f"{found}, found {text!r}"
+            raise argparse.ArgumentTypeError(why) from error
 
     return read

@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 
+from dflash_dist.config import Day
 from dflash_dist.options import ConfigOptions, JsonObject, argument, option, parse
 
 
@@ -18,6 +19,8 @@ class Options:
     seed: int = option("seed", 3)
     step: int | Literal["best"] | None = option("a step", None)
     dtype: Literal["float32", "bfloat16"] = option("", "bfloat16")
+    also: Literal["a", "b"] | None = option("a letter", None)
+    day: Day | None = option("a day", None)
     names: list[str] = option("names", [], also="--name")
     fields: JsonObject = option("an object", {}, group="to a server")
     give_up: bool = option("a switch", False, group="to a server")
@@ -68,6 +71,8 @@ def test_every_option_has_the_type_of_its_field() -> None:
         (["--out", "x", "--seed", "1.5"], "argument --seed: Input should be a valid integer"),
         (["--out", "x", "--step", "worst"], "found 'worst'"),
         (["--out", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--out", "x", "--also", "c"], "invalid choice: 'c'"),
+        (["--out", "x", "--day", "today"], "argument --day: must be a day as YYYY-MM-DD, found 'today'\n"),
         (["--out", "x", "--fields", "[1]"], "argument --fields: Input should be a valid dictionary, found '[1]'"),
         (["--out", "x", "--fields", "{"], "argument --fields: Invalid JSON"),
         (["--out", "x", "--seed", "-1"], "--seed must not be negative"),
@@ -86,7 +91,12 @@ def test_help_says_every_option_with_its_default_and_group(capsys) -> None:
     assert end.value.code == 0
     told = " ".join(capsys.readouterr().out.split())
     assert told.startswith("usage: dflash_dist try [-h]") and "About it." in told
-    for part in ("--seed SEED seed (default: 3)", "--dtype {float32,bfloat16} (default: bfloat16)", "100 % of it"):
+    for part in (
+        "--seed SEED seed (default: 3)",
+        "--dtype {float32,bfloat16} (default: bfloat16)",
+        "100 % of it",
+        "--also {a,b} a letter",
+    ):
         assert part in told
     assert "to a server: --fields FIELDS an object --give-up a switch" in told
 
