@@ -17,11 +17,12 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch._dynamo  # any optimiser imports it when it is made: here, it belongs to the process at rest
+from pydantic import Field
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
@@ -58,6 +59,7 @@ class Trial:
     threads: int
 
 
+Count = Annotated[int, Field(gt=0)]
 SHAPES, HOW = "what to time: one of these, and single numbers to change it", "how"
 
 
@@ -67,23 +69,23 @@ class BenchOptions:
         "YAML file of a run; its target's config.json is read, its weights and data not", None, SHAPES
     )
     like: str | None = option(f"folder or file of a config.json, or one of {', '.join(PUBLISHED)}", None, SHAPES)
-    hidden: int | None = option("width of target and draft", None, SHAPES)
-    heads: int | None = option("query heads of both", None, SHAPES)
-    kv_heads: int | None = option("key/value heads of both", None, SHAPES)
-    head_dim: int | None = option("size of a head", None, SHAPES)
-    intermediate: int | None = option("width of the MLPs", None, SHAPES)
-    target_layers: int | None = option("decoder layers of the target", None, SHAPES)
-    vocab: int | None = option("tokens of the vocabulary", None, SHAPES)
-    draft_layers: int | None = option("decoder layers of the draft", None, SHAPES)
-    seq: int | None = option("tokens a row", None, SHAPES)
-    anchors: int | None = option("blocks a row", None, SHAPES)
-    block: int | None = option("slots a block", None, SHAPES)
-    rows: int | None = option("rows a rank runs in a step, at once", None, SHAPES)
+    hidden: Count | None = option("width of target and draft", None, SHAPES)
+    heads: Count | None = option("query heads of both", None, SHAPES)
+    kv_heads: Count | None = option("key/value heads of both", None, SHAPES)
+    head_dim: Count | None = option("size of a head", None, SHAPES)
+    intermediate: Count | None = option("width of the MLPs", None, SHAPES)
+    target_layers: Count | None = option("decoder layers of the target", None, SHAPES)
+    vocab: Count | None = option("tokens of the vocabulary", None, SHAPES)
+    draft_layers: Count | None = option("decoder layers of the draft", None, SHAPES)
+    seq: Count | None = option("tokens a row", None, SHAPES)
+    anchors: Count | None = option("blocks a row", None, SHAPES)
+    block: Count | None = option("slots a block", None, SHAPES)
+    rows: Count | None = option("rows a rank runs in a step, at once", None, SHAPES)
     layer_ids: str | None = option("captured layers, such as 1,9,17,25,33; default: spread evenly", None, SHAPES)
     dtype: Literal["float32", "bfloat16"] | None = option("of weights and compute (default: bfloat16)", None, HOW)
-    threads: int | None = option("threads a process (default: torch's)", None, HOW)
-    steps: int = option("steps a round", 5, HOW)
-    rounds: int = option("rounds", 4, HOW)
+    threads: Count | None = option("threads a process (default: torch's)", None, HOW)
+    steps: Count = option("steps a round", 5, HOW)
+    rounds: Count = option("rounds", 4, HOW)
     compile: bool = option("run the draft's layers compiled, see train.compile", False, HOW)
     reference: bool = option("also time a plain float32 implementation", False, HOW)
     json: Path | None = option("file for the report", None, HOW)
