@@ -9,7 +9,6 @@ user could type, and is printed as one.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -20,10 +19,12 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dflash_dist.files import remove_leftovers, whole
+from dflash_dist.options import option, parse
 
 CONFIG = Path("configs/demo.yaml")
 ANSWERS = Path("configs/demo/answers.jsonl")
@@ -37,12 +38,13 @@ HELD_OUT = 15  # of them; decoding these twice stays a small part of the demo
 MAX_NEW_TOKENS = 160
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    regenerate: bool = option(f"write {ANSWERS} again", False)
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="dflash_dist demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--regenerate", action="store_true", help=f"write {ANSWERS} again")
-    args = parser.parse_args(argv)
+    options = parse(DemoOptions, "demo", __doc__, argv)
     if not CONFIG.is_file():
         raise ValueError(f"there is no {CONFIG} here: run the demo from the root of the repository")
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or RANKS) // RANKS, 1)))
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     make_target()
     training, held_out = split(prompts())
-    if args.regenerate:
+    if options.regenerate:
         answers = FOLDER / "answers.jsonl"
         regenerate(training, FOLDER / "prompts.jsonl", answers)
         keep_finished(answers, ANSWERS)

@@ -1,4 +1,4 @@
-"""Dataclasses from a YAML file and `a.b=c` overrides: each value as it was typed, or refused in one sentence.
+"""Pydantic dataclasses from a YAML file and `a.b=c` overrides: each value as it was typed, or refused in one sentence.
 
 YAML 1.1 takes 0012345 for 5349 (octal), 1:30 for 90 and `no` for false, whatever was meant, and forgets the first of
 two equal keys. So scalars stay text here until the type of their field says what they are.
@@ -11,45 +11,43 @@ import difflib
 import math
 import os
 import re
-import types
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
 
 NOTHING = ("", "~", "null", "Null", "NULL")
 TRUTHS = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
 WHOLE, BROKEN = re.compile(r"-?(0|[1-9]\d{0,17})"), re.compile(r"-?(0|[1-9]\d*)\.\d+([eE][+-]?\d+)?")
-NOT_FINITE = re.compile(r"[+-]?\.?(inf|nan)", re.IGNORECASE)
 LARGEST = 2**63 - 1  # an int64's, as which it is used in the end
-RESOLVER = yaml.resolver.Resolver()  # knows which tag YAML gives to a value that states none
+NOT_FINITE = re.compile(r"[+-]?\.?(inf|nan)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Scalar:
-    """A single value as typed."""
+@dataclass(config={"extra": "forbid", "allow_inf_nan": False})
+class Section:
+    """Fields that are read as they were typed. Text with `path` in its metadata may begin with `~`."""
 
-    text: str
-    plain: bool  # not quoted, so that null may mean none and 3 a number
-
-    @property
-    def is_nothing(self) -> bool:
-        return self.plain and self.text in NOTHING
-
-    def __str__(self) -> str:
-        return "nothing" if self.is_nothing else repr(self.text)
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.__dataclass_fields__[str(info.field_name)]
+        if dataclasses.is_dataclass(field.type):
+            return {} if value is None else value
+        return _at_home(value) if field.metadata.get("path") else _as_meant(value, _kind(field.type))
 
 
-def read_dataclass(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
-    """Reads the fields of `cls`, whose sections are dataclasses themselves.
+def read(cls: type[T], path: Path, overrides: Sequence[str] = (), skip_unknown: bool = False) -> T:
+    """Reads a dataclass whose sections are dataclasses too.
 
-    Text fields with `path` in their metadata may begin with `~`.
+    Args:
+        skip_unknown: leave out keys that are no field, instead of refusing them.
 
     Raises:
         ValueError: naming file and key, and what to write instead.
@@ -58,24 +56,23 @@ def read_dataclass(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not valid YAML: it is no text in UTF-8 ({error.reason})") from error
-    tree = _read(text, f"{path} is not valid YAML", str(path))
-    if tree is None or (isinstance(tree, Scalar) and tree.is_nothing):
-        tree = {}
-    if not isinstance(tree, dict):
+    tree, known = _parse(text, str(path)), knobs(cls)
+    if not isinstance(tree, dict | None):
         raise ValueError(f"{path}: expected sections such as 'target:', found {_shown(tree)}")
     for override in overrides:
-        _put(cls, tree, override)
-    return _build(cls, cls, tree, str(path))
+        tree = _overridden(tree or {}, override, known)
+    try:
+        return TypeAdapter(cls).validate_python(tree or {}, extra="ignore" if skip_unknown else None)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_in_words(error, tree, known)}") from error
 
 
 def knobs(cls: type) -> dict[str, dataclasses.Field[Any]]:
     """All fields by dotted name, those of the sections in place of these."""
-    hints = typing.get_type_hints(cls)
     found: dict[str, dataclasses.Field[Any]] = {}
     for top in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[top.name]):
-            section = typing.cast(type, hints[top.name])
-            found |= {f"{top.name}.{name}": field for name, field in knobs(section).items()}
+        if dataclasses.is_dataclass(top.type):
+            found |= {f"{top.name}.{name}": field for name, field in knobs(typing.cast(type, top.type)).items()}
         else:
             found[top.name] = top
     return found
@@ -84,234 +81,206 @@ def knobs(cls: type) -> dict[str, dataclasses.Field[Any]]:
 # ---------------------------------------------------------------------------------------------------- text -> tree
 
 
-def _read(text: str, what: str, where: str) -> Any:
-    """Dicts, lists and scalars; None for a text without content.
+class Plain(str):
+    """A scalar that was not quoted: it may mean a number or a truth."""
 
-    Args:
-        what: what is wrong where the text is no YAML.
-        where: names the place where it is YAML, but not to be used.
-    """
+
+class _Loader(yaml.SafeLoader):
+    """Scalars are `Plain`, None or, if quoted, text; what a reader might take for something else is an error."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        if kind is yaml.ScalarNode and implicit[0]:
+            return MERGE if value == "<<" else PLAIN
+        return super().resolve(kind, value, (False, True))
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                _refuse("a key is a name, not a list or a mapping", key)
+            if key.value in lines and key.tag != MERGE:
+                _refuse(f"the key {key.value!r} stands twice, first in line {lines[key.value]}: leave one", key)
+            lines[key.value] = key.start_mark.line + 1
+        return node
+
+    def mapping(self, node: Any) -> dict[str, Any]:
+        self.flatten_mapping(node)  # merges what << names
+        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
+
+    def unknown(self, node: Any) -> Any:
+        _refuse(f"tags such as {node.tag} are not read: write the value alone", node)
+
+
+PLAIN, MERGE = "plain", "tag:yaml.org,2002:merge"
+_Loader.yaml_constructors = {
+    PLAIN: lambda loader, node: _as_typed(node.value),
+    MERGE: lambda loader, node: Plain(node.value),  # where it is a value
+    "tag:yaml.org,2002:str": _Loader.construct_scalar,
+    "tag:yaml.org,2002:seq": lambda loader, node: loader.construct_sequence(node, deep=True),
+    "tag:yaml.org,2002:map": _Loader.mapping,
+    None: _Loader.unknown,
+}
+
+
+def _refuse(problem: str, node: yaml.Node) -> typing.NoReturn:
+    raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
+
+
+def _as_typed(text: str) -> Plain | None:
+    return None if text in NOTHING else Plain(text)
+
+
+def _parse(text: str, where: str) -> Any:
+    """Dicts, lists and scalars; None for a text without content."""
     try:
-        node = yaml.compose(text, yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise ValueError(f"{what}: {error.problem}" + (f", in line {mark.line + 1}" if mark else "")) from error
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
-    return None if node is None else _plain(node, where)
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{where} is not valid YAML{line}: {problem}") from error
 
 
-def _plain(node: yaml.Node, where: str, above: tuple[yaml.Node, ...] = ()) -> Any:
-    line = node.start_mark.line + 1
-    if any(node is other for other in above):
-        raise ValueError(f"{where}, line {line}: an alias stands inside of what it names")
-    plain = isinstance(node, yaml.ScalarNode) and node.style is None
-    implied = RESOLVER.resolve(type(node), node.value, (plain, True))
-    if node.tag not in (implied, "tag:yaml.org,2002:str"):
-        raise ValueError(f"{where}, line {line}: tags such as {node.tag} are not read: write the value alone")
-    if isinstance(node, yaml.ScalarNode):
-        return Scalar(node.value, plain and node.tag == implied)
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, where, (*above, node)) for item in node.value]
-    found: dict[str, Any] = {}
-    lines: dict[str, int] = {}
-    merged: dict[str, Any] = {}
-    for key, value in node.value:
-        at = key.start_mark.line + 1
-        content = _plain(value, where, (*above, node))
-        if key.tag == "tag:yaml.org,2002:merge":
-            for other in content if isinstance(content, list) else [content]:
-                if not isinstance(other, dict):
-                    raise ValueError(f"{where}, line {at}: << takes a mapping, found {_shown(other)}")
-                merged = other | merged
-            continue
-        if not isinstance(key, yaml.ScalarNode):
-            raise ValueError(f"{where}, line {at}: a key is a name, not a list or a mapping")
-        if key.value in found:
-            raise ValueError(
-                f"{where}: the key {key.value!r} stands twice, in lines {lines[key.value]} and {at}: leave one"
-            )
-        found[key.value], lines[key.value] = content, at
-    return merged | found
-
-
-def _put(cls: type, tree: dict[str, Any], override: str) -> None:
-    """Sets what `a.b=c` says."""
+def _overridden(tree: dict[str, Any], override: str, known: dict[str, dataclasses.Field[Any]]) -> dict[str, Any]:
+    """The tree with what `a.b=c` says."""
     dotted, equals, text = override.partition("=")
     if not equals:
         raise ValueError(f"override {override!r} is not of the form section.name=value")
-    *sections, name = dotted.split(".")
-    for section in sections:
-        below = tree.get(section)
-        if below is None or (isinstance(below, Scalar) and below.is_nothing):
-            below = tree[section] = {}
-        if not isinstance(below, dict):
-            raise ValueError(f"override {dotted!r}: {section!r} is a value, not a section")
-        tree = below
-    hint = typing.get_type_hints(cls).get(dotted)
-    if dataclasses.is_dataclass(hint):
-        one = dataclasses.fields(hint)[0].name
-        raise ValueError(f"override {override!r}: {dotted} is a section: set its keys, such as {dotted}.{one}=...")
-    tree[name] = _read_override(override, text, _hint_of(cls, dotted.split(".")))
+    if one := next((name for name in known if name.startswith(f"{dotted}.")), None):
+        raise ValueError(f"override {override!r}: {dotted} is a section: set its keys, such as {one}=...")
+    hint = known[dotted].type if dotted in known else Any
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    is_text, may_be_dict = _kind(hint) is str, any(typing.get_origin(kind) is dict for kind in typing.get_args(hint))
+    brackets = "[{" if not is_text else "{" if may_be_dict else ""
+    # What is neither quoted nor in brackets needs no quotes, whatever is in it.
+    value = _parse(text, f"override {override!r}") if quoted or (text and text[0] in brackets) else _as_typed(text)
+
+    def put(tree: Any, names: list[str]) -> dict[str, Any]:
+        if not isinstance(tree, dict | None):
+            above = dotted.removesuffix("." + ".".join(names)).rpartition(".")[2]
+            raise ValueError(f"override {dotted!r}: {above!r} is a value, not a section")
+        tree, (name, *inner) = tree or {}, names
+        return tree | {name: put(tree.get(name), inner) if inner else value}
+
+    return put(tree, dotted.split("."))
 
 
-def _hint_of(cls: type, names: list[str]) -> Any:
-    """The type of a field by its dotted name; Any where there is none."""
-    hint = typing.get_type_hints(cls).get(names[0], Any)
-    return _hint_of(typing.cast(type, hint), names[1:]) if names[1:] and dataclasses.is_dataclass(hint) else hint
+# ---------------------------------------------------------------------------------------------------- text -> value
 
 
-def _read_override(override: str, text: str, hint: Any) -> Any:
-    """The value of an override. Where text is meant, it needs no quotes, whatever is in it."""
-    kinds = _kinds(hint)
-    may_be_mapping = any(typing.get_origin(kind) is dict for kind in kinds)
-    if kinds[0] is str or typing.get_origin(kinds[0]) is Literal:
-        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-        if not quoted and not (may_be_mapping and text.startswith("{")):
-            return Scalar(text, plain=True)
-    found = _read(text, f"override {override!r}: the value is not valid YAML", f"override {override!r}")
-    if found is None or isinstance(found, Scalar):
-        # YAML takes what follows ` #` for a comment.
-        return found if found and not (found.plain and "#" in text) else Scalar(text.strip(), plain=True)
-    return found
+def _kind(hint: Any) -> Any:
+    """The type of the single values that a type holds: the first of a union, the one inside of a list or mapping."""
+    inner = typing.get_args(hint)
+    if not inner:
+        return hint
+    return str if typing.get_origin(hint) is Literal else _kind(inner[typing.get_origin(hint) is dict])
 
 
-# ---------------------------------------------------------------------------------------------------- tree -> fields
+def _as_meant(value: Any, kind: Any, where: str = "") -> Any:
+    """A value with all text in it of which pydantic would make something else than this kind.
+
+    Raises:
+        ValueError: it may mean two things.
+    """
+    if isinstance(value, list):
+        return [_as_meant(item, kind, where) for item in value]
+    if isinstance(value, dict):
+        return {key: _as_meant(item, kind, f"{where}.{key}") for key, item in value.items()}
+    if kind is int and isinstance(value, str):
+        return _whole(value, where)
+    if kind is bool and isinstance(value, str):
+        if not isinstance(value, Plain) or value.lower() not in TRUTHS:
+            raise ValueError(f"{where} must be true or false, found {str(value)!r}")
+        return TRUTHS[value.lower()]
+    return _free(value, where) if kind is Any and isinstance(value, Plain) else value
 
 
-def _build(cls: type[T], root: type, tree: dict[str, Any], where: str, section: str = "") -> T:
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in tree.items():
-        dotted = f"{section}.{key}" if section else key
-        if key not in hints:
-            raise ValueError(f"{where}: unknown key {dotted!r}{_nearest(root, section, key)}")
-        hint = hints[key]
-        if not dataclasses.is_dataclass(hint):
-            metadata = cls.__dataclass_fields__[key].metadata  # type: ignore[attr-defined]
-            typed = _typed(hint, value, f"{where}: {dotted}")
-            values[key] = _at_home(typed, f"{where}: {dotted}") if metadata.get("path") else typed
-            continue
-        if isinstance(value, Scalar) and value.is_nothing:
-            value = {}
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: {dotted} is a section, found {_shown(value)}")
-        values[key] = _build(typing.cast(type, hint), root, value, where, dotted)
-    return cls(**values)
+def _whole(text: str, where: str) -> Any:
+    """Exactly, where a float would round; 1e3 is whole too."""
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return text
+    if not number.is_finite():
+        return float(number)
+    if not -LARGEST <= number <= LARGEST:
+        raise ValueError(f"{where} must be at most {LARGEST}, found {text!r}")
+    return int(number) if number == int(number) else float(number)
 
 
-def _nearest(root: type, section: str, key: str) -> str:
+def _free(text: str, where: str) -> Any:
+    """A value whose type nobody states: JSON's types where it is written as JSON would, text otherwise."""
+    if text.lower() in ("true", "false"):
+        return TRUTHS[text.lower()]
+    if text.lower() in TRUTHS:
+        raise ValueError(f"{where}: {text} may be a word or a truth: write true or false, or '{text}'")
+    if NOT_FINITE.fullmatch(text) or (BROKEN.fullmatch(text) and math.isinf(float(text))):
+        raise ValueError(f"{where} must be a finite number, found {str(text)!r}: quote it if it is a word")
+    return int(text) if WHOLE.fullmatch(text) else float(text) if BROKEN.fullmatch(text) else str(text)
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or the keys of a mapping, with `~` expanded."""
+    if isinstance(value, dict):
+        return {_at_home(path): item for path, item in value.items()}
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    if (expanded := os.path.expanduser(value)).startswith("~"):
+        raise ValueError(f": {value!r} names no user's home; a folder of that name is ./{value}")
+    return expanded
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def _in_words(error: ValidationError, tree: Any, known: Collection[str]) -> str:
+    """What pydantic found in one sentence, with the key, and the value as it was typed."""
+    # Of a union every type says what it found: the one that got deepest was meant.
+    found = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
+    keys: list[str] = []
+    for part in found["loc"]:
+        if isinstance(tree, list) or (isinstance(tree, dict) and part in tree):
+            tree = tree[part]  # type: ignore[index]
+            keys += [part] if isinstance(part, str) else []
+    dotted, message = ".".join(keys), found["msg"]
+    if found["type"] == "unexpected_keyword_argument":
+        return f"unknown key {dotted!r}{_nearest(known, '.'.join(keys[:-1]), keys[-1])}"
+    if found["type"] == "value_error":  # of our own
+        return dotted + message.removeprefix("Value error, ")
+    for pydantics, ours in WORDS.items():
+        message = re.sub(pydantics, ours, message)
+    return dotted + message + ("" if ", not " in message else f", found {_shown(tree)}")
+
+
+WORDS = {
+    ".* instance of .*": " is a section",
+    ".*? should ": " must ",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "dictionary": "mapping",
+    " after validation|, (unable|got) .*": "",
+}
+
+
+def _nearest(known: Collection[str], section: str, key: str) -> str:
     """What may be meant by an unknown key: a name that exists, written as it would have to be."""
-    known = list(knobs(root))
-    inner, dot, leaf = key.rpartition(".")
-    if dot and key in known:
+    inner, _, leaf = key.rpartition(".")
+    if inner and key in known:
         return f": in a file, {leaf!r} stands below {inner + ':'!r}"
-    section, key = section or inner, leaf
-    sections = {name: name for name in (name.split(".")[0] for name in known)}
+    section, key = section or inner, leaf.lower()
     leaves = {name: name.rpartition(".")[2] for name in known}
-    below = {name: leaf for name, leaf in leaves.items() if name.rpartition(".")[0] == section}
-    if not section:
-        below = {}
-    here = below or sections
-
-    def close(among: dict[str, str]) -> list[str]:
-        found = difflib.get_close_matches(key.lower(), list(among.values()), n=1, cutoff=0.6)
-        return [name for name, leaf in among.items() if leaf in found]
-
-    same = [name for name, leaf in leaves.items() if leaf == key.lower()]
-    if meant := same or close(here) or close(leaves):
-        return f"; did you mean {' or '.join(map(repr, meant))}?"
+    sections = {name: name for name in (name.split(".")[0] for name in known)}
+    below = {name: leaf for name, leaf in leaves.items() if section and name.startswith(f"{section}.")}
+    same = {name: leaf for name, leaf in leaves.items() if leaf == key}
+    for among in (same, below or sections, leaves):
+        close = difflib.get_close_matches(key, among.values(), n=1)
+        if meant := [name for name, leaf in among.items() if leaf in close]:
+            return f"; did you mean {' or '.join(map(repr, meant))}?"
     return f"; {section} has {', '.join(below.values())}" if below else f"; sections are {', '.join(sorted(sections))}"
 
 
-def _kinds(hint: Any) -> list[Any]:
-    """The types that a union names, without None."""
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return [kind for kind in typing.get_args(hint) if kind is not type(None)] if is_union else [hint]
-
-
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    """A value of the tree as the type says."""
-    if type(None) in typing.get_args(hint) and isinstance(value, Scalar) and value.is_nothing:
-        return None
-    kinds = _kinds(hint)
-    hint = next((kind for kind in kinds if typing.get_origin(kind) is type(value)), kinds[0])
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return _free(value, where)
-    if origin is list:
-        if not isinstance(value, list):
-            raise ValueError(f"{where} must be a list, such as [1, 2], found {_shown(value)}")
-        return [_typed(args[0], item, where) for item in value]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, such as {{name: value}}, found {_shown(value)}")
-        return {key: _typed(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is Literal:
-        if not isinstance(value, Scalar) or value.text not in args:
-            raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, found {_shown(value)}")
-        return value.text
-    if isinstance(value, Scalar) and not value.is_nothing:
-        if hint is str:
-            return value.text
-        if hint is bool and value.plain and value.text.lower() in TRUTHS:
-            return TRUTHS[value.text.lower()]
-        if hint in (int, float) and (number := _number(value.text)) is not None:
-            if not number.is_finite() or math.isinf(float(number)):
-                raise ValueError(f"{where} must be finite, found {value}")
-            if hint is float:
-                return float(number)
-            if number == number.to_integral_value():
-                if abs(number) > LARGEST:
-                    raise ValueError(f"{where} must be at most {LARGEST}, found {value}")
-                return int(number)
-    raise ValueError(f"{where} must be of type {hint.__name__}, found {_shown(value)}")
-
-
-def _number(text: str) -> Decimal | None:
-    """Exactly, where a float would round."""
-    try:
-        return Decimal(re.sub(r"^([+-]?)\.(?=[in])", r"\1", text, flags=re.IGNORECASE))  # .inf and .nan are YAML's
-    except InvalidOperation:
-        return None
-
-
-def _free(value: Any, where: str) -> Any:
-    """A value whose type nobody states: JSON's types where it is written as JSON would, text otherwise.
-
-    Raises:
-        ValueError: YAML has meant two things by it.
-    """
-    if isinstance(value, list):
-        return [_free(item, where) for item in value]
-    if isinstance(value, dict):
-        return {key: _free(item, f"{where}.{key}") for key, item in value.items()}
-    if not value.plain:
-        return value.text
-    if value.is_nothing:
-        return None
-    if value.text.lower() in TRUTHS:
-        if value.text.lower() not in ("true", "false"):
-            raise ValueError(f"{where}: {value.text} may be a word or a truth: write true or false, or '{value.text}'")
-        return TRUTHS[value.text.lower()]
-    if WHOLE.fullmatch(value.text):
-        return int(value.text)
-    if NOT_FINITE.fullmatch(value.text) or (BROKEN.fullmatch(value.text) and math.isinf(float(value.text))):
-        raise ValueError(f"{where} must be finite, found {value}: quote it if it is a word")
-    return float(value.text) if BROKEN.fullmatch(value.text) else value.text
-
-
-def _at_home(value: Any, where: str) -> Any:
-    """A path, or the keys of a mapping, with `~` expanded."""
-    if isinstance(value, dict):
-        return {_at_home(path, where): item for path, item in value.items()}
-    if isinstance(value, str) and value.startswith("~"):
-        expanded = os.path.expanduser(value)
-        if expanded.startswith("~"):
-            raise ValueError(f"{where}: {value!r} names no user's home; a folder of that name is ./{value}")
-        return expanded
-    return value
-
-
 def _shown(value: Any) -> str:
-    return "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else str(value)
+    if value is None:
+        return "nothing"
+    return "a mapping" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(str(value))

@@ -15,6 +15,12 @@ from tests.ranks import close_pools
 from tests.tiny import make_tiny_target
 
 REPOSITORY = Path(__file__).parent.parent
+MINIMAL = """\
+output_dir: runs/x
+target: {path: some/model, layer_ids: [1, 9, 17]}
+data: {path: chats.jsonl}
+draft: {mask_token_id: 7}
+"""
 
 # How many examples a property is tried with; `pytest --hypothesis-profile=thorough` tries 10,000 over the 8 templates.
 slow_machine = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -66,6 +72,18 @@ def write_chats(tmp_path: Path):
         return path
 
     return write
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    """Loads a YAML text, the minimal one unless told, with overrides."""
+
+    def load(*overrides: str, text: str = MINIMAL) -> Config:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return load_config(path, overrides)
+
+    return load
 
 
 @pytest.fixture

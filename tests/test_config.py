@@ -1,30 +1,13 @@
 from __future__ import annotations
 
-from pathlib import Path
+import json
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from dflash_dist.config import Config, describe, load_config, to_tree
-
-MINIMAL = """\
-output_dir: runs/x
-target: {path: some/model, layer_ids: [1, 9, 17]}
-data: {path: chats.jsonl}
-draft: {mask_token_id: 7}
-"""
-
-
-@pytest.fixture
-def load(tmp_path: Path):
-    """Loads a YAML text, the minimal one unless told, with overrides."""
-
-    def load(*overrides: str, text: str = MINIMAL) -> Config:
-        path = tmp_path / "run.yaml"
-        path.write_text(text)
-        return load_config(path, overrides)
-
-    return load
+from dflash_dist.config import KNOBS, Config, TrainConfig, describe, json_schema, load_config, load_written, to_tree
+from tests.conftest import MINIMAL
 
 
 def test_what_is_not_stated_takes_its_default(load):
@@ -83,18 +66,18 @@ def test_an_override_gets_the_knobs_type(load, override, section, name, expected
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.lr=fast", "train.lr must be of type float, found 'fast'"),
-        ("train.lr=true", "train.lr must be of type float, found 'true'"),
-        ("train.lr=", "train.lr must be of type float, found nothing"),
-        ("train.seed=1.5", "train.seed must be of type int, found '1.5'"),
-        ("train.seed=true", "train.seed must be of type int, found 'true'"),
-        ("train.max_steps=.inf", "train.max_steps must be finite, found '.inf'"),
-        ("train.gradient_checkpointing=1", "train.gradient_checkpointing must be of type bool, found '1'"),
-        ("target.path=", "target.path must be of type str, found nothing"),
-        ("target.dtype=float16", "target.dtype must be one of 'float32', 'bfloat16', found 'float16'"),
-        ("target.layer_ids=3", "target.layer_ids must be a list, such as [1, 2], found '3'"),
-        ("target.layer_ids=[1, two]", "target.layer_ids must be of type int, found 'two'"),
-        ("data.template_args=3", "data.template_args must be a mapping, such as {name: value}, found '3'"),
+        ("train.lr=fast", "train.lr must be a valid number, found 'fast'"),
+        ("train.lr=true", "train.lr must be a valid number, found 'true'"),
+        ("train.lr=", "train.lr must be a valid number, found nothing"),
+        ("train.seed=1.5", "train.seed must be a valid integer, found '1.5'"),
+        ("train.seed=true", "train.seed must be a valid integer, found 'true'"),
+        ("train.max_steps=.inf", "train.max_steps must be a valid integer, found '.inf'"),
+        ("train.gradient_checkpointing=1", "train.gradient_checkpointing must be true or false, found '1'"),
+        ("target.path=", "target.path must be a valid string, found nothing"),
+        ("target.dtype=float16", "target.dtype must be 'float32' or 'bfloat16', found 'float16'"),
+        ("target.layer_ids=3", "target.layer_ids must be a valid list, found '3'"),
+        ("target.layer_ids=[1, two]", "target.layer_ids must be a valid integer, found 'two'"),
+        ("data.template_args=3", "data.template_args must be a valid mapping, found '3'"),
         ("train=3", "override 'train=3': train is a section: set its keys, such as train.max_steps=..."),
         ("train.lr.peak=3", "override 'train.lr.peak': 'lr' is a value, not a section"),
         ("train.lr", "override 'train.lr' is not of the form section.name=value"),
@@ -139,58 +122,59 @@ def test_an_unknown_key_in_the_file_names_the_file(load, tmp_path):
         ("output_dir=''", "output_dir is not set"),
         ("target.path=''", "target.path is not set"),
         ("target.layer_ids=[]", "target.layer_ids is empty"),
-        ("target.layer_ids=[-1, 2]", "ids count from 0"),
+        ("target.layer_ids=[-1, 2]", "target.layer_ids must be at least 0, found '-1'"),
         ("target.layer_ids=[2, 1]", "must be strictly increasing"),
         ("target.layer_ids=[1, 4, 2]", "must be strictly increasing"),
         ("target.layer_ids=[1, 1]", "must be strictly increasing"),
-        ("target.replicas=0", "target.replicas must be at least 1, found 0"),
+        ("target.replicas=0", "target.replicas must be at least 1, found '0'"),
         ("data.path=''", "data.path is not set"),
-        ("data.seq_len=2", "data.seq_len must be above 2 tokens, found 2"),
-        ("data.val_conversations=-1", "data.val_conversations must not be negative, found -1"),
-        ("data.max_bad_rows=-1", "data.max_bad_rows must not be negative, found -1"),
-        ("data.date=31.12.2031", "data.date must be a day as YYYY-MM-DD, or null, found '31.12.2031'"),
-        ("data.date=20311231", "data.date must be a day as YYYY-MM-DD, or null, found '20311231'"),
+        ("data.seq_len=2", "data.seq_len must be greater than 2, found '2'"),
+        ("data.val_conversations=-1", "data.val_conversations must be at least 0, found '-1'"),
+        ("data.max_bad_rows=-1", "data.max_bad_rows must be at least 0, found '-1'"),
+        ("data.date=31.12.2031", "data.date must be a day as YYYY-MM-DD, found '31.12.2031'"),
+        ("data.date=20311231", "data.date must be a day as YYYY-MM-DD, found '20311231'"),
         ("data.date=2031-12-31T10:00:00", "data.date must be a day as YYYY-MM-DD"),
-        ("data.date=2031-02-30", "data.date must be a day as YYYY-MM-DD, or null, found '2031-02-30'"),
+        ("data.date=2031-02-30", "data.date must be a day as YYYY-MM-DD, found '2031-02-30'"),
         ("draft.mask_token_id=null", "draft.mask_token_id is not set"),
         ("draft.block_size=12", "loss.gamma has no published value for draft.block_size 12"),
         ("draft.block_size=1", "draft.block_size must be at least 2"),
-        ("draft.num_layers=0", "draft.num_layers must be at least 1, found 0"),
-        ("draft.intermediate_size=0", "draft.intermediate_size"),
-        ("draft.num_attention_heads=-1", "draft.num_attention_heads"),
-        ("draft.num_key_value_heads=-1", "draft.num_key_value_heads"),
-        ("draft.head_dim=-2", "draft.head_dim"),
-        ("loss.anchors=0", "loss.anchors must be at least 1, found 0"),
-        ("loss.chunk=0", "loss.chunk must be at least 1 slot, found 0"),
-        ("loss.gamma=0", "loss.gamma must be positive, found 0"),
-        ("loss.gamma=.nan", "loss.gamma must be finite, found '.nan'"),
-        ("train.max_steps=-1", "train.max_steps must not be negative, found -1"),
-        ("train.epochs=0", "train.epochs must be positive, found 0"),
-        ("train.epochs=.inf", "train.epochs"),
-        ("train.seed=-1", "train.seed"),
-        ("train.global_batch_size=0", "train.global_batch_size"),
+        ("draft.num_layers=0", "draft.num_layers must be at least 1, found '0'"),
+        ("draft.intermediate_size=0", "draft.intermediate_size must be at least 1"),
+        ("draft.num_attention_heads=-1", "draft.num_attention_heads must be at least 1"),
+        ("draft.num_key_value_heads=-1", "draft.num_key_value_heads must be at least 1"),
+        ("draft.head_dim=-2", "draft.head_dim must be at least 2"),
+        ("draft.head_dim=5", "draft.head_dim must be a multiple of 2"),
+        ("loss.anchors=0", "loss.anchors must be at least 1, found '0'"),
+        ("loss.chunk=0", "loss.chunk must be at least 1, found '0'"),
+        ("loss.gamma=0", "loss.gamma must be greater than 0, found '0'"),
+        ("loss.gamma=.nan", "loss.gamma must be a valid number, found '.nan'"),
+        ("train.max_steps=-1", "train.max_steps must be at least 0, found '-1'"),
+        ("train.epochs=0", "train.epochs must be greater than 0, found '0'"),
+        ("train.epochs=.inf", "train.epochs must be a valid number"),
+        ("train.seed=-1", "train.seed must be at least 0"),
+        ("train.global_batch_size=0", "train.global_batch_size must be at least 1"),
         ("train.global_batch_size=63", "63 must be a multiple of train.micro_batch_size 2"),
-        ("train.micro_batch_size=0", "train.micro_batch_size must be at least 1, found 0"),
-        ("train.lr=0", "train.lr must be positive, found 0"),
-        ("train.lr=.nan", "train.lr must be finite, found '.nan'"),
-        ("train.lr=.inf", "train.lr"),
-        ("train.warmup=1", "train.warmup is a share of the steps"),
-        ("train.warmup=-0.1", "train.warmup is a share of the steps"),
-        ("train.final_lr=1.1", "train.final_lr is a share of train.lr"),
-        ("train.betas=[0.9]", "train.betas must be two numbers"),
-        ("train.betas=[0.9, 1.0]", "train.betas must be two numbers from 0 to below 1"),
-        ("train.weight_decay=-0.1", "train.weight_decay must not be negative, found -0.1"),
-        ("train.clip_norm=0", "train.clip_norm must be positive, found 0"),
-        ("train.hang_timeout=-1", "train.hang_timeout must be"),
-        ("validate.every=-1", "validate.every must not be negative, found -1"),
+        ("train.micro_batch_size=0", "train.micro_batch_size must be at least 1, found '0'"),
+        ("train.lr=0", "train.lr must be greater than 0, found '0'"),
+        ("train.lr=.nan", "train.lr must be a valid number, found '.nan'"),
+        ("train.lr=inf", "train.lr must be a finite number"),
+        ("train.warmup=1", "train.warmup must be less than 1, found '1'"),
+        ("train.warmup=-0.1", "train.warmup must be at least 0, found '-0.1'"),
+        ("train.final_lr=1.1", "train.final_lr must be at most 1, found '1.1'"),
+        ("train.betas=[0.9]", "train.betas must have at least 2 items, not 1"),
+        ("train.betas=[0.9, 1.0]", "train.betas must be less than 1, found '1.0'"),
+        ("train.weight_decay=-0.1", "train.weight_decay must be at least 0, found '-0.1'"),
+        ("train.clip_norm=0", "train.clip_norm must be greater than 0, found '0'"),
+        ("train.hang_timeout=-1", "train.hang_timeout must be at least 0, found '-1'"),
+        ("validate.every=-1", "validate.every must be at least 0, found '-1'"),
         ("validate.every=5", "nothing is held out: set data.val_path or data.val_conversations"),
-        ("eval.every=-1", "eval.every must not be negative, found -1"),
-        ("eval.count=0", "eval.count must be at least 1, found 0"),
+        ("eval.every=-1", "eval.every must be at least 0, found '-1'"),
+        ("eval.count=0", "eval.count must be at least 1, found '0'"),
         ("eval.max_new_tokens=0", "eval.max_new_tokens must be at least 2"),
         ("eval.every=5", "nothing to decode: set eval.prompts, data.val_path or data.val_conversations"),
-        ("checkpoint.every=0", "checkpoint.every must be at least 1, found 0"),
-        ("checkpoint.keep=0", "checkpoint.keep must be at least 1, found 0"),
-        ("log.every=0", "log.every must be at least 1, found 0"),
+        ("checkpoint.every=0", "checkpoint.every must be at least 1, found '0'"),
+        ("checkpoint.keep=0", "checkpoint.keep must be at least 1, found '0'"),
+        ("log.every=0", "log.every must be at least 1, found '0'"),
     ],
 )
 def test_an_impossible_value_is_refused_with_the_reason(load, override, message):
@@ -233,18 +217,38 @@ def test_a_stated_gamma_wins_over_the_published_one(load):
     assert load("draft.block_size=16", "loss.gamma=2.5").gamma == 2.5
 
 
-def test_describe_names_every_knob_with_its_default():
-    named = [line.split(" = ")[0].strip() for line in describe().splitlines()]
-    tree = to_tree(Config())
-    assert tree.pop("output_dir") == ""
-    assert named == ["output_dir", *(f"{section}.{name}" for section in tree for name in tree[section])]
+@pytest.mark.parametrize("width", [60, 100])
+def test_describe_gives_every_knob_with_default_and_meaning_by_section_as_wide_as_the_terminal(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    told = describe()
+    assert max(map(len, told.splitlines())) < width
+    sections = [" ".join(section.split()) for section in told.split("\n\n")]
+    names = iter(KNOBS)
+    for section, knobs in zip(sections, to_tree(Config()).values(), strict=True):
+        for knob in knobs if isinstance(knobs, dict) else ["output_dir"]:
+            name = next(names)
+            assert name.endswith(knob) and f"{name} = " in section
+            assert KNOBS[name].metadata["description"] in section
+    assert "train.lr = 0.0006: peak learning rate train.warmup = 0.04: " in sections[5]
+    assert "train.betas = [0.9, 0.95]: AdamW's two decay rates" in sections[5]
+    assert "draft.head_dim = null: " in sections[3]
 
 
-def test_describe_gives_default_and_meaning():
-    lines = describe().splitlines()
-    assert "  train.lr = 0.0006: peak learning rate" in lines
-    assert "  train.betas = [0.9, 0.95]: AdamW's two decay rates" in lines
-    assert all(line.split(": ", 1)[1].strip() for line in lines)
+def test_the_json_schema_has_every_knob_with_meaning_type_and_bounds():
+    schema = json.loads(json_schema())
+    for name, knob in KNOBS.items():
+        place = schema
+        for part in name.split("."):
+            place = place["properties"][part]
+            place = schema["$defs"][place["$ref"].split("/")[-1]] if "$ref" in place else place
+        assert place["description"] == knob.metadata["description"]
+        assert {"type", "anyOf"} & place.keys()
+    [train, data] = (schema["$defs"][name] for name in ("TrainConfig", "DataConfig"))
+    assert train["additionalProperties"] is False
+    assert (train["properties"]["warmup"]["minimum"], train["properties"]["warmup"]["exclusiveMaximum"]) == (0, 1)
+    assert train["properties"]["max_steps"]["anyOf"] == [{"minimum": 0, "type": "integer"}, {"type": "null"}]
+    assert train["properties"]["precision"]["enum"] == ["float32", "bfloat16"]
+    assert data["properties"]["path"]["anyOf"][1]["additionalProperties"] == {"exclusiveMinimum": 0, "type": "number"}
 
 
 def test_a_config_survives_the_way_through_yaml(load):
@@ -313,3 +317,20 @@ def test_the_decay_that_a_refusal_advises_is_accepted(load, block_size) -> None:
         load(f"draft.block_size={block_size}", "loss.gamma=0.1")
     least = str(refusal.value).split()[-1]
     assert load(f"draft.block_size={block_size}", f"loss.gamma={least}").gamma == float(least)
+
+
+def test_what_a_run_of_another_version_wrote_is_read_as_far_as_it_is_known(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL + "train: {lr: 0.5, gone: [1]}\nlost: {x: 1}\n")
+    config = load_written(path)
+    assert (config.train.lr, config.train.epochs, config.target.layer_ids) == (0.5, 6.0, [1, 9, 17])
+    path.write_text("train: {lr: fast}\n")
+    with pytest.raises(ValueError, match=r"config\.yaml: train\.lr must be a valid number, found 'fast'"):
+        load_written(path)
+
+
+def test_a_value_that_no_file_stated_has_the_type_and_bounds_of_its_knob_too():
+    with pytest.raises(ValueError, match="micro_batch_size"):
+        replace(Config().train, micro_batch_size=0)
+    with pytest.raises(ValueError, match="sed"):
+        TrainConfig(sed=3)  # type: ignore[call-arg]

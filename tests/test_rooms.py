@@ -18,6 +18,7 @@ FLOORS = {
     "logs": 0,
     "reading": 0,
     "machine": 0,
+    "options": 1,
     "ranks": 1,
     "data": 1,
     "kernels": 1,
@@ -36,9 +37,6 @@ FLOORS = {
     "__main__": 7,
 }
 LONGEST = 60  # lines of a function, its docstring aside
-# What is not so yet.
-CYCLES = {"dflash_dist.answers.endpoint"}
-LONG = {"dflash_dist/config.py: _refuse_impossible"}
 
 
 def sources(root: Path) -> Iterator[tuple[Path, ast.Module]]:
@@ -107,7 +105,7 @@ def find_cycle(needed: dict[str, set[str]]) -> list[str]:
 def test_no_file_imports_one_that_needs_it() -> None:
     needed = needed_files(REPOSITORY)
     assert needed["dflash_dist.ranks.world"] >= {"dflash_dist.machine", "dflash_dist.ranks.watchdog"}
-    assert not find_cycle({module: names - CYCLES for module, names in needed.items()})
+    assert not find_cycle({module: names for module, names in needed.items()})
 
 
 def test_a_cycle_inside_of_functions_is_found(tmp_path: Path) -> None:
@@ -140,4 +138,4 @@ def test_functions_can_be_read_at_once() -> None:
         for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and code_lines(node) > LONGEST
     }
-    assert long <= LONG
+    assert not long

@@ -6,7 +6,6 @@ for the next start. Only a wrong key or model stops a run at once, and a server 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -16,8 +15,9 @@ from typing import Any
 
 import openai
 
+from dflash_dist.answers.options import RegenerateOptions
 from dflash_dist.answers.parts import Row
-from dflash_dist.answers.regenerate import answer_turns, split_reasoning
+from dflash_dist.answers.turns import answer_turns, split_reasoning
 from dflash_dist.data.conversations import Conversation, Message
 from dflash_dist.data.keys import REASONING_KEYS
 
@@ -36,7 +36,7 @@ class _Refused(Exception):
 def answer_from_server(
     todo: dict[int, Conversation],
     begun: dict[int, list[Message]],
-    args: argparse.Namespace,
+    options: RegenerateOptions,
     write: Callable[[Row], None],
 ) -> None:
     """Writes a row for each conversation as soon as it is answered, in any order; refused ones as {"error": ...}. Turns
@@ -48,15 +48,17 @@ def answer_from_server(
     Raises:
         ValueError: a wrong URL, key or model; or rows stayed unanswered, since the server failed or is gone.
     """
-    if not args.endpoint.startswith(("http://", "https://")):
-        raise ValueError(f"--endpoint {args.endpoint} is no URL: expected one such as http://localhost:8000/v1")
-    if not 1 <= args.concurrency <= MOST_CONNECTIONS:
-        raise ValueError(f"--concurrency {args.concurrency}: between 1 and {MOST_CONNECTIONS}; more by further ranks")
-    if args.retries < 0 or args.timeout <= 0:
+    if not (options.endpoint or "").startswith(("http://", "https://")):
+        raise ValueError(f"--endpoint {options.endpoint} is no URL: expected one such as http://localhost:8000/v1")
+    if not 1 <= options.concurrency <= MOST_CONNECTIONS:
         raise ValueError(
-            f"--retries {args.retries} and --timeout {args.timeout:g} must not be below 0, nor --timeout 0"
+            f"--concurrency {options.concurrency}: between 1 and {MOST_CONNECTIONS}; more by further ranks"
         )
-    asyncio.run(_answer_all(todo, begun, args, write))
+    if options.retries < 0 or options.timeout <= 0:
+        raise ValueError(
+            f"--retries {options.retries} and --timeout {options.timeout:g} must not be below 0, nor --timeout 0"
+        )
+    asyncio.run(_answer_all(todo, begun, options, write))
 
 
 @dataclass
@@ -106,22 +108,24 @@ class _Progress:
 async def _answer_all(
     todo: dict[int, Conversation],
     begun: dict[int, list[Message]],
-    args: argparse.Namespace,
+    options: RegenerateOptions,
     write: Callable[[Row], None],
 ) -> None:
     queue = iter(todo.items())  # shared: every worker takes the next row
-    progress = _Progress(write, patience=max(10, args.concurrency))
+    progress = _Progress(write, patience=max(10, options.concurrency))
     client = openai.AsyncOpenAI(
-        base_url=args.endpoint,
+        base_url=options.endpoint,
         api_key=os.environ.get("OPENAI_API_KEY") or "none",  # servers of one's own ask for no key
-        timeout=openai.Timeout(args.timeout, connect=min(args.timeout, 30.0)),
-        max_retries=args.retries,
+        timeout=openai.Timeout(options.timeout, connect=min(options.timeout, 30.0)),
+        max_retries=options.retries,
     )
 
     async def work() -> None:
         for row, asked in queue:
             try:
-                progress.settle({**await _answer_row(client, args, row, asked, begun.get(row, []), write), "row": row})
+                progress.settle(
+                    {**await _answer_row(client, options, row, asked, begun.get(row, []), write), "row": row}
+                )
             except _Refused as error:
                 progress.settle({"error": str(error), "row": row})
             except _Failed as error:
@@ -130,7 +134,7 @@ async def _answer_all(
                     raise
 
     async with client:
-        workers = [asyncio.create_task(work()) for _ in range(min(args.concurrency, len(todo)))]
+        workers = [asyncio.create_task(work()) for _ in range(min(options.concurrency, len(todo)))]
         try:
             await asyncio.gather(*workers)
         except _Failed:
@@ -140,11 +144,11 @@ async def _answer_all(
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
     progress.release()
-    if args.give_up and not progress.hopeless:
+    if options.give_up and not progress.hopeless:
         for row in progress.failed:
             progress.settle(row)
     if unanswered := len(todo) - progress.settled:
-        gone = f"{args.endpoint} is gone: " if progress.hopeless else ""
+        gone = f"{options.endpoint} is gone: " if progress.hopeless else ""
         first = progress.failed[0]
         raise ValueError(
             f"{gone}{unanswered} of {len(todo)} rows are unanswered, the first cause: row {first['row']}:"
@@ -154,7 +158,7 @@ async def _answer_all(
 
 async def _answer_row(
     client: openai.AsyncOpenAI,
-    args: argparse.Namespace,
+    options: RegenerateOptions,
     row: int,
     asked: Conversation,
     begun: list[Message],
@@ -167,7 +171,7 @@ async def _answer_row(
             messages = turns.send((message, True))
         turn = len(begun)
         while True:
-            message, finished = await _ask(client, args, _request(args, row, messages, asked))
+            message, finished = await _ask(client, options, _request(options, row, messages, asked))
             messages = turns.send((message, finished))
             write({"row": row, "turn": turn, "message": message})
             turn += 1
@@ -175,7 +179,7 @@ async def _answer_row(
         return end.value
 
 
-def _request(args: argparse.Namespace, row: int, messages: list[Message], asked: Conversation) -> dict[str, Any]:
+def _request(options: RegenerateOptions, row: int, messages: list[Message], asked: Conversation) -> dict[str, Any]:
     """The fields of a request. Servers take what is not named from the model's generation config, and the draft is to
     foretell the plain model; `--extra-body` changes them, null leaves one out."""
     # engines differ in which name of the thinking they read
@@ -185,33 +189,35 @@ def _request(args: argparse.Namespace, row: int, messages: list[Message], asked:
         for message in messages
     ]
     fields: dict[str, Any] = {
-        "model": args.target,
+        "model": options.target,
         "messages": history,
-        "max_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
+        "max_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
         "repetition_penalty": 1.0,
     }
-    if args.temperature > 0:
-        fields |= {"top_p": args.top_p, "top_k": args.top_k or -1, "min_p": 0.0}
-        fields["seed"] = args.seed * 1_000_003 + row
-    if template_args := args.template_args | asked.template_args:
+    if options.temperature > 0:
+        fields |= {"top_p": options.top_p, "top_k": options.top_k or -1, "min_p": 0.0}
+        fields["seed"] = options.seed * 1_000_003 + row
+    if template_args := options.template_args | asked.template_args:
         fields["chat_template_kwargs"] = template_args
     if asked.tools:
         fields["tools"] = asked.tools
-    return {name: value for name, value in (fields | args.extra_body).items() if value is not None}
+    return {name: value for name, value in (fields | options.extra_body).items() if value is not None}
 
 
-async def _ask(client: openai.AsyncOpenAI, args: argparse.Namespace, request: dict[str, Any]) -> tuple[Message, bool]:
+async def _ask(client: openai.AsyncOpenAI, options: RegenerateOptions, request: dict[str, Any]) -> tuple[Message, bool]:
     """One answer, and whether the target finished it."""
-    for attempt in range(args.retries + 1):
+    for attempt in range(options.retries + 1):
         if attempt:
             await asyncio.sleep(min(FIRST_BACK_OFF * 2 ** (attempt - 1), LONGEST_BACK_OFF))
         try:
             reply = await client.post("/chat/completions", body=request, cast_to=str)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise ValueError(f"{args.endpoint} refuses the key of OPENAI_API_KEY: {error}") from error
+            raise ValueError(f"{options.endpoint} refuses the key of OPENAI_API_KEY: {error}") from error
         except openai.NotFoundError as error:
-            raise ValueError(f"{args.endpoint} has no model {args.target}{await _models(client)}: {error}") from error
+            raise ValueError(
+                f"{options.endpoint} has no model {options.target}{await _models(client)}: {error}"
+            ) from error
         except openai.APIStatusError as error:
             raise (_Refused if error.status_code in (400, 413, 422) else _Failed)(str(error)[:1000]) from error
         except openai.APIConnectionError as error:

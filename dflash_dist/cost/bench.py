@@ -7,7 +7,6 @@ implementation in turns with ours (A B A B), each in a process of its own.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import functools
@@ -18,11 +17,12 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch._dynamo  # any optimiser imports it when it is made: here, it belongs to the process at rest
+from pydantic import Field
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
@@ -37,6 +37,7 @@ from dflash_dist.draft.base import Draft
 from dflash_dist.draft.kinds import kind_of
 from dflash_dist.kernels.target_attention_cpu import suit_device
 from dflash_dist.machine import keep_freed_memory, matmul_flops_per_s
+from dflash_dist.options import option, parse
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.capture import HFDFlashTargetModel, decoder_layers
 from dflash_dist.target.load import truncate
@@ -58,73 +59,72 @@ class Trial:
     threads: int
 
 
+Count = Annotated[int, Field(gt=0)]
+SHAPES, HOW = "what to time: one of these, and single numbers to change it", "how"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    config: str | None = option(
+        "YAML file of a run; its target's config.json is read, its weights and data not", None, SHAPES
+    )
+    like: str | None = option(f"folder or file of a config.json, or one of {', '.join(PUBLISHED)}", None, SHAPES)
+    hidden: Count | None = option("width of target and draft", None, SHAPES)
+    heads: Count | None = option("query heads of both", None, SHAPES)
+    kv_heads: Count | None = option("key/value heads of both", None, SHAPES)
+    head_dim: Count | None = option("size of a head", None, SHAPES)
+    intermediate: Count | None = option("width of the MLPs", None, SHAPES)
+    target_layers: Count | None = option("decoder layers of the target", None, SHAPES)
+    vocab: Count | None = option("tokens of the vocabulary", None, SHAPES)
+    draft_layers: Count | None = option("decoder layers of the draft", None, SHAPES)
+    seq: Count | None = option("tokens a row", None, SHAPES)
+    anchors: Count | None = option("blocks a row", None, SHAPES)
+    block: Count | None = option("slots a block", None, SHAPES)
+    rows: Count | None = option("rows a rank runs in a step, at once", None, SHAPES)
+    layer_ids: str | None = option("captured layers, such as 1,9,17,25,33; default: spread evenly", None, SHAPES)
+    dtype: Literal["float32", "bfloat16"] | None = option("of weights and compute (default: bfloat16)", None, HOW)
+    threads: Count | None = option("threads a process (default: torch's)", None, HOW)
+    steps: Count = option("steps a round", 5, HOW)
+    rounds: Count = option("rounds", 4, HOW)
+    compile: bool = option("run the draft's layers compiled, see train.compile", False, HOW)
+    reference: bool = option("also time a plain float32 implementation", False, HOW)
+    json: Path | None = option("file for the report", None, HOW)
+
+    def __post_init__(self) -> None:
+        if self.config and self.like:
+            raise ValueError("--config and --like both name shapes: choose one")
+
+
 def main(argv: list[str]) -> None:
-    args = parse(argv)
-    trial = make_trial(args)
+    options = parse(BenchOptions, "bench", __doc__, argv)
+    trial = make_trial(options)
     with join_world(trial.config.train.hang_timeout) as world:
-        if args.reference and (world.size > 1 or world.device.type == "cuda"):
+        if options.reference and (world.size > 1 or world.device.type == "cuda"):
             raise ValueError("--reference compares single processes on a CPU: leave torchrun and the GPU away")
         report = (
-            compare(trial, args.steps, args.rounds)
-            if args.reference
-            else measure(trial, args.steps * args.rounds, world)
+            compare(trial, options.steps, options.rounds)
+            if options.reference
+            else measure(trial, options.steps * options.rounds, world)
         )
     if world.is_main:
         print(table(report))
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="dflash_dist bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    what = parser.add_argument_group("what to time: one of these, and single numbers to change it")
-    what.add_argument("--config", help="YAML file of a run; its target's config.json is read, its weights and data not")
-    what.add_argument("--like", help=f"folder or file of a config.json, or one of {', '.join(PUBLISHED)}")
-    for name, meaning in {
-        "hidden": "width of target and draft",
-        "heads": "query heads of both",
-        "kv-heads": "key/value heads of both",
-        "head-dim": "size of a head",
-        "intermediate": "width of the MLPs",
-        "target-layers": "decoder layers of the target",
-        "vocab": "tokens of the vocabulary",
-        "draft-layers": "decoder layers of the draft",
-        "seq": "tokens a row",
-        "anchors": "blocks a row",
-        "block": "slots a block",
-        "rows": "rows a rank runs in a step, at once",
-    }.items():
-        what.add_argument(f"--{name}", type=int, help=meaning)
-    what.add_argument("--layer-ids", help="captured layers, such as 1,9,17,25,33; default: spread evenly")
-    how = parser.add_argument_group("how")
-    how.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and compute (default: bfloat16)")
-    how.add_argument("--threads", type=int, help="threads a process (default: torch's)")
-    how.add_argument("--steps", type=int, default=5, help="steps a round (default: 5)")
-    how.add_argument("--rounds", type=int, default=4, help="rounds (default: 4)")
-    how.add_argument("--compile", action="store_true", help="run the draft's layers compiled, see train.compile")
-    how.add_argument("--reference", action="store_true", help="also time a plain float32 implementation")
-    how.add_argument("--json", type=Path, help="file for the report")
-    args = parser.parse_args(argv)
-    if args.config and args.like:
-        parser.error("--config and --like both name shapes: choose one")
-    return args
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------- what to time
 
 
-def make_trial(args: argparse.Namespace) -> Trial:
-    """The config and the target that the arguments describe.
+def make_trial(options: BenchOptions) -> Trial:
+    """The config and the target that the options describe.
 
     Raises:
         ValueError: they describe nothing that exists.
     """
-    config = load_config(args.config) if args.config else Config(output_dir="-", data=DataConfig(seq_len=512))
-    target = target_config(args.like, config.target).get_text_config()
-    if args.target_layers:
-        _set_depth(target, args.target_layers)
+    config = load_config(options.config) if options.config else Config(output_dir="-", data=DataConfig(seq_len=512))
+    target = target_config(options.like, config.target).get_text_config()
+    if options.target_layers:
+        _set_depth(target, options.target_layers)
     for flag, name in {
         "hidden": "hidden_size",
         "heads": "num_attention_heads",
@@ -133,37 +133,37 @@ def make_trial(args: argparse.Namespace) -> Trial:
         "intermediate": "intermediate_size",
         "vocab": "vocab_size",
     }.items():
-        if getattr(args, flag):
-            setattr(target, name, getattr(args, flag))
+        if getattr(options, flag):
+            setattr(target, name, getattr(options, flag))
     draft = dataclasses.replace(
         config.draft,
         mask_token_id=MASK_TOKEN,
-        num_layers=args.draft_layers or config.draft.num_layers,
-        block_size=args.block or config.draft.block_size,
+        num_layers=options.draft_layers or config.draft.num_layers,
+        block_size=options.block or config.draft.block_size,
     )
-    if args.layer_ids:
-        ids = [int(i) for i in args.layer_ids.split(",")]
+    if options.layer_ids:
+        ids = [int(i) for i in options.layer_ids.split(",")]
     else:
         ids = config.target.layer_ids or spread_layers(target.num_hidden_layers, min(5, draft.num_layers))
-    rows = args.rows or config.train.micro_batch_size
-    dtype = args.dtype or (config.train.precision if args.config else "bfloat16")
-    config = dataclasses.replace(
-        config,
-        target=dataclasses.replace(config.target, layer_ids=ids, dtype=dtype),
-        data=dataclasses.replace(config.data, seq_len=args.seq or config.data.seq_len),
-        draft=draft,
-        loss=dataclasses.replace(config.loss, anchors=args.anchors or config.loss.anchors),
-        train=dataclasses.replace(
-            config.train, precision=dtype, micro_batch_size=rows, compile=args.compile or config.train.compile
-        ),
-    )
     outside = [i for i in ids if not 0 <= i < target.num_hidden_layers]
     if outside:
         raise ValueError(f"--layer-ids {outside} are out of range: the target has {target.num_hidden_layers} layers")
+    rows = options.rows or config.train.micro_batch_size
+    dtype = options.dtype or (config.train.precision if options.config else "bfloat16")
+    config = dataclasses.replace(
+        config,
+        target=dataclasses.replace(config.target, layer_ids=ids, dtype=dtype),
+        data=dataclasses.replace(config.data, seq_len=options.seq or config.data.seq_len),
+        draft=draft,
+        loss=dataclasses.replace(config.loss, anchors=options.anchors or config.loss.anchors),
+        train=dataclasses.replace(
+            config.train, precision=dtype, micro_batch_size=rows, compile=options.compile or config.train.compile
+        ),
+    )
     target.max_position_embeddings = max(target.max_position_embeddings, config.data.seq_len)
     if config.loss.gamma is None and draft.block_size not in PUBLISHED_GAMMA:
         config.loss.gamma = draft.block_size / 2  # as costly as any other
-    return Trial(config, target, args.threads or torch.get_num_threads())
+    return Trial(config, target, options.threads or torch.get_num_threads())
 
 
 def _set_depth(target: PretrainedConfig, layers: int) -> None:

@@ -6,13 +6,13 @@ own which opens a cache and packs it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
 import random
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dflash_dist.data.chat import ChatEncoder, Document
 from dflash_dist.data.documents import as_batch, entry_folder, write_documents
 from dflash_dist.data.rows import cache_folder, load_data, make_encoder
 from dflash_dist.data.sources import CHUNK_ROWS, FileSource
+from dflash_dist.options import option, parse
 from dflash_dist.target.folder import read_tokenizer
 
 WORDS = (
@@ -44,35 +45,38 @@ WORDS = (
 SHORT_ROW = 24  # tokens of a document in the cache that is opened
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchDataOptions:
+    target: str = option("model folder or hub id; only its tokenizer is read")
+    trust_remote_code: bool = option("run Python code that the target brings", False)
+    rows: int = option("conversations to tokenise", 20_000)
+    rounds: int = option("times that each way is measured", 2)
+    open_rows: int = option("short rows in the cache that is opened", 1_000_000)
+    seq_len: int = option("length of a packed row [tokens]", 3072)
+    json: Path | None = option("file for the report", None)
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dflash_dist bench-data", description=__doc__)
-    parser.add_argument("--target", required=True, help="model folder or hub id; only its tokenizer is read")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the target brings")
-    parser.add_argument("--rows", type=int, default=20_000, help="conversations to tokenise")
-    parser.add_argument("--rounds", type=int, default=2, help="times that each way is measured")
-    parser.add_argument("--open-rows", type=int, default=1_000_000, help="short rows in the cache that is opened")
-    parser.add_argument("--seq-len", type=int, default=3072, help="length of a packed row [tokens]")
-    parser.add_argument("--json", type=Path, help="file for the report")
-    args = parser.parse_args(argv)
+    options = parse(BenchDataOptions, "bench-data", __doc__, argv)
     with tempfile.TemporaryDirectory() as folder:
-        report = time_tokenising(args, Path(folder)) | measure_opening(args, Path(folder))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        report = time_tokenising(options, Path(folder)) | measure_opening(options, Path(folder))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
     print("\n".join(f"{name:<28} {value:,.4g}" for name, value in report.items()))
 
 
-def time_tokenising(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+def time_tokenising(options: BenchDataOptions, folder: Path) -> dict[str, float]:
     """Rows per second of both ways, the best of all rounds."""
     path = folder / "chats.jsonl"
-    write_chats(path, args.rows)
-    tokenizer = read_tokenizer(args.target, trust_remote_code=args.trust_remote_code)
+    write_chats(path, options.rows)
+    tokenizer = read_tokenizer(options.target, trust_remote_code=options.trust_remote_code)
     loop: list[float] = []
     ours: list[float] = []
-    for number in range(args.rounds):
-        config = DataConfig(path=str(path), seq_len=args.seq_len, cache_dir=str(folder / f"cache-{number}"))
+    for number in range(options.rounds):
+        config = DataConfig(path=str(path), seq_len=options.seq_len, cache_dir=str(folder / f"cache-{number}"))
         encoder = make_encoder(config, tokenizer, [tokenizer.eos_token_id])
         begun = time.perf_counter()
-        documents = obvious_loop(path, tokenizer, args.seq_len)
+        documents = obvious_loop(path, tokenizer, options.seq_len)
         between = time.perf_counter()
         data = load_data(config, encoder, seed=0, pack=True)
         loop.append(between - begun)
@@ -80,11 +84,11 @@ def time_tokenising(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         assert documents == len(data.train.documents), "both ways read the same chats"
     return {
         "cores": len(os.sched_getaffinity(0)),
-        "rows": args.rows,
+        "rows": options.rows,
         "tokens": data.train.tokens,
         "filled": data.train.filled,
-        "rows_per_s_obvious_loop": args.rows / min(loop),
-        "rows_per_s": args.rows / min(ours),
+        "rows_per_s_obvious_loop": options.rows / min(loop),
+        "rows_per_s": options.rows / min(ours),
         "ratio": min(loop) / min(ours),
     }
 
@@ -127,33 +131,33 @@ def obvious_loop(path: Path, tokenizer: Any, seq_len: int) -> int:
     return len(documents)
 
 
-def measure_opening(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+def measure_opening(options: BenchDataOptions, folder: Path) -> dict[str, float]:
     """Opens and packs a cache of short rows, as a rank does at its start, in a process of its own."""
     path = folder / "short.jsonl"
-    path.write_bytes(b"{}\n" * args.open_rows)  # never read: its entry of the cache is there already
-    config, encoder = _short_rows(folder, args)
+    path.write_bytes(b"{}\n" * options.open_rows)  # never read: its entry of the cache is there already
+    config, encoder = _short_rows(folder, options)
     document = Document(np.arange(SHORT_ROW, dtype=np.int32), [(SHORT_ROW // 2, SHORT_ROW)])
     made = entry_folder(cache_folder(config), FileSource(path), encoder)
     made.mkdir(parents=True)
-    rows = range(1, args.open_rows + 1)
-    chunks = (rows[start : start + CHUNK_ROWS] for start in range(0, args.open_rows, CHUNK_ROWS))
+    rows = range(1, options.open_rows + 1)
+    chunks = (rows[start : start + CHUNK_ROWS] for start in range(0, options.open_rows, CHUNK_ROWS))
     digest = write_documents(made / "documents.arrow", (as_batch(chunk, [document] * len(chunk)) for chunk in chunks))
-    account = Account(str(path), args.open_rows, {"messages": 1}, digest=digest)
+    account = Account(str(path), options.open_rows, {"messages": 1}, digest=digest)
     (made / "account.json").write_text(json.dumps(vars(account)))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        seconds, mib = pool.apply(open_cache, (folder, args))
-    return {"opened_rows": args.open_rows, "opening_s": seconds, "opening_peak_mib_above_rest": mib}
+        seconds, mib = pool.apply(open_cache, (folder, options))
+    return {"opened_rows": options.open_rows, "opening_s": seconds, "opening_peak_mib_above_rest": mib}
 
 
-def _short_rows(folder: Path, args: argparse.Namespace) -> tuple[DataConfig, ChatEncoder]:
-    tokenizer = read_tokenizer(args.target, trust_remote_code=args.trust_remote_code)
-    config = DataConfig(path=str(folder / "short.jsonl"), seq_len=args.seq_len, cache_dir=str(folder / "short"))
+def _short_rows(folder: Path, options: BenchDataOptions) -> tuple[DataConfig, ChatEncoder]:
+    tokenizer = read_tokenizer(options.target, trust_remote_code=options.trust_remote_code)
+    config = DataConfig(path=str(folder / "short.jsonl"), seq_len=options.seq_len, cache_dir=str(folder / "short"))
     return config, make_encoder(config, tokenizer, [tokenizer.eos_token_id])
 
 
-def open_cache(folder: Path, args: argparse.Namespace) -> tuple[float, float]:
+def open_cache(folder: Path, options: BenchDataOptions) -> tuple[float, float]:
     """Seconds to open and pack the cache and to make a batch, and the peak of memory above the resting size [MiB]."""
-    config, encoder = _short_rows(folder, args)
+    config, encoder = _short_rows(folder, options)
     begun, rest = time.perf_counter(), _status_mib("VmRSS")
     data = load_data(config, encoder, seed=0, pack=True)
     data.train.batch([0, len(data.train) - 1])

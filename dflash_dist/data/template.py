@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -28,6 +28,12 @@ CUT = "\ue0ff"  # of the private use area: no template trims it
 def today() -> str:
     """YYYY-MM-DD, as this machine's clock has it."""
     return datetime.date.today().isoformat()
+
+
+def settle_day(agree: Callable[[str], str], *known: str | None) -> str:
+    """The day of a run: the first one that is known already, otherwise today. The ranks `agree` on it, for midnight may
+    lie between them."""
+    return agree(next(filter(None, known), None) or today())
 
 
 def check_day(content: dict[str, Any], key: str, where: str, advice: str) -> None:

@@ -8,12 +8,12 @@ evaluation continues with the same command: finished prompts lie beside the repo
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,19 @@ import torch
 from tqdm import tqdm
 
 from dflash_dist.answers.parts import Parts, stored_settings
-from dflash_dist.answers.regenerate import as_message, json_object
-from dflash_dist.config import TrainConfig
+from dflash_dist.answers.turns import as_message
+from dflash_dist.config import Dtype, TrainConfig
 from dflash_dist.contract.folder import find_draft, read_draft, read_record, target_faults
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.conversations import Conversation, read_row
-from dflash_dist.data.template import today
+from dflash_dist.data.template import settle_day, today
 from dflash_dist.decoding.sampling import Sampling
 from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_difference
 from dflash_dist.evaluate.diagnose import Evidence, Examiner, add_up, judge
 from dflash_dist.evaluate.report import Answer, print_report, summarise, to_tensorboard
 from dflash_dist.evaluate.suites import SUITES, Prompt, read_prompts
 from dflash_dist.files import whole, writing
+from dflash_dist.options import AnswerOptions, JsonObject, option, parse
 from dflash_dist.ranks import World, join_world
 from dflash_dist.reading import check_fields, reading
 from dflash_dist.target.head import check_head
@@ -50,69 +51,56 @@ from dflash_dist.target.load import (
 ANSWERED_WITH = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "rejection")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(AnswerOptions):
+    target: str = option("model folder or hub id")
+    revision: str = option("of a hub id of the target", "main")
+    trust_remote_code: bool = option("run Python code that the target brings", False)
+    draft: str = option("draft folder, exported here or published, or hub id")
+    suite: list[str] = option(
+        f"built-in prompts: {', '.join(SUITES)}; from the hub, or from a file of their data set as NAME=FILE",
+        [],
+        also="--suites",
+    )
+    prompts: list[str] = option("conversations; each is cut before its last answer", [])
+    limit: int | None = option("the first N prompts of each suite only; all by default", None)
+    json: Path | None = option("file for the report; needed under torchrun, on a shared disk", None)
+    tensorboard: Path | None = option("folder for a picture of the slots, histograms and tau", None)
+    rejection: bool = option(
+        "accept by rejection sampling: more tokens a pass, but answers like the target's in distribution only", False
+    )
+    dtype: Dtype = option("float32 shows equality", "float32")
+    template_args: JsonObject | None = option("JSON object for the chat template; default: as trained", None)
+    diagnose: bool = option("say which known causes hold the draft back", False)
+
+
 def main(argv: list[str]) -> None:
-    args = parse(argv)
+    options = parse(EvaluateOptions, "evaluate", __doc__, argv)
     with join_world(TrainConfig.hang_timeout) as world:
-        evaluate(args, world)
+        evaluate(options, world)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="dflash_dist evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--target", required=True, help="model folder or hub id")
-    parser.add_argument("--revision", default="main", help="of a hub id of the target")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the target brings")
-    parser.add_argument("--draft", required=True, help="draft folder, exported here or published, or hub id")
-    parser.add_argument(
-        *("--suite", "--suites"),
-        nargs="+",
-        default=[],
-        help=f"built-in prompts: {', '.join(SUITES)}; from the hub, or from a file of their data set as NAME=FILE",
-    )
-    parser.add_argument("--prompts", nargs="+", default=[], help="conversations; each is cut before its last answer")
-    parser.add_argument("--limit", type=int, help="the first N prompts of each suite only; all by default")
-    parser.add_argument("--json", type=Path, help="file for the report; needed under torchrun, on a shared disk")
-    parser.add_argument("--tensorboard", type=Path, help="folder for a picture of the slots, histograms and tau")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer [tokens]")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampled distribution")
-    parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens that are sampled from; 0: all")
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
-    parser.add_argument(
-        "--rejection",
-        action="store_true",
-        help="accept by rejection sampling: more tokens a pass, but answers like the target's in distribution only",
-    )
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="float32 shows equality")
-    parser.add_argument(
-        "--template-args", type=json_object, help="JSON object for the chat template; default: as trained"
-    )
-    parser.add_argument("--diagnose", action="store_true", help="say which known causes hold the draft back")
-    return parser.parse_args(argv)
-
-
-def evaluate(args: argparse.Namespace, world: World) -> None:
+def evaluate(options: EvaluateOptions, world: World) -> None:
     """Decodes this rank's share of the prompts both ways; whichever rank finds all of them finished reports.
 
     Raises:
         ValueError: target, draft or prompts cannot be read, draft and target do not belong together, or an evaluation
             with other settings has this report.
     """
-    if not args.suite and not args.prompts:
+    if not options.suite and not options.prompts:
         raise ValueError("there is nothing to decode: name a --suite or --prompts")
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit must be at least 1, found {args.limit}")
-    if args.rejection and args.temperature <= 0:
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit must be at least 1, found {options.limit}")
+    if options.rejection and options.temperature <= 0:
         raise ValueError("--rejection is a way to sample: give a --temperature above 0")
-    if args.diagnose and args.temperature > 0:
+    if options.diagnose and options.temperature > 0:
         raise ValueError("--diagnose compares likeliest tokens: leave --temperature out")
-    if world.size > 1 and not args.json:
+    if world.size > 1 and not options.json:
         raise ValueError("--json is needed where several ranks evaluate: the answers meet beside it")
-    evaluation = Evaluation(args, world)
-    prompts = dict(enumerate(read_prompts(args.suite, args.prompts, args.limit, evaluation.check), 1))
+    evaluation = Evaluation(options, world)
+    prompts = dict(enumerate(read_prompts(options.suite, options.prompts, options.limit, evaluation.check), 1))
     with contextlib.ExitStack() as stack:
-        report = args.json or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "report.json"
+        report = options.json or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "report.json"
         with writing(report.parent):
             report.parent.mkdir(parents=True, exist_ok=True)
         parts = Parts(answers_file(report), evaluation.settings(list(prompts.values())))
@@ -148,21 +136,23 @@ def read_answers(parts: Parts) -> list[tuple[list[Answer], Evidence]]:
 class Evaluation:
     """A target and a draft that decode prompts."""
 
-    def __init__(self, args: argparse.Namespace, world: World):
-        self.args, self.device, self.dtype = args, world.device, getattr(torch, args.dtype)
-        self.info = read_info(args.target, args.revision, args.trust_remote_code)
+    def __init__(self, options: EvaluateOptions, world: World):
+        self.options, self.device, self.dtype = options, world.device, getattr(torch, options.dtype)
+        self.info = read_info(options.target, options.revision, options.trust_remote_code)
         check_loading_whole(self.info)
-        self.sampling = Sampling(args.temperature, args.top_p, args.top_k, rejection=args.rejection)
-        self.folder = find_draft(args.draft)
+        self.sampling = Sampling(options.temperature, options.top_p, options.top_k, rejection=options.rejection)
+        self.folder = find_draft(options.draft)
         self.draft = read_draft(self.folder, self.dtype, self.device, self.info.text.num_hidden_layers)
         if faults := target_faults(self.draft.shape, self.info.text):
-            raise ValueError(f"{args.draft} was trained for another target than {args.target}: {'; '.join(faults)}")
+            raise ValueError(
+                f"{options.draft} was trained for another target than {options.target}: {'; '.join(faults)}"
+            )
         self.trained = read_record(self.folder)
-        self.encoder = make_encoder(self.info, self.trained, args.template_args)
+        self.encoder = make_encoder(self.info, self.trained, options.template_args)
         if self.encoder.writes_date:
-            stored = stored_settings(answers_file(args.json)) if args.json else {}
-            day = self.trained.get("date") or stored.get("date") or today()
-            self.encoder = dataclasses.replace(self.encoder, date=world.agree_on_day(day))
+            stored = stored_settings(answers_file(options.json)) if options.json else {}
+            date = settle_day(world.agree_on_day, self.trained.get("date"), stored.get("date"))
+            self.encoder = dataclasses.replace(self.encoder, date=date)
         self.known = make_encoder(self.info, self.trained, None, self.encoder.date) if self.trained else None
 
     def check(self, prompt: Prompt) -> None:
@@ -172,14 +162,14 @@ class Evaluation:
             ValueError: a chat template refuses it, or it leaves no room for an answer.
         """
         check_room(self.info, self.encoder.prompt_of(prompt.asked))
-        if self.args.diagnose and self.known:
+        if self.options.diagnose and self.known:
             self.known.prompt_of(prompt.asked)
 
     def settings(self, prompts: list[Prompt]) -> dict[str, Any]:
         """What the answers depend on; an evaluation continues only under the same."""
         names = (*ANSWERED_WITH, "dtype", "diagnose")
         asked = json.dumps([dataclasses.astuple(prompt) for prompt in prompts])
-        return {name: getattr(self.args, name) for name in names} | {
+        return {name: getattr(self.options, name) for name in names} | {
             "target": name_weights(self.info),
             "draft": digest_weights(self.folder),
             "shape": dataclasses.asdict(self.draft.shape),
@@ -198,12 +188,12 @@ class Evaluation:
         check_head(self.info.path, model, load_ends(self.info, self.dtype, self.device).head)
         self.decoder = Decoder(model, self.draft, self.info.stop_ids)
         self.decoder.speculative(self.encoder.prompt_of(prompt.asked), 4)
-        self.examiner = Examiner(self.decoder, self.encoder, self.known) if self.args.diagnose else None
+        self.examiner = Examiner(self.decoder, self.encoder, self.known) if self.options.diagnose else None
 
     def decode(self, row: int, prompt: Prompt) -> dict[str, Any]:
         """The answers to a prompt and to its later questions, and what they are evidence of. `row` numbers the prompt
         among all: sampling depends on it and on the seed, not on who decodes what else."""
-        self.decoder.sampling = dataclasses.replace(self.sampling, seed=self.args.seed * 1_000_003 + row)
+        self.decoder.sampling = dataclasses.replace(self.sampling, seed=self.options.seed * 1_000_003 + row)
         asked, answers, evidence = prompt.asked, [], []
         if self.examiner and prompt.answered:
             evidence.append(self.examiner.examine_data(prompt.answered))
@@ -217,9 +207,9 @@ class Evaluation:
                 except ValueError:  # nothing can follow an answer that says nothing, or one that took all the room
                     break
             ids = self.encoder.prompt_of(asked)
-            plain = self.decoder.plain(ids, self.args.max_new_tokens)
-            fast = self.decoder.speculative(ids, self.args.max_new_tokens)
-            difference = None if self.args.rejection else _difference(self.decoder, ids, plain, fast)
+            plain = self.decoder.plain(ids, self.options.max_new_tokens)
+            fast = self.decoder.speculative(ids, self.options.max_new_tokens)
+            difference = None if self.options.rejection else _difference(self.decoder, ids, plain, fast)
             answers.append(Answer(prompt.suite, prompt.number, turn, plain, fast, difference))
             if self.examiner:
                 evidence.append(self.examiner.examine(ids, asked, fast))
@@ -231,25 +221,25 @@ class Evaluation:
 
     def report(self, rows: list[tuple[list[Answer], Evidence]]) -> None:
         """Writes and prints what the answers and the evidence of all rows show."""
-        args = self.args
+        options = self.options
         answers = [answer for of_row, _ in rows for answer in of_row]
-        report = summarise(answers, self.draft.shape.proposals, equal=not args.rejection) | {
-            **{name: getattr(args, name) for name in ("target", "revision", "draft")},
-            "dtype": args.dtype,
+        report = summarise(answers, self.draft.shape.proposals, equal=not options.rejection) | {
+            **{name: getattr(options, name) for name in ("target", "revision", "draft")},
+            "dtype": options.dtype,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
-            **{name: getattr(args, name) for name in ANSWERED_WITH},
+            **{name: getattr(options, name) for name in ANSWERED_WITH},
             "template_args": self.encoder.template_args,
         }
         verdicts = []
-        if args.diagnose:
+        if options.diagnose:
             evidence = add_up([of_row for _, of_row in rows])
             verdicts = judge(evidence, self.folder, self.draft.shape, self.info, self.trained)
             report["diagnosis"] = [dataclasses.asdict(verdict) for verdict in verdicts]
-        if args.json:
-            with writing(args.json), whole(args.json) as file:
+        if options.json:
+            with writing(options.json), whole(options.json) as file:
                 file.write_text(json.dumps(report, indent=2) + "\n")
-        if args.tensorboard:
-            to_tensorboard(report, args.tensorboard, self.trained.get("step", 0))
+        if options.tensorboard:
+            to_tensorboard(report, options.tensorboard, self.trained.get("step", 0))
         if self.trained and self.encoder.template_args != self.trained["template_args"]:
             print(
                 f"note: the draft was trained with the template arguments {json.dumps(self.trained['template_args'])}"

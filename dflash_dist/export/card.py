@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from dflash_dist import __version__
+from dflash_dist.config import Config
 from dflash_dist.draft.shape import DraftShape
 from dflash_dist.reading import is_kind
 
@@ -28,7 +29,7 @@ class Card:
     dtype: str
     layout: str  # dflash or speculators
     step: int
-    run: dict[str, Any]  # the run's config
+    run: Config
     license: str | None
     report: dict[str, Any] | None  # of `evaluate --json`
 
@@ -48,24 +49,24 @@ class Card:
         return f"---\n{yaml.safe_dump(stated, sort_keys=False)}---"
 
     def _training(self) -> str:
-        shape, train, data = self.shape, self.run["train"], self.run["data"]
+        shape, train, data = self.shape, self.run.train, self.run.data
         ids = ", ".join(map(str, shape.target_layer_ids))
         starts = {"random": "random weights", "target": "the target's own top layers"}
         rows = {
-            "target": f"{self.target}, revision {self.run['target']['revision']}",
+            "target": f"{self.target}, revision {self.run.target.revision}",
             "captured layers": f"outputs of decoder layers {ids} of {shape.num_target_layers}, counted from 0",
             "block": f"{shape.proposals + 1} tokens: the anchor and {shape.proposals} proposals",
             "mask token": shape.mask_token_id,
             "draft": f"{shape.num_layers} layers, {self.parameters:,} parameters, {self.dtype}",
-            "begun from": starts.get(self.run["draft"]["init"]) or shown(self.run["draft"]["init"]),
-            "data": sources(data["path"]),
-            "steps": f"{self.step:,} of {train['global_batch_size']} rows of {data['seq_len']} tokens",
-            "peak learning rate": f"{train['lr']:g}",
-            "chat template": "one of its own, in training.json" if data["chat_template"] else "the target's own",
-            "its arguments": f"`{json.dumps(data['template_args'])}`" if data["template_args"] else "none",
+            "begun from": starts.get(self.run.draft.init) or shown(self.run.draft.init),
+            "data": sources(data.path),
+            "steps": f"{self.step:,} of {train.global_batch_size} rows of {data.seq_len} tokens",
+            "peak learning rate": f"{train.lr:g}",
+            "chat template": "one of its own, in training.json" if data.chat_template else "the target's own",
+            "its arguments": f"`{json.dumps(data.template_args)}`" if data.template_args else "none",
         }
-        if data.get("date"):
-            rows["day that it writes"] = data["date"]
+        if data.date:
+            rows["day that it writes"] = data.date
         return f"""# DFlash draft for {self.target}
 
 A block-diffusion draft for speculative decoding ([arXiv 2602.06036](https://arxiv.org/abs/2602.06036)): it proposes
@@ -96,7 +97,7 @@ the share of passes that accepted the first k proposals.
 
     def _serving(self) -> str:
         block, rendering = self.shape.proposals + 1, ""
-        if arguments := self.run["data"]["template_args"]:
+        if arguments := self.run.data.template_args:
             rendering = f"""
 
 Render chats as the training did, or acceptance suffers: with the template arguments `{json.dumps(arguments)}`, which

@@ -6,32 +6,33 @@ or serve another one, `note` where that depends on how the draft was trained.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from dflash_dist.contract.folder import find_draft, from_config, read_config, read_headers
 from dflash_dist.export.rules import COMPLETE, RULES, TARGET_RULES, Folder, Rule
+from dflash_dist.options import argument, option, parse
 from dflash_dist.target.load import read_info
 
 SHOWN = 4  # of what breaks one rule
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    draft: str = argument("draft folder or hub id, exported here or published")
+    target: str | None = option("model folder or hub id of the target that it will be served with", None)
+    trust_remote_code: bool = option("run Python code that the target brings", False)
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="dflash_dist check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("draft", help="draft folder or hub id, exported here or published")
-    parser.add_argument("--target", help="model folder or hub id of the target that it will be served with")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the target brings")
-    args = parser.parse_args(argv)
-    lines = check(find_draft(args.draft), args.target, args.trust_remote_code)
+    options = parse(CheckOptions, "check", __doc__, argv)
+    lines = check(find_draft(options.draft), options.target, options.trust_remote_code)
     for line in lines:
         print(line)
     faults = sum(line.kind == "FAULT" for line in lines)
     if faults:
-        sys.exit(f"{args.draft} has {faults} fault{'s' * (faults > 1)}")
+        sys.exit(f"{options.draft} has {faults} fault{'s' * (faults > 1)}")
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,20 @@ was interrupted keeps its finished shards and continues with the same command, a
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from dflash_dist.config import Config, load_config
+from dflash_dist.config import Config
 from dflash_dist.data.packing import PackedRows
 from dflash_dist.files import writing
 from dflash_dist.logs import LOGS, keep_logs
+from dflash_dist.options import ConfigOptions, option, parse
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.features import DATE, EACH, INDEX, FeatureFolder, Shard, read_index, refuse_other
 from dflash_dist.target.load import check_loading
@@ -35,19 +36,19 @@ from dflash_dist.training.context import (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CaptureOptions(ConfigOptions):
+    config: str = option("YAML file of the training run; see configs/")
+    out: Path = option("folder of the features, on a disk that all ranks share")
+    shard_mib: float = option("size of a shard [MiB]; a rank holds two of them", 1024)
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="dflash_dist capture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="YAML file of the training run; see configs/")
-    parser.add_argument("--out", required=True, help="folder of the features, on a disk that all ranks share")
-    parser.add_argument("--shard-mib", type=float, default=1024, help="size of a shard [MiB]; a rank holds two of them")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="knobs set on the command line")
-    args = parser.parse_intermixed_args(argv)
-    config, out = load_config(args.config, args.overrides), Path(args.out)
+    options = parse(CaptureOptions, "capture", __doc__, argv)
+    config = options.load()
     folder = Path(config.output_dir)
     with keep_logs(folder), join_world(config.train.hang_timeout, folder / LOGS) as world:
-        capture(config, out, world, args.shard_mib)
+        capture(config, options.out, world, options.shard_mib)
 
 
 def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) -> None:

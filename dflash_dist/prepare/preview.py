@@ -6,19 +6,20 @@ one row token by token with its mask.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dflash_dist.config import Config, load_config
+from dflash_dist.config import Config
 from dflash_dist.data.chat import Document
 from dflash_dist.data.rows import Data
+from dflash_dist.options import ConfigOptions, option, parse
 from dflash_dist.ranks import World
 from dflash_dist.target.features import read_index
 from dflash_dist.target.load import TargetInfo, expects_packing
@@ -28,23 +29,22 @@ from dflash_dist.training.context import stored_layout
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreviewOptions(ConfigOptions):
+    row: int | None = option("row of the data to print, from 1 over all sources; the first by default", None)
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dflash_dist preview", description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument(
-        "--row", type=int, help="row of the data to print, from 1 over all sources; the first by default"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="knobs set on the command line")
-    args = parser.parse_intermixed_args(argv)
+    options = parse(PreviewOptions, "preview", __doc__, argv)
     world = World(0, 1, torch.device("cpu"))
-    config = setup.make_builtins(load_config(args.config, args.overrides), world)
+    config = setup.make_builtins(options.load(), world)
     info = setup.check_target(config)
     config = setup.fix_date(config, info, world)
     data = setup.read_data(config, info, world)  # says itself what became of the rows
     data = setup.lay_out(data, *expected_layout(config, info), world)
     for line in describe(config, data):
         print(line)
-    row = args.row if args.row is not None else int(data.train.documents.row[0])
+    row = options.row if options.row is not None else int(data.train.documents.row[0])
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for line in show_row(data, row, info.tokenizer, colour):
         print(line)

@@ -19,10 +19,10 @@ import torch
 import yaml
 
 from dflash_dist import __version__
-from dflash_dist.config import Config, is_day, to_tree
+from dflash_dist.config import Config, load_written, to_tree
 from dflash_dist.contract.folder import check_draft, find_draft, read_draft, read_kind
 from dflash_dist.data.rows import Data, load_data, make_encoder
-from dflash_dist.data.template import today
+from dflash_dist.data.template import settle_day
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.kinds import kind_of
 from dflash_dist.draft.shape import DraftShape
@@ -169,7 +169,7 @@ def fix_date(config: Config, info: TargetInfo, world: World, features: Path | No
         return config
     stored = features or (Path(config.target.features) if config.target.features else None)
     known = _date_of_features(stored) if stored else None
-    date = world.agree_on_day(known or _date_of_run(Path(config.output_dir)) or today())
+    date = settle_day(world.agree_on_day, known, _date_of_run(Path(config.output_dir)))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
 
 
@@ -178,11 +178,8 @@ def _date_of_features(folder: Path) -> str | None:
 
 
 def _date_of_run(folder: Path) -> str | None:
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # a run that was killed early may leave half of it
-        tree = yaml.safe_load((folder / CONFIG).read_text())
-        if isinstance(tree, dict) and isinstance(tree.get("data"), dict):
-            day = tree["data"].get("date")
-            return day if isinstance(day, str) and is_day(day) else None
+    with contextlib.suppress(OSError, ValueError):  # there is none, or half of it, of a run that was killed early
+        return load_written(folder / CONFIG).data.date
     return None
 
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-from dflash_dist.config import describe, load_config
+from dflash_dist.config import describe, json_schema
 from dflash_dist.logs import keep_logs
+from dflash_dist.options import ConfigOptions, option, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(ConfigOptions):
+    config: str = option("YAML file; see configs/", "")
+    json_schema: bool = option("print the JSON schema of config files, for editors, and end", False)
+
+    def __post_init__(self) -> None:
+        if not self.config and not self.json_schema:
+            raise ValueError("the following arguments are required: --config")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="dflash_dist train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"knobs, as YAML sections or overrides:\n{describe()}",
-    )
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="knobs set on the command line")
-    args = parser.parse_intermixed_args(argv)
-    config = load_config(args.config, args.overrides)
+    knobs = f"knobs, as YAML sections or overrides:\n{describe()}"
+    options = parse(TrainOptions, "train", __doc__, argv, epilog=knobs)
+    if options.json_schema:
+        print(json_schema())
+        return
+    config = options.load()
     with keep_logs(Path(config.output_dir)):
         # Imported here, since it takes seconds: what is mistyped is told at once.
         from dflash_dist.training.trainer import train

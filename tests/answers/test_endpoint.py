@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +17,7 @@ import openai._base_client
 import pytest
 
 from dflash_dist.answers import endpoint
+from dflash_dist.answers.options import RegenerateOptions
 from dflash_dist.answers.regenerate import main, regenerate
 from dflash_dist.config import DataConfig
 from dflash_dist.data.rows import load_data
@@ -130,30 +130,20 @@ def at_once(monkeypatch):
 def arguments(tmp_path, server):
     """The settings of a run over rows, by default of the questions q1, q2, ..., with changes."""
 
-    def make(rows: int | list[dict] = 6, **changes: Any) -> Namespace:
+    def make(rows: int | list[dict] = 6, **changes: Any) -> RegenerateOptions:
         if isinstance(rows, int):
             rows = [chat(f"q{k}", "an old answer") for k in range(1, rows + 1)]
         settings = {
             "target": "right-model",
             "prompts": str(write_rows(tmp_path / "prompts.jsonl", rows)),
-            "out": str(tmp_path / "answers.jsonl"),
-            "max_bad_rows": 0,
+            "out": tmp_path / "answers.jsonl",
             "max_new_tokens": 50,
-            "temperature": 0.0,
-            "top_p": 1.0,
-            "top_k": 0,
-            "seed": 0,
-            "template_args": {},
-            "date": None,
-            "trust_remote_code": False,
             "endpoint": server.url,
             "concurrency": 2,
             "timeout": 20.0,
-            "give_up": False,
             "retries": 2,
-            "extra_body": {},
         }
-        return Namespace(**{**settings, **changes})
+        return RegenerateOptions(**{**settings, **changes})
 
     return make
 
@@ -174,7 +164,7 @@ def read(path: str | Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
 
 
-def part_rows(args: Namespace) -> list[dict]:
+def part_rows(args: RegenerateOptions) -> list[dict]:
     return [row for path in Path(f"{args.out}.parts").glob("rank-*.jsonl") for row in read(path)]
 
 
@@ -331,7 +321,9 @@ def test_what_is_written_can_be_trained_on(answer, server, arguments, tmp_path):
         {"finish_reason": "length", "content": "cut"} if "q1" in str(body["messages"][-1]) else {}
     )
     answer([chat("q1", "old"), chat("q2", "old", "q3", "old"), chat("q4")])
-    data = load_data(DataConfig(path=arguments().out, cache_dir=str(tmp_path / "cache")), make_encoder(), 0, pack=True)
+    data = load_data(
+        DataConfig(path=str(arguments().out), cache_dir=str(tmp_path / "cache")), make_encoder(), 0, pack=True
+    )
     assert data.train.conversations == 3
     # an answer and its end, but no end of the one that was cut
     assert data.train.supervised == len("cut") + 3 * (len("new: q1") + 1)
@@ -521,12 +513,12 @@ def test_a_killed_run_continues_and_asks_nothing_twice(arguments, server, monkey
     ]
 
 
-def _regenerate(world: World, args: Namespace) -> None:
+def _regenerate(world: World, args: RegenerateOptions) -> None:
     regenerate(args, world)
 
 
 def test_two_ranks_write_the_file_of_one(arguments, server, alone):
-    one, two = arguments(7), arguments(7, out=arguments().out + ".two")
+    one, two = arguments(7), arguments(7, out=arguments().out.with_name("two.jsonl"))
     regenerate(one, alone)
     run_ranks(_regenerate, 2, two)
     assert Path(two.out).read_bytes() == Path(one.out).read_bytes()

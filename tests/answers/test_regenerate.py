@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from dflash_dist.answers import regenerate as answers
-from dflash_dist.answers.regenerate import answer_turns, main, regenerate, split_reasoning
+from dflash_dist.answers import local
+from dflash_dist.answers.options import RegenerateOptions
+from dflash_dist.answers.parts import Parts
+from dflash_dist.answers.regenerate import main, regenerate
+from dflash_dist.answers.turns import answer_turns, split_reasoning
+from dflash_dist.data import template
 from dflash_dist.data.account import BadRow
+from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.conversations import Conversation, Message, read_row
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import CHATML
@@ -70,26 +74,17 @@ def ask(target):
 def arguments(tmp_path, target, write_chats):
     """The settings of a greedy run over `QUESTIONS`, with changes."""
 
-    def make(**changes) -> Namespace:
+    def make(**changes) -> RegenerateOptions:
         prompts = write_chats(*[[("user", question), ("assistant", "an old answer")] for question in QUESTIONS])
         settings = {
             "target": str(target),
             "prompts": str(prompts),
-            "out": str(tmp_path / "answers.jsonl"),
+            "out": tmp_path / "answers.jsonl",
             "batch_size": 4,
             "max_new_tokens": LIMIT,
-            "temperature": 0.0,
-            "top_p": 1.0,
-            "top_k": 0,
-            "max_bad_rows": 0,
-            "endpoint": None,
-            "seed": 0,
             "dtype": "float32",
-            "template_args": {},
-            "date": None,
-            "trust_remote_code": False,
         }
-        return Namespace(**{**settings, **changes})
+        return RegenerateOptions(**{**settings, **changes})
 
     return make
 
@@ -100,7 +95,7 @@ def answer(arguments, alone):
 
     def run(**changes) -> list[dict]:
         args = arguments(**changes)
-        for path in Path(args.out).parent.glob(f"{Path(args.out).name}*"):
+        for path in args.out.parent.glob(f"{args.out.name}*"):
             path.unlink()  # each time from the start
         regenerate(args, alone)
         return _read(args.out)
@@ -109,10 +104,10 @@ def answer(arguments, alone):
 
 
 @pytest.fixture
-def interrupted(arguments, alone, monkeypatch) -> Namespace:
+def interrupted(arguments, alone, monkeypatch) -> RegenerateOptions:
     """The settings of a run that died after its first batch, rows 1 and 2."""
     args = arguments(batch_size=2)
-    write_answers, batches = answers.write_answers, []
+    write_answers, batches = local.write_answers, []
 
     def write_once(*given):
         batches.append(given)
@@ -121,14 +116,14 @@ def interrupted(arguments, alone, monkeypatch) -> Namespace:
         return write_answers(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(answers, "write_answers", write_once)
+        patch.setattr(local, "write_answers", write_once)
         with pytest.raises(KeyboardInterrupt):
             regenerate(args, alone)
     assert [json.loads(line)["row"] for line in _part(args).read_text().splitlines()] == [1, 2]
     return args
 
 
-def _part(args: Namespace, rank: int = 0) -> Path:
+def _part(args: RegenerateOptions, rank: int = 0) -> Path:
     return Path(f"{args.out}.parts/rank-{rank:05d}.jsonl")
 
 
@@ -140,16 +135,16 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def _regenerate(world: World, args: Namespace) -> list[str]:
+def _regenerate(world: World, args: RegenerateOptions) -> list[str]:
     """Regenerates as one of many ranks; returns the questions that this one answered."""
-    asked, write_answers = [], answers.write_answers
+    asked, write_answers = [], local.write_answers
 
     def watched(model, encoder, conversations, args):
         asked.extend(conversation.messages[0]["content"] for conversation in conversations)
         return write_answers(model, encoder, conversations, args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers, "write_answers", watched)
+        patch.setattr(local, "write_answers", watched)
         regenerate(args, world)
     return asked
 
@@ -222,8 +217,8 @@ def test_nothing_follows_an_answer_that_was_cut(answer, ask, write_chats):
 
 def test_the_command_line_generates_in_bfloat16(tmp_path, target, write_chats, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    loaded, load_whole = [], answers.load_whole
-    monkeypatch.setattr(answers, "load_whole", lambda *args: loaded.append(load_whole(*args)) or loaded[-1])
+    loaded, load_whole = [], local.load_whole
+    monkeypatch.setattr(local, "load_whole", lambda *args: loaded.append(load_whole(*args)) or loaded[-1])
     prompts, out = write_chats([("user", "Hi")], [("user", "Why?")]), tmp_path / "deep/down/out.jsonl"
     main(["--target", str(target), "--prompts", str(prompts), "--out", str(out), "--max-new-tokens", "5"])
     assert [row["messages"][0]["content"] for row in _read(out)] == ["Hi", "Why?"]
@@ -277,17 +272,17 @@ def test_prompts_with_a_token_that_has_no_embedding_are_refused_before_loading(
         monkeypatch.context() as patched,
         pytest.raises(ValueError, match=r"tools.jsonl, row 2: unknown token: '<tool>'"),
     ):
-        patched.setattr(answers, "load_whole", _die)
+        patched.setattr(local, "load_whole", _die)
         regenerate(arguments(**given), alone)
-    args = arguments(**given, max_bad_rows=1, out=str(tmp_path / "some.jsonl"))
+    args = arguments(**given, max_bad_rows=1, out=tmp_path / "some.jsonl")
     regenerate(args, alone)
     assert [row["row"] for row in _read(args.out)] == [1]
 
 
 def test_an_answer_that_says_nothing_is_left_out(arguments, alone, monkeypatch, capsys):
-    generate = answers._generate
+    generate = local._generate
     silent = lambda *given: (("", True) if i == 1 else said for i, said in enumerate(generate(*given)))  # noqa: E731
-    monkeypatch.setattr(answers, "_generate", silent)
+    monkeypatch.setattr(local, "_generate", silent)
     args = arguments(batch_size=6)
     regenerate(args, alone)
     assert [row["row"] for row in _read(args.out)] == [1, 3, 4, 5, 6]
@@ -296,13 +291,13 @@ def test_an_answer_that_says_nothing_is_left_out(arguments, alone, monkeypatch, 
 
 def test_tools_reach_the_prompt_and_the_output(arguments, alone, monkeypatch):
     tools, asked = [{"type": "function", "function": {"name": "weather", "parameters": {}}}], []
-    prompt_of = answers.ChatEncoder.prompt_of
+    prompt_of = ChatEncoder.prompt_of
 
     def watched(self, conversation):
         asked.append(conversation.tools)
         return prompt_of(self, conversation)
 
-    monkeypatch.setattr(answers.ChatEncoder, "prompt_of", watched)
+    monkeypatch.setattr(ChatEncoder, "prompt_of", watched)
     args = arguments()
     Path(args.prompts).write_text(json.dumps({"messages": [_user("Hi")], "tools": tools}) + "\n")
     regenerate(args, alone)
@@ -339,7 +334,7 @@ def test_an_argument_that_the_template_does_not_know_is_refused_before_anything_
     args = arguments(template_args={"stlye": "x"})
     with pytest.raises(ValueError, match="knows no argument 'stlye': did you mean 'style'"):
         regenerate(args, alone)
-    assert not list(Path(args.out).parent.glob("answers.jsonl*"))
+    assert not list(args.out.parent.glob("answers.jsonl*"))
 
 
 @pytest.fixture
@@ -353,19 +348,19 @@ def dated(target, tmp_path) -> str:
 
 
 def test_an_output_is_continued_with_the_day_on_which_it_was_begun(arguments, alone, dated, monkeypatch):
-    whole = arguments(target=dated, out=arguments().out + ".whole", date="2031-12-31", batch_size=2)
+    whole = arguments(target=dated, out=arguments().out.with_name("whole.jsonl"), date="2031-12-31", batch_size=2)
     regenerate(whole, alone)
-    args, write = arguments(target=dated, batch_size=2), answers.write_answers
-    monkeypatch.setattr(answers, "today", lambda: "2031-12-31")
+    args, write = arguments(target=dated, batch_size=2), local.write_answers
+    monkeypatch.setattr(template, "today", lambda: "2031-12-31")
     with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
-        patch.setattr(answers, "write_answers", lambda *given: _die() if _part(args).stat().st_size else write(*given))
+        patch.setattr(local, "write_answers", lambda *given: _die() if _part(args).stat().st_size else write(*given))
         regenerate(args, alone)
-    monkeypatch.setattr(answers, "today", lambda: "2032-01-01")
+    monkeypatch.setattr(template, "today", lambda: "2032-01-01")
     regenerate(args, alone)
-    assert Path(args.out).read_bytes() == Path(whole.out).read_bytes()
-    other = arguments(target=dated, out=args.out + ".other")
+    assert args.out.read_bytes() == whole.out.read_bytes()
+    other = arguments(target=dated, out=args.out.with_name("other.jsonl"))
     regenerate(other, alone)
-    assert Path(other.out).read_bytes() != Path(whole.out).read_bytes(), "the day is in the prompt"
+    assert Path(other.out).read_bytes() != whole.out.read_bytes(), "the day is in the prompt"
     with pytest.raises(ValueError, match="belongs to a run with other prompts or settings"):
         regenerate(arguments(target=dated, date="2032-01-01"), alone)
 
@@ -378,14 +373,14 @@ def test_a_day_is_given_as_one(arguments, alone):
 
 
 def test_a_prompt_that_the_template_refuses_is_left_out(arguments, alone, monkeypatch, capsys):
-    prompt_of = answers.ChatEncoder.prompt_of
+    prompt_of = ChatEncoder.prompt_of
 
     def picky(self, conversation):
         if conversation.messages[0]["content"] == "Why?":
             raise BadRow("refused by the chat template: no questions")
         return prompt_of(self, conversation)
 
-    monkeypatch.setattr(answers.ChatEncoder, "prompt_of", picky)
+    monkeypatch.setattr(ChatEncoder, "prompt_of", picky)
     regenerate(arguments(), alone)
     assert [row["row"] for row in _read(arguments().out)] == [1, 2, 3, 5, 6]
     assert "row 4: refused by the chat template: no questions" in capsys.readouterr().out
@@ -565,9 +560,9 @@ def test_an_interrupted_run_continues_where_it_stopped(interrupted, alone, argum
         part.write(torn)
     assert _regenerate(alone, interrupted) == QUESTIONS[2:]
 
-    whole = arguments(out=interrupted.out + ".whole", batch_size=2)
+    whole = arguments(out=interrupted.out.with_name("whole.jsonl"), batch_size=2)
     regenerate(whole, alone)
-    assert Path(interrupted.out).read_bytes() == Path(whole.out).read_bytes()
+    assert interrupted.out.read_bytes() == whole.out.read_bytes()
     assert not _part(interrupted).parent.exists()
 
 
@@ -576,11 +571,11 @@ def test_a_run_that_is_interrupted_twice_continues_too(interrupted, alone, monke
     with _part(interrupted).open("ab") as part:
         part.write(b'{"messages": [{"ro')
     with monkeypatch.context() as patch:
-        patch.setattr(answers.Parts, "merge", _die)
+        patch.setattr(Parts, "merge", _die)
         with pytest.raises(KeyboardInterrupt):
             regenerate(interrupted, alone)
     with monkeypatch.context() as patch:
-        patch.setattr(answers, "write_answers", _die)  # nothing is left to write
+        patch.setattr(local, "write_answers", _die)  # nothing is left to write
         regenerate(interrupted, alone)
     assert [row["messages"][1]["content"] for row in _read(interrupted.out)] == [ask([_user(q)])[0] for q in QUESTIONS]
 
@@ -599,7 +594,7 @@ def test_left_over_parts_of_other_settings_are_refused(interrupted, arguments, a
             regenerate(arguments(batch_size=2, **change), alone)
         assert re.search(rf"Changed: (.*; )?{[*change][-1]}: .* -> .*\. Restore these, or choose", str(refusal.value))
     assert _part(interrupted).read_bytes() == before
-    assert not Path(interrupted.out).exists()
+    assert not interrupted.out.exists()
 
 
 def test_left_over_parts_of_other_prompts_are_refused(interrupted, write_chats, alone):
@@ -616,8 +611,8 @@ def test_a_run_may_continue_with_another_batch_size(interrupted, arguments, alon
 
 def test_finished_rows_are_read_once_to_continue_and_once_to_merge(interrupted, alone, monkeypatch):
     # not once for each conversation: a run over 100,000 of them would spend hours on reading
-    reads, index = [], answers.Parts.index
-    monkeypatch.setattr(answers.Parts, "index", lambda self: reads.append(self) or index(self))
+    reads, index = [], Parts.index
+    monkeypatch.setattr(Parts, "index", lambda self: reads.append(self) or index(self))
     regenerate(interrupted, alone)
     assert len(reads) == 2
 
@@ -631,7 +626,7 @@ def test_unicode_line_separators_in_a_conversation_do_not_break_its_line(answer,
 
 def test_a_finished_run_started_again_writes_nothing(answer, arguments, alone, monkeypatch, capsys):
     rows = answer()
-    monkeypatch.setattr(answers, "load_whole", _die)
+    monkeypatch.setattr(local, "load_whole", _die)
     regenerate(arguments(), alone)
     assert "is finished already" in capsys.readouterr().out
     assert _read(arguments().out) == rows
@@ -648,7 +643,7 @@ def test_a_file_that_this_command_did_not_write_is_not_taken_for_its_output(argu
 
 
 def test_two_ranks_write_the_file_of_one(arguments, alone):
-    one, two = arguments(), arguments(out=arguments().out + ".two", batch_size=2)
+    one, two = arguments(), arguments(out=arguments().out.with_name("two.jsonl"), batch_size=2)
     regenerate(one, alone)
     assert run_ranks(_regenerate, 2, two) == [QUESTIONS[0::2], QUESTIONS[1::2]]
     assert Path(two.out).read_bytes() == Path(one.out).read_bytes()
@@ -664,16 +659,15 @@ def test_more_ranks_than_rows_are_no_trouble(arguments, write_chats, ask):
 def test_an_interrupted_run_continues_on_another_number_of_ranks(interrupted, arguments, alone):
     first, second = run_ranks(_regenerate, 2, interrupted)
     assert sorted(first + second) == sorted(QUESTIONS[2:])
-    whole = arguments(out=interrupted.out + ".whole")
+    whole = arguments(out=interrupted.out.with_name("whole.jsonl"))
     regenerate(whole, alone)
-    assert Path(interrupted.out).read_bytes() == Path(whole.out).read_bytes()
+    assert interrupted.out.read_bytes() == whole.out.read_bytes()
 
 
 def test_a_conversation_with_nothing_to_answer_is_refused(arguments, alone, write_chats):
-    args = arguments()
-    args.prompts = str(write_chats([("user", "Hi")], [("assistant", "I talk to myself")], name="monologue.jsonl"))
+    prompts = str(write_chats([("user", "Hi")], [("assistant", "I talk to myself")], name="monologue.jsonl"))
     with pytest.raises(ValueError, match=r"monologue\.jsonl, row 2: nothing to answer"):
-        regenerate(args, alone)
+        regenerate(arguments(prompts=prompts), alone)
 
 
 def test_what_was_assumed_of_nulls_is_said(arguments, alone, capsys):

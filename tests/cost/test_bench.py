@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dflash_dist.cost.bench import STAGES, Ours, Trial, main, make_trial, measure, parse
+from dflash_dist.cost.bench import STAGES, BenchOptions, Ours, Trial, main, make_trial, measure
 from dflash_dist.cost.reference import dense_mask
 from dflash_dist.cost.shapes import PUBLISHED, TargetShape
 from dflash_dist.draft.kinds import dflash
+from dflash_dist.options import parse
 from dflash_dist.ranks import World
 from tests.ranks import run_ranks
 
@@ -37,7 +38,7 @@ OF_OURS = {"useful_flops_per_step", "matmul_flops_per_s", "share_of_peak", "coll
 
 
 def trial_of(*args: str) -> Trial:
-    return make_trial(parse(list(args)))
+    return make_trial(parse(BenchOptions, "bench", None, args))
 
 
 def share_of_peak(report: dict[str, Any]) -> float:

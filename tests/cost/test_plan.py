@@ -34,7 +34,7 @@ QWEN3_8B = ["--config", str(REPOSITORY / "configs/qwen3-8b.yaml")]
 
 def trial_of(args: str) -> bench.Trial:
     """What `bench` would run, with one micro-batch a step."""
-    plan = bench.make_trial(bench.parse([*args.split(), "--threads=1"]))
+    plan = bench.make_trial(bench.parse(bench.BenchOptions, "bench", None, [*args.split(), "--threads=1"]))
     train = dataclasses.replace(plan.config.train, global_batch_size=plan.config.train.micro_batch_size)
     return dataclasses.replace(plan, config=dataclasses.replace(plan.config, train=train))
 

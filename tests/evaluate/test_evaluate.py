@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from dflash_dist.contract.folder import TRAINING, write_draft
+from dflash_dist.data import template
 from dflash_dist.decoding.speculative import Decoded, Decoder
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.evaluate import evaluate as program
@@ -185,7 +186,7 @@ def test_prompts_have_the_day_of_the_training_or_of_the_evaluations_beginning(mo
         (folder / "training.json").write_text(json.dumps(record | trained))
         argv, report = arguments("--limit", "1")
         for day in ("2031-12-31", "2032-01-01"):
-            monkeypatch.setattr(program, "today", lambda day=day: day)
+            monkeypatch.setattr(template, "today", lambda day=day: day)
             main(argv)
         assert asked == [tokenizer(expected + QUESTIONS[0]).input_ids], "once: the second one was finished already"
         assert json.loads(report.with_suffix(".answers.jsonl.settings.json").read_text())["date"][:4] == expected
@@ -355,12 +356,16 @@ def test_one_question_asked_twice_is_answered_with_other_noise(arguments, write_
 # ---- ranks and interruptions ----
 
 
+def _run(argv: list[str], world: World) -> None:
+    program.evaluate(program.parse(program.EvaluateOptions, "evaluate", None, argv), world)
+
+
 def _evaluate(world: World, argv: list[str]) -> int:
     """As one of many ranks; returns how many prompts this one decoded."""
     decoded, decode = [], program.Evaluation.decode
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program.Evaluation, "decode", lambda self, *args: (decoded.append(args), decode(self, *args))[1])
-        program.evaluate(program.parse(argv), world)
+        _run(argv, world)
     return len(decoded)
 
 
@@ -484,7 +489,10 @@ def test_several_ranks_need_a_place_to_meet(arguments):
     argv, _ = arguments()
     at = argv.index("--json")
     with pytest.raises(ValueError, match="--json is needed where several ranks evaluate"):
-        program.evaluate(program.parse(argv[:at] + argv[at + 2 :]), World(0, 2, torch.device("cpu")))
+        program.evaluate(
+            program.parse(program.EvaluateOptions, "evaluate", None, argv[:at] + argv[at + 2 :]),
+            World(0, 2, torch.device("cpu")),
+        )
 
 
 def test_without_json_the_report_is_only_printed(arguments, capsys):

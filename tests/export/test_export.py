@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from dflash_dist.config import Config, DataConfig, TargetConfig
@@ -198,3 +199,16 @@ def test_the_export_holds_a_chat_template_of_the_runs_own(tmp_path):
     template.unlink()
     main(["--run", str(run), "--out", str(tmp_path / "draft")])
     assert json.loads((tmp_path / "draft/training.json").read_text())["chat_template"] == "{{ messages }}"
+
+
+def test_a_run_of_another_version_is_exported(tmp_path):
+    """Its config lacks knobs that came later, and has others that are gone."""
+    save_run(tmp_path / "run", [4])
+    file = tmp_path / "run/config.yaml"
+    tree = yaml.safe_load(file.read_text())
+    del tree["draft"]["init"], tree["eval"], tree["data"]["date"]
+    tree["data"]["gone"] = tree["lost"] = {"x": 1}
+    file.write_text(yaml.safe_dump(tree))
+    main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
+    record = json.loads((tmp_path / "draft/training.json").read_text())
+    assert record["template_args"] == {"enable_thinking": False} and record["date"] is None

@@ -10,6 +10,7 @@ LOAD, TEST_LOAD = "dflash_dist/target/load.py", "tests/target/test_load.py"
 FEATURES, TEST_FEATURES = "dflash_dist/target/features.py", "tests/target/test_features.py"
 ATTENTION, TEST_ATTENTION = "dflash_dist/kernels/target_attention_cpu.py", "tests/kernels/test_target_attention.py"
 ANSWERS, TEST_ANSWERS = "dflash_dist/answers/regenerate.py", "tests/answers/test_regenerate.py"
+TURNS, LOCAL = "dflash_dist/answers/turns.py", "dflash_dist/answers/local.py"
 ENDPOINT, TEST_ENDPOINT = "dflash_dist/answers/endpoint.py", "tests/answers/test_endpoint.py"
 PARTS = "dflash_dist/answers/parts.py"
 
@@ -317,50 +318,50 @@ MUTANTS = [
     Mutant("attention: only in bfloat16 on a CPU", ATTENTION, "model.dtype == torch.bfloat16 and ", "", TEST_ATTENTION),
     Mutant(
         "regenerate: turns are answered after the new earlier ones",
-        ANSWERS,
+        TURNS,
         "        written.append(new)\n        waiting = False",
         "        written.append(log[k + 1] if k + 1 < len(log) else new)\n        waiting = False",
         TEST_ANSWERS,
     ),
     Mutant(
         "regenerate: nothing follows an answer that was cut",
-        ANSWERS,
+        TURNS,
         'reason = "length"  # nothing sensible follows an answer that was cut\n            break',
         'reason = "length"',
         TEST_ANSWERS,
     ),
     Mutant(
         "regenerate: answers before the first question are left out",
-        ANSWERS,
+        TURNS,
         "        if not waiting or (following is not None",
         "        if (following is not None",
         TEST_ANSWERS,
     ),
     Mutant(
         "regenerate: results of tools fit the same calls only",
-        ANSWERS,
+        TURNS,
         "        return _calls(old) == _calls(new)\n",
         "        return True\n",
         TEST_ANSWERS,
     ),
     Mutant(
         "regenerate: the plain model, whatever its generation config says",
-        ANSWERS,
+        LOCAL,
         "        repetition_penalty=1.0,",
         "        # repetition_penalty=1.0,",
         TEST_ANSWERS,
     ),
     Mutant(
         "regenerate: padding is not attended to",
-        ANSWERS,
+        LOCAL,
         "[[0] * n + [1] * (width - n) for n in padding]",
         "[[1] * width for n in padding]",
         TEST_ANSWERS,
     ),
     Mutant(
         "regenerate: answers depend on the seed",
-        ANSWERS,
-        "torch.manual_seed(args.seed * 1_000_003 + batch[0])",
+        LOCAL,
+        "torch.manual_seed(options.seed * 1_000_003 + batch[0])",
         "torch.manual_seed(batch[0])",
         TEST_ANSWERS,
     ),
@@ -459,8 +460,8 @@ MUTANTS = [
     Mutant(
         "endpoint: a seed by row",
         ENDPOINT,
-        'fields["seed"] = args.seed * 1_000_003 + row',
-        'fields["seed"] = args.seed',
+        'fields["seed"] = options.seed * 1_000_003 + row',
+        'fields["seed"] = options.seed',
         TEST_ENDPOINT,
     ),
 ]
