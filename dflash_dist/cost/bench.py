@@ -28,8 +28,9 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from dflash_dist.config import PUBLISHED_GAMMA, Config, DataConfig, load_config
 from dflash_dist.cost.meter import Meter, Time, collective_mib
+from dflash_dist.cost.rank import STAGES, one_rank
 from dflash_dist.cost.reference import ReferenceStep
-from dflash_dist.cost.shapes import PUBLISHED, TargetShape, Work, spread_layers, step_flops, target_config
+from dflash_dist.cost.shapes import PUBLISHED, spread_layers, target_config
 from dflash_dist.data.chat import Document
 from dflash_dist.data.documents import Documents
 from dflash_dist.data.packing import PackedRows
@@ -46,7 +47,6 @@ from dflash_dist.training.sampling import Sampler
 from dflash_dist.training.setup import draft_shape
 from dflash_dist.training.step import TrainingStep
 
-STAGES = ("sample", "capture", "propose", "loss", "backward", "update")
 MASK_TOKEN = 0
 
 
@@ -181,7 +181,7 @@ class Ours:
 
     def __init__(self, trial: Trial, world: World):
         torch.set_num_threads(trial.threads)
-        self.world, self.target, self.done = world, TargetShape.of(trial.target), 0
+        self.world, self.trial, self.done = world, trial, 0
         config = _for_ranks(trial.config, world.size)
         ids = config.target.layer_ids
         shallow = copy.deepcopy(trial.target)
@@ -198,11 +198,11 @@ class Ours:
             TrainingStep,
             config,
             world,
-            Sampler(config, world, _random_rows(config, self.target.vocab), None),
-            _random_draft(trial, config.train.gradient_checkpointing).to(world.device),
+            Sampler(config, world, _random_rows(config, trial.target.vocab_size), None),
+            random_draft(trial, config.train.gradient_checkpointing).to(world.device),
             LiveTarget(HFDFlashTargetModel(model, ids)),
             embedding,
-            embedding if self.target.tied else torch.randn_like(embedding).mul_(0.02),
+            embedding if trial.target.tie_word_embeddings else torch.randn_like(embedding).mul_(0.02),
             total_steps=10**6,
         )
 
@@ -216,21 +216,14 @@ class Ours:
         self.done += 1
 
     def flops(self) -> dict[str, float]:
-        """What a step over all ranks cannot do without, by stage; see `step_flops`."""
-        size = self.training.config.draft.block_size
-        tokens = pairs = slots = visible = labels = 0
-        for batch in self.training.sample(self.done):
-            context = batch.slot_positions[..., 0][
-                batch.anchor_documents >= 0
-            ]  # as many tokens as the anchor's position
-            tokens += batch.position_ids.numel()
-            pairs += int((batch.position_ids + 1).sum())
-            slots += batch.slot_ids.numel()
-            visible += size * int((context + size).sum())
-            labels += batch.count
-        every = self.world.size
-        work = Work(tokens * every, pairs * every, slots * every, visible * every, labels * every)
-        return step_flops(self.target, self.training.draft.shape, work)
+        """What a step over all ranks cannot do without, by stage: matrix products and attention, nothing element-wise,
+        nor what gradient checkpointing does again. As `rank` counts it of the same step, where attention is what is
+        visible and a slot without a label does not enter the head."""
+        config = _for_ranks(self.trial.config, 1)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_checkpointing=False))
+        with one_rank(config, self.trial.target, 1) as rank:
+            work = rank.step().work
+        return {stage: self.world.size * of.flops for stage, of in work.items()}
 
 
 class Plain:
@@ -242,7 +235,7 @@ class Plain:
         config = _for_ranks(trial.config, world.size)
         model = _random_model(AutoModelForCausalLM, trial.target, torch.float32, world.device)
         sampler = Sampler(config, world, _random_rows(config, trial.target.vocab_size), None)
-        self.reference, self.done = ReferenceStep(model, _random_draft(trial), sampler, config.train.lr), 0
+        self.reference, self.done = ReferenceStep(model, random_draft(trial), sampler, config.train.lr), 0
 
     def step(self) -> None:
         self.reference.run(self.done)
@@ -262,7 +255,7 @@ def _random_model(auto_class: Any, config: PretrainedConfig, dtype: torch.dtype,
     return model.eval().requires_grad_(False)
 
 
-def _random_draft(trial: Trial, gradient_checkpointing: bool = False) -> Draft:
+def random_draft(trial: Trial, gradient_checkpointing: bool = False) -> Draft:
     torch.manual_seed(1)
     shape = draft_shape(trial.config, trial.target, "the target")
     return kind_of(trial.config.draft.kind)(shape, gradient_checkpointing)

@@ -1,27 +1,30 @@
 """Says before any GPU is rented what a run will hold, how long it will take and what bounds it:
 `python -m dflash_dist plan --config C.yaml --gpus 8 --memory 80 [a.b=c ...]`.
 
-From shapes alone: no weights and no data are read. Memory and operations are compared with measurement by the tests;
-times are those of a machine that reaches the stated share of its peak, with the network hidden behind the work that can
-hide it.
+No weights and no data are read: the real step runs once, as one rank of many, on tensors without numbers (see `rank`).
+Memory, operations and what is sent are compared with measurement by the tests; times are those of a machine that
+reaches the stated share of its peak, with the network hidden behind the work that can hide it.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
-from dflash_dist.config import Config, describe, load_config
-from dflash_dist.cost.memory import FLOAT32, RankStep, activations, draft_parameters, held, peak, target_activations
-from dflash_dist.cost.shapes import PUBLISHED, Work, step_flops, target_config
-from dflash_dist.cost.traffic import Traffic, gradient_sums, target_gathers, weight_shares
+from dflash_dist.config import Config, describe
+from dflash_dist.cost.counter import Collective, Work
+from dflash_dist.cost.rank import FEATURES, OF_TARGET, OWNERS, STAGES, Rank, StepCost, one_rank
+from dflash_dist.cost.shapes import PUBLISHED, target_config
+from dflash_dist.options import ConfigOptions, option, parse
 from dflash_dist.ranks import World
 from dflash_dist.target.load import expects_packing
 from dflash_dist.training.context import show_bytes
@@ -32,6 +35,15 @@ RESERVE = 3 * 2**30
 # What passing something on to another rank takes, however little it is: a usual figure for NCCL [s].
 HOP = 5e-6
 SCALES = (8, 64, 512)
+# Rows that are tried at once; what more would take is read off the line through these and half of them.
+MOST_ROWS = 64
+# Where a line meets the room by so much before the next whole number, that is not tried. After so many trials lines are
+# no help.
+SURE, FEW = 0.1, 8
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+GPU = "a GPU; by default an H100 SXM"
 
 
 @dataclass(frozen=True)
@@ -45,11 +57,16 @@ class Machine:
     network: float  # bytes/s between nodes, a GPU
     gpus_per_node: int
 
-    def seconds(self, traffic: Traffic) -> float:
+    @property
+    def room(self) -> float:
+        """Bytes for tensors."""
+        return self.memory - RESERVE
+
+    def seconds(self, collective: Collective) -> float:
         """On the wire. A ring leaves a node through one GPU's network card, and there are as many rings as cards."""
-        inside = traffic.ranks <= self.gpus_per_node
+        inside = collective.ranks <= self.gpus_per_node
         speed = self.bandwidth if inside else min(self.bandwidth, self.network * self.gpus_per_node)
-        return traffic.received / speed + traffic.hops * HOP
+        return collective.received / speed + collective.hops * HOP
 
 
 @dataclass(frozen=True)
@@ -73,208 +90,249 @@ class Stage:
         return "compute" if self.compute >= self.memory else "memory"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(ConfigOptions):
+    like: str | None = option(
+        f"in place of the target: folder or file of a config.json, or one of {', '.join(PUBLISHED)}", None
+    )
+    gpus: Count = option("ranks of the run", 8)
+    gpus_per_node: Count = option("", 8)
+    tokens: Positive | None = option("tokens of the data, where train.max_steps is null", None)
+    price: Positive | None = option("of a GPU for an hour [$]", None)
+    json: Path | None = option("file for the report", None)
+    memory: Positive = option("GiB", 80, GPU)
+    flops: Positive = option("peak of dense bf16 [TFLOP/s]; for a float32 run that of TF32", 989, GPU)
+    efficiency: Positive = option("share of that peak which is reached: an assumption", 0.5, GPU)
+    memory_bandwidth: Positive = option("GB/s", 3350, GPU)
+    bandwidth: Positive = option("between GPUs of a node, each way [GB/s]", 450, GPU)
+    network: Positive = option("between nodes, a GPU [GB/s]", 50, GPU)
+
+    @property
+    def machine(self) -> Machine:
+        return Machine(
+            memory=self.memory * 2**30,
+            flops=self.flops * 1e12 * self.efficiency,
+            memory_bandwidth=self.memory_bandwidth * 1e9,
+            bandwidth=self.bandwidth * 1e9,
+            network=self.network * 1e9,
+            gpus_per_node=self.gpus_per_node,
+        )
+
+
 def main(argv: list[str]) -> None:
-    args = parse(argv)
-    config = load_config(args.config, args.overrides)
-    report = make_report(args, config)
+    knobs = f"knobs, as YAML sections or overrides:\n{describe()}"
+    options = parse(PlanOptions, "plan", __doc__, argv, epilog=knobs)
+    report = make_report(options, options.load())
     print(table(report))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="dflash_dist plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"knobs, as YAML sections or overrides:\n{describe()}",
-    )
-    parser.add_argument("--config", required=True, help="YAML file of the run; see configs/")
-    parser.add_argument(
-        "--like", help=f"in place of the target: folder or file of a config.json, or one of {', '.join(PUBLISHED)}"
-    )
-    parser.add_argument("--gpus", type=int, default=8, help="ranks of the run (default: 8)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="(default: 8)")
-    parser.add_argument("--tokens", type=float, help="tokens of the data, where train.max_steps is null")
-    parser.add_argument("--price", type=float, help="of a GPU for an hour [$]")
-    parser.add_argument("--json", type=Path, help="file for the report")
-    gpu = parser.add_argument_group("a GPU; by default an H100 SXM")
-    gpu.add_argument("--memory", type=float, default=80, help="GiB (default: 80)")
-    gpu.add_argument(
-        "--flops",
-        type=float,
-        default=989,
-        help="peak of dense bf16 [TFLOP/s]; for a float32 run that of TF32 (default: 989)",
-    )
-    gpu.add_argument(
-        "--efficiency",
-        type=float,
-        default=0.5,
-        help="share of that peak which is reached: an assumption (default: 0.5)",
-    )
-    gpu.add_argument("--memory-bandwidth", type=float, default=3350, help="GB/s (default: 3350)")
-    gpu.add_argument(
-        "--bandwidth", type=float, default=450, help="between GPUs of a node, each way [GB/s] (default: 450)"
-    )
-    gpu.add_argument("--network", type=float, default=50, help="between nodes, a GPU [GB/s] (default: 50)")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="knobs set on the command line")
-    args = parser.parse_intermixed_args(argv)
-    for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive")
-    return args
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------- what is found
 
 
-def make_report(args: argparse.Namespace, config: Config) -> dict[str, Any]:
+def make_report(options: PlanOptions, config: Config) -> dict[str, Any]:
     """All that the table shows.
 
     Raises:
         ValueError: the config does not fit the target or the number of GPUs.
     """
-    text = target_config(args.like, config.target).get_text_config()
+    target = target_config(options.like, config.target)
+    text, machine = target.get_text_config(), options.machine
     last = text.num_hidden_layers - 1
     if max(config.target.layer_ids) >= last:
         raise ValueError(
-            f"target.layer_ids {config.target.layer_ids} do not fit {args.like or config.target.path}: capture layers"
-            f" up to {last - 1} of its {last + 1}"
+            f"target.layer_ids {config.target.layer_ids} do not fit {options.like or config.target.path}: capture"
+            f" layers up to {last - 1} of its {last + 1}"
         )
-    machine = Machine(
-        memory=args.memory * 2**30,
-        flops=args.flops * 1e12 * args.efficiency,
-        memory_bandwidth=args.memory_bandwidth * 1e9,
-        bandwidth=args.bandwidth * 1e9,
-        network=args.network * 1e9,
-        gpus_per_node=args.gpus_per_node,
-    )
-    check_world(config, World(0, args.gpus, torch.device("cuda")))
-    step = RankStep.of(config, text, args.gpus)
-    cheaper = dataclasses.replace(step, checkpointing=True)
-
-    def most_rows(of: RankStep) -> int:
-        return largest_that(lambda rows: fits(dataclasses.replace(of, rows=rows), machine))
-
-    most_anchors = largest_that(lambda anchors: fits(dataclasses.replace(step, anchors=anchors), machine))
-
+    check_world(config, World(0, options.gpus, torch.device("cuda")))
+    with one_rank(config, target, options.gpus) as rank:
+        cost = rank.step()
+        limits = find_limits(rank, cost, machine)
     return {
         "packs": expects_packing(text),
-        "gpus": args.gpus,
-        "memory": args.memory * 2**30,
+        "gpus": options.gpus,
+        "memory": machine.memory,
         "reserve": RESERVE,
-        "peak": peak(step),
-        "fits": fits(step, machine),
-        "held": held(step),
-        "peak_with_checkpointing": peak(cheaper),
-        "largest_micro_batch": most_rows(step),
-        "largest_micro_batch_with_checkpointing": most_rows(cheaper),
-        # A row has no more anchors than tokens with a next one.
-        "largest_anchors": min(most_anchors, step.length - 1),
-        "efficiency": args.efficiency,
+        "peak": cost.peak,
+        "fits": cost.peak <= machine.room,
+        "held": cost.held,
+        **limits,
+        "efficiency": options.efficiency,
         "stages": {
             name: dataclasses.asdict(stage) | {"seconds": stage.seconds, "bound": stage.bound}
-            for name, stage in stages(step, machine).items()
+            for name, stage in stages(cost, micro_batches(config, options.gpus), machine).items()
         },
-        "handed_to_collectives": sum(of(step).handed for of in (target_gathers, gradient_sums, weight_shares)),
-        "scales": [
-            at_scale(args, dataclasses.replace(config, target=target), text, gpus, machine)
-            for gpus, target in layouts(args, config)
-        ],
+        "handed_to_collectives": handed(cost, micro_batches(config, options.gpus)),
+        "scales": [at_scale(options, *layout) for layout in layouts(options, config, target, cost)],
     }
 
 
-def fits(step: RankStep, machine: Machine) -> bool:
-    return peak(step) + RESERVE <= machine.memory
+def find_limits(rank: Rank, cost: StepCost, machine: Machine) -> dict[str, int]:
+    """What else fits: layers computed again in backward, more rows, more anchors.
+
+    The draft is tried without its target, which holds the most at another time. The target is tried only where it might
+    hold more than there is room for, with the most rows that any draft has room for.
+    """
+    config, rows = rank.config, rank.config.train.micro_batch_size
+    at_rest, capturing = sum(cost.at_rest.values()), cost.peak_of("capture")
+
+    def drafting(config: Config) -> int:
+        return rank.step(config, run_target=False, counts_work=False).peak
+
+    def running(config: Config) -> int:
+        return rank.step(config, counts_work=False).peak_of("capture")
+
+    def most_rows(peak: Callable[[Config], int], config: Config, now: int, most: int | None = None) -> int:
+        of_rows = _straight(lambda rows: peak(with_train(config, micro_batch_size=rows)))
+        return largest_with_room(of_rows, machine.room, {0: at_rest, rows: now}, most)
+
+    checkpointed = with_train(config, gradient_checkpointing=True)
+    cheaper = drafting(checkpointed)
+    largest = [most_rows(drafting, config, cost.peak), most_rows(drafting, checkpointed, cheaper)]
+    if rank.target and _with_more_rows(cost, max(largest) / rows) > machine.room:
+        of_target = most_rows(running, checkpointed, capturing, max(largest))
+        largest = [min(rows, of_target) for rows in largest]
+    anchors = largest_with_room(
+        lambda anchors: drafting(dataclasses.replace(config, loss=dataclasses.replace(config.loss, anchors=anchors))),
+        machine.room,
+        {0: at_rest, config.loss.anchors: cost.peak},
+        config.data.seq_len - 1,  # a row has no more anchors than tokens with a next one
+    )
+    return {
+        "peak_with_checkpointing": max(cheaper, capturing),
+        "largest_micro_batch": largest[0],
+        "largest_micro_batch_with_checkpointing": largest[1],
+        "largest_anchors": anchors,
+    }
 
 
-def largest_that(holds: Callable[[int], bool]) -> int:
-    """The largest number from 1 on that `holds`, where every smaller one does; 0 if none."""
-    low, high = 0, 1
-    while holds(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+def _with_more_rows(cost: StepCost, times: float) -> float:
+    """Bytes that are enough for the target: what rows take grows with them, and the most of it comes together."""
+    return sum(size * (times if owner in (OF_TARGET, FEATURES) else 1) for owner, size in cost.capturing.items())
 
 
-def layouts(args: argparse.Namespace, config: Config) -> list[tuple[int, Any]]:
-    """Numbers of GPUs to compare, each with the target as configured and, over several nodes, with a copy a node."""
-    found = []
-    for gpus in sorted({args.gpus, *SCALES}):
-        nodes = gpus // args.gpus_per_node
+def with_train(config: Config, **train: Any) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+
+
+def largest_with_room(
+    peak: Callable[[int], float], room: float, known: dict[int, float], most: int | None = None
+) -> int:
+    """The largest number whose `peak` has room, by trying few: peaks grow, along straight lines that get steeper.
+
+    Args:
+        known: the peak of 0 and of another number.
+        most: the largest that is looked at, and the first.
+    """
+    known = {**known, most: peak(most)} if most and most not in known else dict(known)
+    while True:
+        fitting = sorted(number for number, size in known.items() if size <= room)
+        if not fitting:
+            return 0
+        low, high = fitting[-1], min(known.keys() - fitting, default=None)
+        if high == low + 1 or low == most:
+            return low
+        # Where a line meets the room: between those that do and do not fit, or on from the two largest that do.
+        more = [low + (room - known[low]) / _slope(known, a, b) for a, b in pairwise(fitting[-2:])]
+        if more and more[0] < low + 1 - SURE:
+            return low
+        between = low + (room - known[low]) / _slope(known, low, high) if high else more[0]
+        number = max((low + high) // 2 if high and len(known) > FEW else int(between), low + 1)
+        known[number] = peak(number)
+
+
+def _slope(known: dict[int, float], a: int, b: int) -> float:
+    return max(known[b] - known[a], 1) / (b - a)
+
+
+def _straight(peak: Callable[[int], float]) -> Callable[[int], float]:
+    """The same up to `MOST_ROWS`, and on along the line through that and half of it."""
+    peak = functools.cache(peak)
+
+    def straight(rows: int) -> float:
+        if rows <= MOST_ROWS:
+            return peak(rows)
+        half, whole = peak(MOST_ROWS // 2), peak(MOST_ROWS)
+        return whole + (whole - half) * (rows - MOST_ROWS) / (MOST_ROWS // 2)
+
+    return straight
+
+
+def layouts(
+    options: PlanOptions, config: Config, target: Any, cost: StepCost
+) -> Iterator[tuple[Config, int, StepCost]]:
+    """Numbers of GPUs to compare, each with the target as configured and, over several nodes, with a copy a node; and
+    the cost there, as it follows from the `cost` of a rank as asked for."""
+    at_rest = {(cost.shards, cost.ranks): cost.at_rest}
+    for gpus in sorted({options.gpus, *SCALES}):
+        nodes = gpus // options.gpus_per_node
         replicas = [config.target.replicas] if gpus % config.target.replicas == 0 else []
         if not config.target.features and nodes > 1 and gpus % nodes == 0:
             replicas.append(nodes)
-        found += [(gpus, dataclasses.replace(config.target, replicas=r)) for r in dict.fromkeys(replicas)]
-    return found
+        for copies in dict.fromkeys(replicas):
+            changed = dataclasses.replace(config, target=dataclasses.replace(config.target, replicas=copies))
+            # What a rank holds at rest depends on how many share a copy of the target, and the optimiser's state.
+            shards = gpus // copies
+            same = [key for key in at_rest if key[0] == shards and (key[1] == gpus or not config.train.shard_optimizer)]
+            if cost.ranks == 1 < gpus:  # a rank alone shards nothing and sums nothing
+                with one_rank(changed, target, gpus) as rank:
+                    cost = rank.step()
+            elif not same:
+                with one_rank(changed, target, gpus) as rank:
+                    at_rest[shards, gpus] = rank.at_rest()
+                    same = [(shards, gpus)]
+            yield changed, gpus, cost.among(gpus, shards, at_rest[same[0]] if same else cost.at_rest)
 
 
-def at_scale(args: argparse.Namespace, config: Config, text: Any, gpus: int, machine: Machine) -> dict[str, Any]:
-    step = RankStep.of(config, text, gpus)
-    spent = stages(step, machine)
+def at_scale(options: PlanOptions, config: Config, gpus: int, cost: StepCost) -> dict[str, Any]:
+    train, every = config.train, micro_batches(config, gpus)
+    spent = stages(cost, every, options.machine)
     seconds = sum(stage.seconds for stage in spent.values())
-    rows = gpus * step.rows * step.micro_batches
+    rows = gpus * train.micro_batch_size * every
     result = {
         "gpus": gpus,
         "replicas": config.target.replicas,
-        "peak": peak(step),
+        "peak": cost.peak,
         "rows_per_step": rows,
         "seconds_per_step": seconds,
-        "tokens_per_s": rows * step.length / seconds,
+        "tokens_per_s": rows * config.data.seq_len / seconds,
         "bound": max(
             ("compute", "memory", "network"), key=lambda of: sum(s.seconds for s in spent.values() if s.bound == of)
         ),
     }
-    if config.train.max_steps is not None or args.tokens:
-        grown = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=rows))
-        hours = planned_steps(grown, round((args.tokens or 0) / step.length)) * seconds / 3600
-        result |= {"hours": hours} | ({"cost": hours * gpus * args.price} if args.price else {})
+    if train.max_steps is not None or options.tokens:
+        grown = with_train(config, global_batch_size=rows)
+        hours = planned_steps(grown, round((options.tokens or 0) / config.data.seq_len)) * seconds / 3600
+        result |= {"hours": hours} | ({"cost": hours * gpus * options.price} if options.price else {})
     return result
 
 
-def stages(step: RankStep, machine: Machine) -> dict[str, Stage]:
-    """The stages of a step as one rank runs them, all micro-batches together.
+def micro_batches(config: Config, gpus: int) -> int:
+    """Of a rank in a step. Where the batch is too small for the ranks, each has one, and the batch grows."""
+    return max(config.train.global_batch_size // (gpus * config.train.micro_batch_size), 1)
+
+
+def stages(cost: StepCost, every: int, machine: Machine) -> dict[str, Stage]:
+    """The stages of a step as one rank runs them, `every` micro-batch of it together.
 
     Rows are taken as full: one document each, all of it supervised, which asks the most of attention and of the head.
-    Reading stored features from a disk is not counted.
+    Reading stored features from a disk is not counted. Bytes that pass between a GPU and its memory are those of
+    operations each by itself, as they run uncompiled.
     """
-    every, parameters = step.micro_batches, draft_parameters(step.draft)
-    half = step.length / 2  # tokens before a token, or an anchor, of one document on average
-    work = Work(
-        tokens=every * step.tokens,
-        causal_pairs=every * step.tokens * half,
-        slots=every * step.slots,
-        visible_pairs=every * step.slots * (half + step.draft.block_size),
-        labels=every * step.labels,
-    )
-    flops = step_flops(step.target, step.draft, work)
-    flops["capture"] *= step.depth / (max(step.draft.target_layer_ids) + 1)  # all layers of them, or none
-    if step.checkpointing:
-        flops["backward"] += flops["propose"]
-    # Bytes that pass between the GPU and its memory. What is kept or handed on is written once and read once.
-    gathered = step.target_bytes * step.depth * step.target.layer_parameters
-    kept, logits = activations(step), step.compute_bytes * step.labels * step.draft.vocab_size
-    moved = {
-        # The weights of a layer arrive in a buffer, are copied out of it, and read.
-        "capture": every * ((1 if step.shards == 1 else 4) * gathered + 2 * step.depth * target_activations(step)),
-        "propose": every * 2 * kept,
-        # Logits are written, read as float32, and read and written as gradient; see `_ChunkedCrossEntropy`.
-        "loss": every * (4 * logits + 4 * FLOAT32 * step.labels * step.draft.vocab_size),
-        "backward": every * 3 * kept,
-        # The norm reads the gradient; AdamW reads it again, and reads and writes parameter and moments; then zeros.
-        "update": 9 * FLOAT32 * parameters // step.optimizer_shards,
-    }
-    network = {
-        "capture": (machine.seconds(target_gathers(step)), 1.0),
-        "backward": (machine.seconds(gradient_sums(step)), 1 / every),  # of the last micro-batch alone
-        "update": (machine.seconds(weight_shares(step)), 0.0),
-    }
-    return {
-        name: Stage(flops.get(name, 0.0) / machine.flops, size / machine.memory_bandwidth, *network.get(name, ()))
-        for name, size in moved.items()
-    }
+    hidden = {"backward": 1 / every, "update": 0.0}  # what is summed waits for the backward of the last micro-batch
+    found = {}
+    for name in STAGES[1:]:
+        work, times = cost.work.get(name, Work()), 1 if name == "update" else every
+        network = sum(map(machine.seconds, cost.collectives(name, every)))
+        compute, memory = times * work.flops / machine.flops, times * work.moved / machine.memory_bandwidth
+        found[name] = Stage(compute, memory, network, hidden.get(name, 1.0))
+    return found
+
+
+def handed(cost: StepCost, every: int) -> float:
+    """Bytes that a rank hands to collectives in a step."""
+    return sum(call.handed for stage in cost.work for call in cost.collectives(stage, every))
 
 
 # ------------------------------------------------------------------------------------------------------ showing
@@ -287,7 +345,7 @@ def table(report: dict[str, Any]) -> str:
         return f"{name:<26}" + "".join(f"{'-' if size is None else show_bytes(size):>14}" for size in sizes)
 
     lines = [f"{'a rank holds':<26}" + "".join(f"{f'in {phase}':>14}" for phase in held)]
-    names = dict.fromkeys(name for phase in held.values() for name in phase)
+    names = [name for name in OWNERS if any(name in phase for phase in held.values())]
     lines += [row(name, [phase.get(name) for phase in held.values()]) for name in names]
     lines.append(row("together", [sum(phase.values()) for phase in held.values()]))
     lines += [

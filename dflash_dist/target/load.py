@@ -29,7 +29,7 @@ from dflash_dist.reading import is_kind, shown
 from dflash_dist.target.capture import HFDFlashTargetModel
 from dflash_dist.target.folder import AGAIN, CONFIG, looks_like_hub_id, read_config, read_tokenizer, reading_target
 from dflash_dist.target.head import check_head
-from dflash_dist.target.rehearsal import REPORTING, end_names, quiet, reading_model, refuse_gaps, rehearse
+from dflash_dist.target.rehearsal import REPORTING, end_names, quiet, reading_model, refuse_gaps, rehearse, skeleton
 
 RESERVED = re.compile("mask|reserved|unused", re.IGNORECASE)  # in the name of a token that no text contains
 
@@ -243,7 +243,7 @@ def load_target(
         ValueError: the ranks do not divide into `replicas`, or the checkpoint lacks the LM head.
     """
     check_replicas(replicas, world.size)
-    options: dict[str, Any] = {"config": _shallow(info, layer_ids, full_depth), "dtype": dtype}
+    options: dict[str, Any] = {"config": _shallow(info.config, layer_ids, full_depth), "dtype": dtype}
     if attention:
         options["attn_implementation"] = attention
     if world.size > 1:
@@ -262,6 +262,29 @@ def load_target(
     return LoadedTarget(HFDFlashTargetModel(model, layer_ids), embedding, head, ends.note)
 
 
+def target_skeleton(
+    config: Any,
+    layer_ids: Sequence[int],
+    dtype: torch.dtype,
+    world: World,
+    replicas: int = 1,
+    full_depth: bool = False,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model that `load_target` would load and shard, without its weights: on torch's meta device.
+
+    Args:
+        config: the Hugging Face config of the whole model; the others as `load_target`.
+    """
+    options = {"attn_implementation": attention} if attention else {}
+    model = skeleton(AutoModel, _shallow(config, layer_ids, full_depth), trust_remote_code, dtype=dtype, **options)
+    if world.size > 1:
+        sharding, _, mesh = model.prepare_distribute_model(_sharding(world.size // replicas, replicas))
+        model = model.maybe_distribute_model(model, sharding, mesh)
+    return model.eval().requires_grad_(False)
+
+
 def load_ends(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> Ends:
     """What stands before and behind the target's layers: the whole model without any.
 
@@ -271,7 +294,7 @@ def load_ends(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> End
     Raises:
         ValueError: the checkpoint lacks an end, or `check_head` refuses the target.
     """
-    config = _shallow(info, [])
+    config = _shallow(info.config, [])
     options = {"config": config, "dtype": dtype, "device_map": device}
     model = _from_pretrained(whole_class(config), info, ends_only=True, **options).eval()
     embedding, head = (end.weight.detach() for end in (model.get_input_embeddings(), model.get_output_embeddings()))
@@ -323,8 +346,8 @@ def check_loading(
     """
     place = (info.path, info.revision, info.trust_remote_code)
     advice = AGAIN if full_depth else f"set target.full_depth=true, if a tensor is of all layers, or {AGAIN}"
-    rehearse(AutoModel, _shallow(info, layer_ids, full_depth), *place, attention, advice=advice)
-    rehearse(whole_class(info.config), _shallow(info, []), *place, ends_only=True)
+    rehearse(AutoModel, _shallow(info.config, layer_ids, full_depth), *place, attention, advice=advice)
+    rehearse(whole_class(info.config), _shallow(info.config, []), *place, ends_only=True)
 
 
 def check_loading_whole(info: TargetInfo) -> None:
@@ -350,9 +373,9 @@ def _from_pretrained(auto_class: Any, info: TargetInfo, ends_only: bool = False,
     return model
 
 
-def _shallow(info: TargetInfo, layer_ids: Sequence[int], full_depth: bool = False) -> Any:
+def _shallow(config: Any, layer_ids: Sequence[int], full_depth: bool = False) -> Any:
     """The config of the target as deep as it is loaded; without any layer where none is captured."""
-    config = copy.deepcopy(info.config)
+    config = copy.deepcopy(config)
     if not full_depth:
         truncate(config.get_text_config(), max(layer_ids, default=-1) + 1)
     return config

@@ -3,7 +3,7 @@ from __future__ import annotations
 from tests.mutants import Mutant
 
 PLAN = "dflash_dist/cost/plan.py"
-MEMORY, SHAPES, TRAFFIC = (f"dflash_dist/cost/{name}.py" for name in ("memory", "shapes", "traffic"))
+COUNTER, RANK, SHAPES = (f"dflash_dist/cost/{name}.py" for name in ("counter", "rank", "shapes"))
 
 
 def planning(*tests: str) -> str:
@@ -11,94 +11,173 @@ def planning(*tests: str) -> str:
     return " ".join(f"tests/cost/test_plan.py::test_{test}" for test in tests)
 
 
-HELD = planning("what_is_held_once_or_waits_written_out_by_hand", "a_rank_holds_what_was_predicted[float32]")
-CHECKPOINTED = planning("checkpointed_layers_hold_less_and_shards_too")
-COUNTED = planning("operations_are_those_that_torch_counts")
-RECEIVED = planning("what_reaches_a_rank_written_out_by_hand")
+HELD = planning("what_is_held_written_out_by_hand")
+LIVE = planning("memory_is_that_of_live_storages")
+MOVED = planning("bytes_move_where_an_operation_reads_and_writes")
+USEFUL = "tests/cost/test_bench.py::test_useful_operations_are_those_that_a_step_does"
 EXPERTS = planning("a_token_meets_some_of_the_experts_and_memory_holds_all")
 SPREAD = planning("layers_are_spread_from_the_second_to_the_third_from_last")
+RECEIVED = planning("what_reaches_a_rank_written_out_by_hand")
+ONCE = planning("the_target_is_gathered_for_every_micro_batch_and_gradients_are_summed_once")
+AMONG = planning("a_rank_among_others_is_as_if_it_had_run_there")
+LARGEST = planning("the_largest_with_room_is_found_by_trying_few")
 STAGE = planning("a_stage_takes_as_long_as_what_bounds_it")
 REPORT = planning("the_report_fits_together")
-NETWORK = planning("a_slow_network_bounds_and_a_copy_a_node_helps")
 
 MUTANTS = [
     Mutant(
-        "what every GPU will hold: the optimiser's two moments",
-        MEMORY,
-        '"optimiser": 2 * FLOAT32 * parameters',
-        '"optimiser": FLOAT32 * parameters',
-        HELD,
+        "what every GPU will hold: what is freed",
+        COUNTER,
+        "        self.held[owner] -= size\n",
+        "        pass\n",
+        LIVE,
     ),
-    Mutant("what every GPU will hold: a tied head once", MEMORY, "(1 if step.target.tied else 2)", "2", HELD),
     Mutant(
-        "what every GPU will hold: its shard of the target",
-        MEMORY,
-        "+ embedding) / step.shards)",
-        "+ embedding))",
-        CHECKPOINTED,
+        "what every GPU will hold: what FSDP frees by resizing",
+        COUNTER,
+        "            self._keep(storage, GATHERED)\n            return result\n",
+        "            return result\n",
+        LIVE,
+    ),
+    Mutant(
+        "what every GPU will hold: a view is no memory of its own",
+        COUNTER,
+        "if tensor.untyped_storage()._cdata not in self._live]",
+        "]",
+        LIVE,
+    ),
+    Mutant(
+        "what every GPU will hold: the dense mask of FlexAttention is none of it",
+        COUNTER,
+        "            self._looks_away = True\n",
+        "            pass\n",
+        planning("dense_masks_are_not_counted"),
     ),
     Mutant(
         "what every GPU will hold: gradients between micro-batches",
-        MEMORY,
-        "if step.ranks > 1 or step.micro_batches > 1:",
-        "if step.ranks > 1:",
+        RANK,
+        "passes = 2 if self.ranks == 1",
+        "passes = 1 if self.ranks == 1",
+        planning("gradients_wait_while_the_draft_runs"),
+    ),
+    Mutant(
+        "what every GPU will hold: a tied head once",
+        RANK,
+        "embedding if self.text.tie_word_embeddings else torch.empty_like(embedding)",
+        "torch.empty_like(embedding)",
+        planning("a_tied_head_is_held_once"),
+    ),
+    Mutant(
+        "what every GPU will hold: the target beside given features",
+        RANK,
+        "                counter.belongs(list(_local(self.target)), TARGET)",
+        "                pass",
         HELD,
     ),
     Mutant(
-        "what every GPU will hold: checkpointed layers",
-        MEMORY,
-        "slot_layers = layers * hidden + slot",
-        "slot_layers = layers * slot",
-        planning("checkpointed_layers_are_measured"),
+        "a plan is for GPUs: the step takes its way there",
+        RANK,
+        "            return True\n        if func == torch.Tensor.to",
+        "            return False\n        if func == torch.Tensor.to",
+        planning("the_step_takes_the_way_of_a_gpu"),
     ),
     Mutant(
-        "what every GPU will hold: features of the captured layers",
-        MEMORY,
-        "features = step.tokens * len(step.draft.target_layer_ids) * step.draft.hidden_size",
-        "features = step.tokens * step.draft.hidden_size",
-        HELD,
+        "the process is as before a plan",
+        RANK,
+        "            stack.callback(dist.destroy_process_group)\n",
+        "",
+        planning("the_process_is_as_before"),
     ),
     Mutant(
-        "what every GPU will hold: a chunk's logits",
-        MEMORY,
-        "return c * size * vocab + wide",
-        "return wide",
-        planning("a_rank_holds_what_was_predicted"),
+        "the same step among others: parts of another size",
+        RANK,
+        "call.handed * part)",
+        "call.handed)",
+        AMONG,
     ),
     Mutant(
-        "whether it fits",
-        PLAN,
-        "    return peak(step) + RESERVE <= machine.memory\n",
-        "    return peak(step) <= machine.memory\n",
-        planning("a_gpu_also_holds_what_no_tensor_accounts_for"),
+        "the same step among others: what is held at rest",
+        RANK,
+        " + at_rest.get(owner, 0) - self.at_rest.get(owner, 0)",
+        "",
+        AMONG,
+    ),
+    Mutant(
+        "FSDP gathers for every micro-batch",
+        RANK,
+        'return calls * micro_batches if stage == "capture" else calls',
+        "return calls",
+        ONCE,
+    ),
+    Mutant(
+        "DDP sums the gradients once a step",
+        RANK,
+        'return calls * micro_batches if stage == "capture" else calls',
+        "return calls * micro_batches",
+        ONCE,
+    ),
+    Mutant(
+        "around a ring the gradients pass twice",
+        COUNTER,
+        "2 * others / self.ranks",
+        "others / self.ranks",
+        RECEIVED,
+    ),
+    Mutant(
+        "a gather brings the share of every other rank",
+        COUNTER,
+        '"_allgather_base_": others}',
+        '"_allgather_base_": 1}',
+        RECEIVED,
+    ),
+    Mutant(
+        "bytes that move: what changes is read and written",
+        COUNTER,
+        "(changed + (not argument.is_out))",
+        "1",
+        MOVED,
+    ),
+    Mutant(
+        "bytes that move: none for a view",
+        COUNTER,
+        "    return passed if writes else 0\n",
+        "    return passed\n",
+        MOVED,
+    ),
+    Mutant(
+        "bytes that move: of a table what is looked up",
+        COUNTER,
+        "        elif packet in LOOKUPS:\n            work.moved += 2 * _size(result)\n",
+        "",
+        MOVED,
     ),
     Mutant(
         "operations of a backward of attention: twice its forward",
-        SHAPES,
-        "2 * (context + slots + attention)",
-        "(context + slots + attention)",
-        COUNTED,
+        RANK,
+        "lambda *args, **_: 2 * of_slots(*args)",
+        "lambda *args, **_: of_slots(*args)",
+        USEFUL,
     ),
     Mutant(
-        "operations of the target: up to the deepest captured layer",
-        SHAPES,
-        "depth = max(draft.target_layer_ids) + 1",
-        "depth = target.layers",
-        COUNTED,
+        "operations of the target's attention: what is visible",
+        RANK,
+        "4 * query.numel() * (query.shape[2] + 1) / 2",
+        "4 * query.numel() * query.shape[2]",
+        USEFUL,
+    ),
+    Mutant(
+        "operations of the draft's attention: what is visible",
+        RANK,
+        "contexts = batch.slot_positions[..., 0][batch.anchor_documents >= 0]",
+        "contexts = batch.slot_positions[..., -1][batch.anchor_documents >= 0]",
+        USEFUL,
     ),
     Mutant(
         "operations of a mixture of experts: those that a token meets",
-        SHAPES,
-        "routed = self.experts_per_token * mlp",
-        "routed = self.experts * mlp",
+        RANK,
+        "return 2 * tokens.numel() * weights.shape[-1]",
+        "return 2 * tokens.numel() * weights.shape[-1] * weights.shape[0]",
         EXPERTS,
-    ),
-    Mutant(
-        "operations of the head: slots that have a label",
-        SHAPES,
-        "logits = 2 * work.labels * hidden",
-        "logits = 2 * work.slots * hidden",
-        COUNTED,
     ),
     Mutant(
         "layers to capture, from the 2nd to the 3rd-from-last",
@@ -108,32 +187,18 @@ MUTANTS = [
         SPREAD,
     ),
     Mutant(
-        "DDP sums the gradients once a step",
-        TRAFFIC,
-        "    handed = FLOAT32 * draft_parameters(step.draft)\n    calls",
-        "    handed = step.micro_batches * FLOAT32 * draft_parameters(step.draft)\n    calls",
-        RECEIVED,
+        "whether it fits",
+        PLAN,
+        "        return self.memory - RESERVE\n",
+        "        return self.memory\n",
+        planning("a_gpu_also_holds_what_no_tensor_accounts_for"),
     ),
     Mutant(
-        "FSDP gathers for every micro-batch",
-        TRAFFIC,
-        "handed = step.micro_batches * math.ceil(",
-        "handed = math.ceil(",
-        RECEIVED,
-    ),
-    Mutant(
-        "around a ring the gradients pass twice",
-        TRAFFIC,
-        "2 * handed * (step.ranks - 1) / step.ranks",
-        "handed * (step.ranks - 1) / step.ranks",
-        RECEIVED,
-    ),
-    Mutant(
-        "a sharded optimiser hands its weights on",
-        TRAFFIC,
-        "    if step.optimizer_shards == 1:\n        return Traffic()\n",
-        "    if True:\n        return Traffic()\n",
-        RECEIVED,
+        "the largest that fits: lines that get steeper",
+        PLAN,
+        "        if more and more[0] < low + 1 - SURE:\n",
+        "        if more:\n",
+        LARGEST,
     ),
     Mutant(
         "what bounds it: the network, where it is not hidden",
@@ -152,22 +217,22 @@ MUTANTS = [
     Mutant(
         "between nodes the network is slower",
         PLAN,
-        "inside = traffic.ranks <= self.gpus_per_node",
+        "inside = collective.ranks <= self.gpus_per_node",
         "inside = True",
-        NETWORK,
+        planning("between_nodes_the_network_is_slower"),
     ),
     Mutant(
         "what it costs: of all GPUs",
         PLAN,
-        '{"cost": hours * gpus * args.price}',
-        '{"cost": hours * args.price}',
+        '{"cost": hours * gpus * options.price}',
+        '{"cost": hours * options.price}',
         REPORT,
     ),
     Mutant(
         "stored features: no target runs",
-        MEMORY,
-        "depth=0 if target.features else depth",
-        "depth=depth",
+        RANK,
+        "if not of.features:",
+        "if True:",
         planning("stored_features_need_no_target"),
     ),
 ]
