@@ -15,7 +15,7 @@ from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.ranks import World
 from dflash_dist.target.capture import HFDFlashTargetModel
 from dflash_dist.target.run import LiveTarget
-from dflash_dist.training.sampling import Sampler
+from dflash_dist.training.sampler import Sampler
 from dflash_dist.training.step import TrainingStep
 
 SEQ_LEN, ANCHORS, MICRO_BATCH = 96, 12, 2

@@ -43,7 +43,7 @@ from dflash_dist.ranks import World, join_world
 from dflash_dist.target.capture import HFDFlashTargetModel, decoder_layers
 from dflash_dist.target.load import truncate
 from dflash_dist.target.run import LiveTarget
-from dflash_dist.training.sampling import Sampler
+from dflash_dist.training.sampler import Sampler
 from dflash_dist.training.setup import draft_shape
 from dflash_dist.training.step import TrainingStep
 

@@ -43,7 +43,7 @@ from dflash_dist.ranks import World
 from dflash_dist.target.capture import HFDFlashTargetModel
 from dflash_dist.target.load import expects_packing, target_skeleton
 from dflash_dist.target.run import LiveTarget, Output, Target
-from dflash_dist.training.sampling import Sampler
+from dflash_dist.training.sampler import Sampler
 from dflash_dist.training.setup import draft_shape
 from dflash_dist.training.step import TrainingStep
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from dflash_dist.batch import Batch
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.layers import DraftLayer
-from dflash_dist.training.sampling import Sampler
+from dflash_dist.training.sampler import Sampler
 
 
 def features_of(model: Any, layer_ids: list[int], batch: Batch) -> torch.Tensor:

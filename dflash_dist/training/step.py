@@ -18,7 +18,7 @@ from dflash_dist.objective.statistics import Statistics, Sums
 from dflash_dist.ranks import World
 from dflash_dist.target.run import Output, Target
 from dflash_dist.training.optim import apply_update, learning_rate, make_optimizer
-from dflash_dist.training.sampling import Sampler
+from dflash_dist.training.sampler import Sampler
 
 
 @dataclass(frozen=True)

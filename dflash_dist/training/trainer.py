@@ -16,12 +16,12 @@ from dflash_dist.logs import LOGS
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.run import LiveTarget
 from dflash_dist.training import setup
+from dflash_dist.training.acceptance import Evaluation, SharedTarget, find_prompts
 from dflash_dist.training.checkpoint import Checkpoints, newest_whole, read_state, step_folders
 from dflash_dist.training.context import make_target
-from dflash_dist.training.evaluation import Evaluation, SharedTarget, find_prompts
 from dflash_dist.training.identity import identity_of, refuse_another, refuse_changed_knobs
 from dflash_dist.training.optim import describe_jump, gather_state, restore_hyperparameters
-from dflash_dist.training.sampling import Sampler
+from dflash_dist.training.sampler import Sampler
 from dflash_dist.training.step import TrainingStep
 from dflash_dist.training.watch import Watch, due
 

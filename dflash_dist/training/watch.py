@@ -10,7 +10,7 @@ from dflash_dist.config import Config
 from dflash_dist.logs import or_dash
 from dflash_dist.objective.statistics import Statistics
 from dflash_dist.ranks import World
-from dflash_dist.training.evaluation import Acceptance
+from dflash_dist.training.acceptance import Acceptance
 from dflash_dist.training.metrics import MetricLog, peak_memory_mib
 from dflash_dist.training.step import StepResult
 

@@ -27,7 +27,7 @@ from dflash_dist.options import parse
 from dflash_dist.ranks import World
 from dflash_dist.target.load import load_target, read_info
 from dflash_dist.target.run import LiveTarget
-from dflash_dist.training.sampling import Sampler
+from dflash_dist.training.sampler import Sampler
 from tests.conftest import REPOSITORY
 from tests.cost.cpu_rank import one_cpu_rank, rows_of_two
 from tests.ranks import run_ranks

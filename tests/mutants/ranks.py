@@ -21,7 +21,7 @@ MUTANTS = [
         RANKS,
         "rows[group * each :",
         "rows[0 :",
-        "tests/training/test_sampling.py",
+        "tests/training/test_sampler.py",
     ),
     Mutant(
         "host numbers are summed in float64",

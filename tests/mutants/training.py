@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-STEP, SAMPLING, OPTIM = (f"dflash_dist/training/{name}.py" for name in ("step", "sampling", "optim"))
+STEP, SAMPLER, OPTIM = (f"dflash_dist/training/{name}.py" for name in ("step", "sampler", "optim"))
 TRAINER, SETUP, CONTEXT = (f"dflash_dist/training/{name}.py" for name in ("trainer", "setup", "context"))
 CAPTURE, PREVIEW = (f"dflash_dist/prepare/{name}.py" for name in ("capture", "preview"))
-EVALUATION = "dflash_dist/training/evaluation.py"
-TEST_OPTIM, TEST_SAMPLING = "tests/training/test_optim.py", "tests/training/test_sampling.py"
+EVALUATION = "dflash_dist/training/acceptance.py"
+TEST_OPTIM, TEST_SAMPLER = "tests/training/test_optim.py", "tests/training/test_sampler.py"
 TEST_TRAINER, TEST_CAPTURE = "tests/training/test_trainer.py", "tests/prepare/test_capture.py"
-TEST_EVALUATION, TEST_INIT = "tests/training/test_evaluation.py", "tests/training/test_init.py"
+TEST_EVALUATION, TEST_INIT = "tests/training/test_acceptance.py", "tests/training/test_init.py"
 TEST_PREVIEW, TEST_COMMANDS = "tests/prepare/test_preview.py", "tests/test_commands.py"
 TWO_RANKS = f"{TEST_TRAINER}::test_two_ranks_give_the_loss_and_gradients_of_one"
 TOGETHER = f"{TEST_TRAINER}::test_ranks_stay_bitwise_together_and_average_once_a_step"
@@ -27,7 +27,7 @@ MUTANTS = [
     # -------------------------------------------------------------------------------------------------- a step
     Mutant(
         "DDP averages at the last micro-batch",
-        "dflash_dist/training/step.py",
+        STEP,
         "unless=batch is batches[-1]",
         "unless=batch is batches[0]",
         TWO_RANKS,
@@ -89,7 +89,7 @@ MUTANTS = [
     Mutant("the draft trains on after a validation", STEP, "self.draft.train()", "pass", VALIDATION),
     Mutant(
         "validation is over all ranks",
-        "dflash_dist/training/step.py",
+        STEP,
         "Statistics.read(Sums.add_up(sums).reduced(self.world.sum_tensor))",
         "Statistics.read(Sums.add_up(sums))",
         VALIDATION,
@@ -117,7 +117,7 @@ MUTANTS = [
     ),
     Mutant(
         "a step never waits for the device",
-        "dflash_dist/training/step.py",
+        STEP,
         "sums.append(terms.sums)",
         "sums.append(terms.sums.reduced(lambda sums: sums * float(bool(sums.sum() != 0))))",
         "tests/training/test_step.py::test_a_step_never_waits_for_the_gpu",
@@ -125,41 +125,41 @@ MUTANTS = [
     # ------------------------------------------------------------------------------------------ rows and anchors
     Mutant(
         "all held-out rows are validated",
-        SAMPLING,
+        SAMPLER,
         "math.ceil(len(self.held_out_rows) / each)",
         "(len(self.held_out_rows) // each)",
         VALIDATION,
     ),
     Mutant(
         "anchors depend on the row's place in the global batch",
-        SAMPLING,
+        SAMPLER,
         "for number, _ in few]",
         "for number, _ in enumerate(few)]",
-        TEST_SAMPLING,
+        TEST_SAMPLER,
     ),
     Mutant(
-        "anchors are drawn anew in every step", SAMPLING, "stream, step, number)", "stream, 0, number)", TEST_SAMPLING
+        "anchors are drawn anew in every step", SAMPLER, "stream, step, number)", "stream, 0, number)", TEST_SAMPLER
     ),
     Mutant(
         "anchors depend on the seed",
-        "dflash_dist/training/sampling.py",
+        SAMPLER,
         "random_stream(config.train.seed,",
         "random_stream(0,",
         f"{TEST_TRAINER}::test_a_seed_draws_rows_anchors_and_random_weights",
     ),
     Mutant(
         "the order of rows depends on the seed",
-        SAMPLING,
+        SAMPLER,
         "train.global_batch_size, train.seed)",
         "train.global_batch_size, 0)",
         f"{TEST_TRAINER}::test_a_seed_draws_rows_anchors_and_random_weights",
     ),
     Mutant(
         "ranks slice the global batch",
-        SAMPLING,
+        SAMPLER,
         "self.world.share(list(enumerate(rows)))",
         "list(enumerate(rows))",
-        TEST_SAMPLING,
+        TEST_SAMPLER,
     ),
     # ---------------------------------------------------------------------------------------------- the optimiser
     Mutant("AdamW's weight decay", OPTIM, '"weight_decay": train.weight_decay}', '"weight_decay": 0.0}', WRITTEN_OUT),
@@ -398,7 +398,7 @@ MUTANTS = [
     ),
     Mutant(
         "a world that the batch does not divide by is refused",
-        "dflash_dist/training/setup.py",
+        SETUP,
         "if batch % (micro * ranks):",
         "if batch % micro:",
         f"{TEST_TRAINER}::test_a_world_that_the_batch_does_not_divide_by_is_refused",
@@ -536,7 +536,7 @@ MUTANTS = [
     ),
     Mutant(
         "answers end at a stop token",
-        "dflash_dist/training/trainer.py",
+        TRAINER,
         "shared, info.stop_ids, prompts)",
         "shared, [2], prompts)",
         DECODED,

@@ -16,8 +16,8 @@ from dflash_dist.draft.kinds import KINDS
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import make_tiny_chats, make_tiny_target
 from dflash_dist.training import setup
+from dflash_dist.training.acceptance import find_prompts
 from dflash_dist.training.checkpoint import FILES, read_state, step_folders
-from dflash_dist.training.evaluation import find_prompts
 from dflash_dist.training.identity import identity_of, refuse_another, refuse_changed_knobs
 from dflash_dist.training.trainer import Trainer
 

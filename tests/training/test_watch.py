@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dflash_dist.objective.statistics import Statistics, Sums
-from dflash_dist.training.evaluation import Acceptance
+from dflash_dist.training.acceptance import Acceptance
 from dflash_dist.training.step import StepResult
 from dflash_dist.training.watch import Watch, due
 

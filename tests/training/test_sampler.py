@@ -11,7 +11,7 @@ import torch
 from dflash_dist.batch import Batch
 from dflash_dist.config import load_config
 from dflash_dist.ranks import World
-from dflash_dist.training.sampling import Sampler
+from dflash_dist.training.sampler import Sampler
 from tests.steps import packed_rows
 
 CONFIG = str(Path(__file__).parents[2] / "configs/debug.yaml")

@@ -20,8 +20,8 @@ from dflash_dist.export.export import main as export
 from dflash_dist.ranks import World
 from dflash_dist.target.capture import decoder_layers
 from dflash_dist.target.load import load_whole, read_info
+from dflash_dist.training.acceptance import Acceptance, Evaluation, in_dtype
 from dflash_dist.training.checkpoint import read_state, step_folders
-from dflash_dist.training.evaluation import Acceptance, Evaluation, in_dtype
 from dflash_dist.training.setup import PREEMPTED
 from dflash_dist.training.trainer import Trainer
 from tests.ranks import run_ranks
