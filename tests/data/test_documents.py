@@ -158,6 +158,11 @@ def test_ranges_that_touch_count_as_one_and_documents_that_touch_do_not(lengths,
     check_counts(Documents.of(documents), limit)
 
 
+def test_the_end_of_a_document_does_not_touch_a_range_of_the_next_one_that_begins_at_the_same_place():
+    documents = [Document(np.zeros(3, np.int32), [(0, 3)]), Document(np.zeros(6, np.int32), [(3, 6)])]
+    assert Documents.of(documents).anchors(100).tolist() == [2, 2]
+
+
 def test_the_first_anchor_is_the_first_supervised_token_with_a_supervised_successor(tmp_path):
     rows = [{"text": "ab" + "c" * answer, "prompt_length": 2} for answer in (1, 2, 3)]
     documents, _ = opened(write_rows(tmp_path / "rows.jsonl", rows))
