@@ -484,7 +484,7 @@ def test_published_targets_are_planned(name: str) -> None:
     trial = with_train(trial_of(f"--like {name} --seq 3072 --anchors 512 --block 16"), global_batch_size=8)
     with one_rank(trial.config, trial.target, 8) as rank:
         cost = rank.step()
-    assert cost.peak < 200 * 2**30 and cost.work["capture"].flops > 1e12
+    assert cost.peak < 200 * 2**30 and cost.work["capture"].flops > 5e11
 
 
 @pytest.mark.parametrize(
