@@ -44,7 +44,7 @@ MUTANTS = [
         "divided by the weight of all ranks and micro-batches",
         STEP,
         "/ max(total_weight, 1e-30)",
-        "/ max(micro.weight, 1e-30)",
+        "/ max(batch.weight, 1e-30)",
         TWO_RANKS,
     ),
     Mutant(
