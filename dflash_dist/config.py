@@ -291,14 +291,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def load_written(path: Path) -> Config:
+def load_written(path: Path, unknown: list[str] | None = None) -> Config:
     """Reads the config that a run wrote into its folder, maybe long ago: knobs that it lacks have their defaults, and
     those that are gone are left out. Whether it is possible was asked when the run began.
+
+    Args:
+        unknown: takes the names of what is left out.
 
     Raises:
         ValueError: naming the file, and what in it is damaged.
     """
-    return read(Config, _there(path), skip_unknown=True)
+    return read(Config, _there(path), unknown=[] if unknown is None else unknown)
 
 
 def _there(path: str | Path) -> Path:

@@ -43,11 +43,11 @@ class Section:
         return _at_home(value) if field.metadata.get("path") else _as_meant(value, _kind(field.type))
 
 
-def read(cls: type[T], path: Path, overrides: Sequence[str] = (), skip_unknown: bool = False) -> T:
+def read(cls: type[T], path: Path, overrides: Sequence[str] = (), unknown: list[str] | None = None) -> T:
     """Reads a dataclass whose sections are dataclasses too.
 
     Args:
-        skip_unknown: leave out keys that are no field, instead of refusing them.
+        unknown: takes the names of keys that are no field, which are left out; without it they are refused.
 
     Raises:
         ValueError: naming file and key, and what to write instead.
@@ -61,8 +61,10 @@ def read(cls: type[T], path: Path, overrides: Sequence[str] = (), skip_unknown: 
         raise ValueError(f"{path}: expected sections such as 'target:', found {_shown(tree)}")
     for override in overrides:
         tree = _overridden(tree or {}, override, known)
+    if unknown is not None:
+        tree = _known_part(tree or {}, known, unknown)
     try:
-        return TypeAdapter(cls).validate_python(tree or {}, extra="ignore" if skip_unknown else None)
+        return TypeAdapter(cls).validate_python(tree or {})
     except ValidationError as error:
         raise ValueError(f"{path}: {_in_words(error, tree, known)}") from error
 
@@ -76,6 +78,20 @@ def knobs(cls: type) -> dict[str, dataclasses.Field[Any]]:
         else:
             found[top.name] = top
     return found
+
+
+def _known_part(tree: dict[str, Any], known: Collection[str], unknown: list[str], section: str = "") -> dict[str, Any]:
+    """The keys that are fields; the names of the others are added to `unknown`."""
+    kept = {}
+    for key, value in tree.items():
+        name = section + key
+        if isinstance(value, dict) and any(one.startswith(f"{name}.") for one in known):
+            kept[key] = _known_part(value, known, unknown, f"{name}.")
+        elif name in known or any(one.startswith(f"{name}.") for one in known):
+            kept[key] = value
+        else:
+            unknown.append(name)
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------------- text -> tree

@@ -322,7 +322,8 @@ def test_the_decay_that_a_refusal_advises_is_accepted(load, block_size) -> None:
 def test_what_a_run_of_another_version_wrote_is_read_as_far_as_it_is_known(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(MINIMAL + "train: {lr: 0.5, gone: [1]}\nlost: {x: 1}\n")
-    config = load_written(path)
+    config = load_written(path, unknown := [])
+    assert unknown == ["train.gone", "lost"]
     assert (config.train.lr, config.train.epochs, config.target.layer_ids) == (0.5, 6.0, [1, 9, 17])
     path.write_text("train: {lr: fast}\n")
     with pytest.raises(ValueError, match=r"config\.yaml: train\.lr must be a valid number, found 'fast'"):

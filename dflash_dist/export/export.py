@@ -59,7 +59,10 @@ def export(options: ExportOptions) -> None:
     step, folder, another = choose(run, options.step)
     with reading(str(folder), another):
         saved, tensors = read_state(folder).get("shape") or {}, load_file(folder / "draft.safetensors")
-    config = load_written(run / CONFIG)
+    unknown: list[str] = []
+    config = load_written(run / CONFIG, unknown)
+    if unknown:
+        print(f"note: {run / CONFIG} states {', '.join(unknown)}, which this version does not know and leaves out")
     kind = kind_of(config.draft.kind)
     fields = typing.get_type_hints(kind.Shape)
     check_fields(saved, fields, f"shape in {folder / 'state.json'}", another)

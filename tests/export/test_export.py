@@ -48,6 +48,14 @@ def test_the_newest_step_is_exported(tmp_path):
     _assert_equal(tmp_path / "draft", drafts[100])
 
 
+def test_a_knob_that_is_not_known_here_is_left_out_and_named(tmp_path, capsys):
+    save_run(tmp_path / "run", [9])
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text().replace("template_args:", "template_arg:"))
+    main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
+    assert f"note: {config} states data.template_arg, which this version does not know" in capsys.readouterr().out
+
+
 def test_step_picks_a_kept_checkpoint(tmp_path):
     drafts = save_run(tmp_path / "run", [0, 20, 30])
     for step in (0, 20):

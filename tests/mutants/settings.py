@@ -79,7 +79,7 @@ MUTANTS = [
     Mutant(
         "what a later version dropped does not keep a run from being read",
         CONFIG,
-        "return read(Config, _there(path), skip_unknown=True)",
+        "return read(Config, _there(path), unknown=[] if unknown is None else unknown)",
         "return read(Config, _there(path))",
         f"{TEST_CONFIG} tests/export/test_export.py",
     ),
