@@ -93,16 +93,11 @@ class Batch:
         return Batch(**values | {name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
-def has_supervised_next(loss_mask: torch.Tensor, document_ids: torch.Tensor) -> torch.Tensor:
-    """[B, S] bool: the token after this one exists, belongs to its document, and is supervised."""
-    following = torch.zeros_like(loss_mask)
-    following[:, :-1] = loss_mask[:, 1:] & (document_ids[:, 1:] == document_ids[:, :-1])
-    return following
-
-
 def may_be_anchor(loss_mask: torch.Tensor, document_ids: torch.Tensor) -> torch.Tensor:
     """[B, S] bool: a supervised token whose next token, in the same document, is supervised too."""
-    return loss_mask & has_supervised_next(loss_mask, document_ids)
+    eligible = torch.zeros_like(loss_mask)
+    eligible[:, :-1] = loss_mask[:, :-1] & loss_mask[:, 1:] & (document_ids[:, 1:] == document_ids[:, :-1])
+    return eligible
 
 
 def sample_blocks(
@@ -125,7 +120,6 @@ def sample_blocks(
         generators: one a row, so that a row's anchors do not depend on the rows beside it.
     """
     rows, length = batch.input_ids.shape
-    following = has_supervised_next(batch.loss_mask, batch.document_ids)
     eligible = may_be_anchor(batch.loss_mask, batch.document_ids)
 
     index = torch.zeros(rows, anchors, dtype=torch.int64)
@@ -139,9 +133,9 @@ def sample_blocks(
 
     row_of = torch.arange(rows)[:, None]
     offsets = torch.arange(len(slot_weights) + 1)
-    # A label counts while the chain of supervised successors from the anchor is unbroken.
+    # A label counts while all tokens from the anchor up to the one before it could be anchors themselves.
     before_label = (index[..., None] + offsets[:-1]).clamp(max=length - 1)  # [B, A, K-1]
-    counts = following[row_of[..., None], before_label].cumprod(dim=-1) * used[..., None]
+    counts = eligible[row_of[..., None], before_label].cumprod(dim=-1) * used[..., None]
     label_index = (index[..., None] + offsets[1:]).clamp(max=length - 1)
 
     slot_ids = torch.full((rows, anchors, len(offsets)), mask_token_id)

@@ -85,12 +85,13 @@ def _known_part(tree: dict[str, Any], known: Collection[str], unknown: list[str]
     kept = {}
     for key, value in tree.items():
         name = section + key
-        if isinstance(value, dict) and any(one.startswith(f"{name}.") for one in known):
-            kept[key] = _known_part(value, known, unknown, f"{name}.")
-        elif name in known or any(one.startswith(f"{name}.") for one in known):
-            kept[key] = value
-        else:
+        is_section = any(one.startswith(f"{name}.") for one in known)
+        if not is_section and name not in known:
             unknown.append(name)
+        else:
+            kept[key] = (
+                _known_part(value, known, unknown, f"{name}.") if is_section and isinstance(value, dict) else value
+            )
     return kept
 
 

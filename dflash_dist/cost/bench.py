@@ -28,7 +28,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from dflash_dist.config import PUBLISHED_GAMMA, Config, DataConfig, load_config
 from dflash_dist.cost.meter import Meter, Time, collective_mib
-from dflash_dist.cost.rank import STAGES, one_rank
+from dflash_dist.cost.rank import STAGES, one_rank, with_train
 from dflash_dist.cost.reference import ReferenceStep
 from dflash_dist.cost.shapes import PUBLISHED, spread_layers, target_config
 from dflash_dist.data.chat import Document
@@ -219,8 +219,7 @@ class Ours:
         """What a step over all ranks cannot do without, by stage: matrix products and attention, nothing element-wise,
         nor what gradient checkpointing does again. As `rank` counts it of the same step, where attention is what is
         visible and a slot without a label does not enter the head."""
-        config = _for_ranks(self.trial.config, 1)
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_checkpointing=False))
+        config = with_train(_for_ranks(self.trial.config, 1), gradient_checkpointing=False)
         with one_rank(config, self.trial.target, 1) as rank:
             work = rank.step().work
         return {stage: self.world.size * of.flops for stage, of in work.items()}
@@ -244,8 +243,7 @@ class Plain:
 
 def _for_ranks(config: Config, ranks: int) -> Config:
     """As many rows a rank, whatever the number of ranks."""
-    batch = config.train.micro_batch_size * ranks
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=batch))
+    return with_train(config, global_batch_size=config.train.micro_batch_size * ranks)
 
 
 def _random_model(auto_class: Any, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:

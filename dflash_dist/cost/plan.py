@@ -22,7 +22,7 @@ from pydantic import Field
 
 from dflash_dist.config import Config, describe
 from dflash_dist.cost.counter import Collective, Work
-from dflash_dist.cost.rank import FEATURES, OF_TARGET, OWNERS, STAGES, Rank, StepCost, one_rank
+from dflash_dist.cost.rank import FEATURES, OF_TARGET, OWNERS, STAGES, Rank, StepCost, one_rank, with_train
 from dflash_dist.cost.shapes import PUBLISHED, target_config
 from dflash_dist.options import ConfigOptions, option, parse
 from dflash_dist.ranks import World
@@ -210,10 +210,6 @@ def find_limits(rank: Rank, cost: StepCost, machine: Machine) -> dict[str, int]:
 def _with_more_rows(cost: StepCost, times: float) -> float:
     """Bytes that are enough for the target: what rows take grows with them, and the most of it comes together."""
     return sum(size * (times if owner in (OF_TARGET, FEATURES) else 1) for owner, size in cost.capturing.items())
-
-
-def with_train(config: Config, **train: Any) -> Config:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
 
 
 def largest_with_room(

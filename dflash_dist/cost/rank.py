@@ -138,6 +138,11 @@ PATCHES: list[tuple[Any, str, Any]] = [
 ]
 
 
+def with_train(config: Config, **train: Any) -> Config:
+    """The config with other knobs of training."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+
+
 @contextmanager
 def one_rank(config: Config, target: Any, ranks: int) -> Iterator[Rank]:
     """Rank 0 of `ranks`, while the context lasts; afterwards the process is as before.
@@ -192,8 +197,7 @@ class Rank:
         config = config or self.config
         train = config.train
         passes = 2 if self.ranks == 1 and train.global_batch_size > train.micro_batch_size else 1
-        train = dataclasses.replace(train, global_batch_size=passes * train.micro_batch_size * self.ranks)
-        config = dataclasses.replace(config, train=train)
+        config = with_train(config, global_batch_size=passes * train.micro_batch_size * self.ranks)
         if run_target and self.target and self.target.device.type == "meta":
             with self.memory:
                 self.target.to_empty(device="cpu")

@@ -122,7 +122,8 @@ def open_folder(folder: Path, index: dict[str, Any], config: Config, info: Targe
 
 
 def parts_of(data: Data) -> dict[str, PackedRows]:
-    return {TRAIN: data.train} | ({HELD_OUT: data.held_out} if data.held_out else {})
+    """The parts of the data, by their names in a feature folder."""
+    return dict(zip((TRAIN, HELD_OUT), data.parts().values()))
 
 
 def show_bytes(count: float) -> str:

@@ -49,12 +49,12 @@ class Sampler:
         numbered = self.world.share(list(enumerate(rows)))
         size = config.train.micro_batch_size
         for few in (numbered[i : i + size] for i in range(0, len(numbered), size)):
-            blocks = sample_blocks(
+            batch = sample_blocks(
                 source.batch([row for _, row in few], part),
                 anchors=config.loss.anchors,
                 slot_weights=slot_weights,
                 mask_token_id=config.mask_token_id,
                 generators=[random_stream(config.train.seed, stream, step, number) for number, _ in few],
             )
-            batches.append(blocks)
+            batches.append(batch)
         return batches

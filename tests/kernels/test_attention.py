@@ -79,6 +79,15 @@ def run_draft(draft, slots, slot_positions, features, positions, attend) -> torc
     return draft.through_layers(slots, slot_positions, features, positions, lambda _: attend)
 
 
+def run_chunked(rows: Rows, blocks: Batch, anchors_at_once: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Slots and features, both with gradient, and the hidden states [B, A, K, H] of a lively draft."""
+    draft = lively_draft(tiny_shape(block_size=K))
+    slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
+    attend = ChunkedAttention(blocks, anchors_at_once=anchors_at_once)
+    hidden = run_draft(draft, slots, slot_positions, features, positions, attend)
+    return slots, features, hidden.unflatten(1, (A, K))
+
+
 # ------------------------------------------------------------------------------------------- equal to the reference
 
 
@@ -254,10 +263,7 @@ def test_chunked_attention_holds_no_dense_mask():
 @pytest.mark.parametrize("anchors_at_once", [1, 3, 16])
 def test_a_block_has_gradient_from_the_context_before_its_anchor_in_its_document_and_from_nothing_else(anchors_at_once):
     rows, blocks = two_rows()
-    draft = lively_draft(tiny_shape(block_size=K))
-    slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
-    attend = ChunkedAttention(blocks, anchors_at_once=anchors_at_once)
-    hidden = run_draft(draft, slots, slot_positions, features, positions, attend).unflatten(1, (A, K))
+    _, features, hidden = run_chunked(rows, blocks, anchors_at_once)
     for b, a in [(0, 0), (0, 2), (0, 3), (0, 4), (0, 5), (0, 6), (0, 8), (1, 1), (1, 2), (1, 4)]:
         anchor, document = int(blocks.anchors[b, a]), int(blocks.anchor_documents[b, a])
         total = hidden[b, a].square().sum() + hidden[b, a].sum()  # the norm alone makes the square nearly constant
@@ -272,10 +278,7 @@ def test_a_block_has_gradient_from_the_context_before_its_anchor_in_its_document
 @pytest.mark.parametrize("anchors_at_once", [1, 3, 16])
 def test_a_block_has_gradient_from_all_of_its_own_slots_and_from_no_other_block(anchors_at_once):
     rows, blocks = two_rows()
-    draft = lively_draft(tiny_shape(block_size=K))
-    slots, slot_positions, features, positions = draft_inputs(draft, rows, blocks)
-    attend = ChunkedAttention(blocks, anchors_at_once=anchors_at_once)
-    hidden = run_draft(draft, slots, slot_positions, features, positions, attend).unflatten(1, (A, K))
+    slots, _, hidden = run_chunked(rows, blocks, anchors_at_once)
     for b, a, slot in [(0, 0, 0), (0, 1, 3), (0, 5, 1), (0, 9, 0), (1, 0, 2), (1, 4, 0)]:
         (gradient,) = torch.autograd.grad(hidden[b, a, slot].sum(), slots, retain_graph=True)
         own = torch.zeros(2, A, dtype=torch.bool)

@@ -27,8 +27,8 @@ MUTANTS = [
     Mutant(
         "an anchor is a supervised token whose next token is supervised too: the anchor itself",
         BATCH,
-        "return loss_mask & has_supervised_next(",
-        "return has_supervised_next(",
+        "loss_mask[:, :-1] & loss_mask[:, 1:] & ",
+        "loss_mask[:, 1:] & ",
         TEST_BLOCKS,
     ),
     Mutant(
@@ -50,8 +50,8 @@ MUTANTS = [
     Mutant(
         "a label counts only while every label before it counted",
         BATCH,
-        "following[row_of[..., None], before_label].cumprod(dim=-1)",
-        "following[row_of[..., None], before_label].long()",
+        "eligible[row_of[..., None], before_label].cumprod(dim=-1)",
+        "eligible[row_of[..., None], before_label].long()",
         TEST_BLOCKS,
     ),
     Mutant(

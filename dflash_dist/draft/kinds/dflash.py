@@ -100,10 +100,9 @@ class DFlashDraftModel(Draft):
         """
         context = self.hidden_norm(self.fc(features))
         slot_rope, context_rope = self._rope(slot_positions), self._rope(context_positions)
-        attend = {mask: attend_by(mask) for mask in set(self.masks)}
         hidden = slots
-        for layer, mask in zip(self.layers, self.masks):
-            inputs = hidden, slot_rope, context, context_rope, attend[mask]
+        for layer, attend in zip(self.layers, self._attention(attend_by)):
+            inputs = hidden, slot_rope, context, context_rope, attend
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(layer.over_context, *inputs, use_reentrant=False)
             else:
@@ -141,10 +140,15 @@ class DFlashDraftModel(Draft):
         position."""
         positions = torch.arange(cache.length, cache.length + slots.shape[1], device=slots.device)[None]
         rope, hidden = self._rope(positions), slots
-        attend = {mask: OneBlockAttention(cache.length, slots.shape[1], mask, slots.device) for mask in self.masks}
-        for layer, mask, context in zip(self.layers, self.masks, cache.layers, strict=True):
-            hidden = layer(hidden, rope, context, attend[mask])
+        attention = self._attention(lambda mask: OneBlockAttention(cache.length, slots.shape[1], mask, slots.device))
+        for layer, context, attend in zip(self.layers, cache.layers, attention, strict=True):
+            hidden = layer(hidden, rope, context, attend)
         return self.output(hidden)
+
+    def _attention(self, attend_by: Callable[[Mask], Attend]) -> list[Attend]:
+        """Of each layer; layers with the same mask share it, since it takes time to make."""
+        made = {mask: attend_by(mask) for mask in set(self.masks)}
+        return [made[mask] for mask in self.masks]
 
     def _rope(self, positions: torch.Tensor) -> Rope:
         return rope_of(positions, self.shape.head_dim, self.shape.rope_theta)
