@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
@@ -75,9 +75,10 @@ class TargetConfig(Section):
     trust_remote_code: bool = knob(
         False, "run Python code that the model brings: for architectures that transformers does not know", FIXED
     )
-    layer_ids: list[Id] = knob(
-        [],
-        "decoder layers whose outputs are captured, strictly increasing, never the last layer",
+    layer_ids: list[Id] | None = knob(
+        None,
+        "decoder layers whose outputs are captured, strictly increasing, never the last layer; null: five,"
+        " evenly from the second to the third from last, or those of the draft to go on with",
         "draft.target_layer_ids",
     )
     dtype: Dtype = knob("bfloat16", "dtype of the target's weights and of the captured features", FIXED)
@@ -134,7 +135,10 @@ class DataConfig(Section):
 class DraftConfig(Section):
     kind: str = knob("dflash", "kind of draft", FIXED)
     mask_token_id: int | None = knob(
-        None, "id of the mask token: reserved, inside the vocabulary, not pad, eos or bos", FIXED
+        None,
+        "id of the mask token: reserved, inside the vocabulary, not pad, eos or bos; null: the first token that no text"
+        " contains, or that of the draft to go on with",
+        FIXED,
     )
     block_size: int = knob(16, "slots of a block, the anchor included [tokens]; serve with the same", FIXED, ge=2)
     num_layers: int = knob(5, "decoder layers of the draft", FIXED, ge=1)
@@ -267,8 +271,20 @@ class Config(Section):
 
     @property
     def mask_token_id(self) -> int:
-        assert self.draft.mask_token_id is not None, "load_config refuses a missing mask token"
+        assert self.draft.mask_token_id is not None, "check_target fills it in"
         return self.draft.mask_token_id
+
+    @property
+    def layer_ids(self) -> list[int]:
+        assert self.target.layer_ids is not None, "check_target fills them in"
+        return self.target.layer_ids
+
+    def filled_in(self, layer_ids: list[int], mask_token_id: int) -> Self:
+        """With what it may leave to the target."""
+        target = dataclasses.replace(self.target, layer_ids=layer_ids)
+        return dataclasses.replace(
+            self, target=target, draft=dataclasses.replace(self.draft, mask_token_id=mask_token_id)
+        )
 
     @property
     def gamma(self) -> float:
@@ -347,12 +363,10 @@ def _impossible(config: Config) -> Iterator[str]:
         yield "target.path is not set: name the model folder or hub id of the frozen target"
     if not data.path:
         yield "data.path is not set: name a file, folder or hub dataset of conversations"
-    if not ids:
-        yield "target.layer_ids is empty: list the decoder layers to capture, such as [1, 9, 17, 25, 33]"
-    if any(a >= b for a, b in itertools.pairwise(ids)):
+    if ids is not None and not ids:
+        yield "target.layer_ids is empty: list the decoder layers to capture, or leave it unset for a spread of them"
+    if any(a >= b for a, b in itertools.pairwise(ids or ())):
         yield f"target.layer_ids {ids} must be strictly increasing: serving engines sort them"
-    if draft.mask_token_id is None:
-        yield "draft.mask_token_id is not set: choose a reserved token of the target's vocabulary that no text contains"
     if (target.attention or "").startswith("flash_attention") and train.micro_batch_size > 1:
         yield (
             "target.attention: flash_attention keeps packed documents apart in a single row only: set"

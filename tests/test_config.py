@@ -135,7 +135,6 @@ def test_an_unknown_key_in_the_file_names_the_file(load, tmp_path):
         ("data.date=20311231", "data.date must be a day as YYYY-MM-DD, found '20311231'"),
         ("data.date=2031-12-31T10:00:00", "data.date must be a day as YYYY-MM-DD"),
         ("data.date=2031-02-30", "data.date must be a day as YYYY-MM-DD, found '2031-02-30'"),
-        ("draft.mask_token_id=null", "draft.mask_token_id is not set"),
         ("draft.block_size=12", "loss.gamma has no published value for draft.block_size 12"),
         ("draft.block_size=1", "draft.block_size must be at least 2"),
         ("draft.num_layers=0", "draft.num_layers must be at least 1, found '0'"),

@@ -30,7 +30,7 @@ from dflash_dist.config import PUBLISHED_GAMMA, Config, DataConfig, load_config
 from dflash_dist.cost.meter import Meter, Time, collective_mib
 from dflash_dist.cost.rank import STAGES, one_rank, with_train
 from dflash_dist.cost.reference import ReferenceStep
-from dflash_dist.cost.shapes import PUBLISHED, spread_layers, target_config
+from dflash_dist.cost.shapes import PUBLISHED, target_config
 from dflash_dist.data.chat import Document
 from dflash_dist.data.documents import Documents
 from dflash_dist.data.packing import PackedRows
@@ -41,6 +41,7 @@ from dflash_dist.machine import keep_freed_memory, matmul_flops_per_s
 from dflash_dist.options import option, parse
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.capture import HFDFlashTargetModel, decoder_layers
+from dflash_dist.target.choices import CAPTURED, layers_to_capture
 from dflash_dist.target.load import truncate
 from dflash_dist.target.run import LiveTarget
 from dflash_dist.training.sampler import Sampler
@@ -144,7 +145,7 @@ def make_trial(options: BenchOptions) -> Trial:
     if options.layer_ids:
         ids = [int(i) for i in options.layer_ids.split(",")]
     else:
-        ids = config.target.layer_ids or spread_layers(target.num_hidden_layers, min(5, draft.num_layers))
+        ids = config.target.layer_ids or layers_to_capture(target.num_hidden_layers, min(CAPTURED, draft.num_layers))
     outside = [i for i in ids if not 0 <= i < target.num_hidden_layers]
     if outside:
         raise ValueError(f"--layer-ids {outside} are out of range: the target has {target.num_hidden_layers} layers")
@@ -183,7 +184,7 @@ class Ours:
         torch.set_num_threads(trial.threads)
         self.world, self.trial, self.done = world, trial, 0
         config = _for_ranks(trial.config, world.size)
-        ids = config.target.layer_ids
+        ids = config.layer_ids
         shallow = copy.deepcopy(trial.target)
         truncate(shallow, max(ids) + 1)
         model = _random_model(AutoModel, shallow, getattr(torch, config.target.dtype), world.device)

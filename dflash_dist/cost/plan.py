@@ -26,6 +26,7 @@ from dflash_dist.cost.rank import FEATURES, OF_TARGET, OWNERS, STAGES, Rank, Ste
 from dflash_dist.cost.shapes import PUBLISHED, target_config
 from dflash_dist.options import ConfigOptions, option, parse
 from dflash_dist.ranks import World
+from dflash_dist.target.choices import layers_to_capture
 from dflash_dist.target.load import expects_packing
 from dflash_dist.training.context import show_bytes
 from dflash_dist.training.setup import check_world, planned_steps
@@ -140,9 +141,11 @@ def make_report(options: PlanOptions, config: Config) -> dict[str, Any]:
     target = target_config(options.like, config.target)
     text, machine = target.get_text_config(), options.machine
     last = text.num_hidden_layers - 1
-    if max(config.target.layer_ids) >= last:
+    ids = config.target.layer_ids or layers_to_capture(last + 1)
+    config = config.filled_in(ids, config.draft.mask_token_id or 0)  # which token it is costs nothing
+    if max(config.layer_ids) >= last:
         raise ValueError(
-            f"target.layer_ids {config.target.layer_ids} do not fit {options.like or config.target.path}: capture"
+            f"target.layer_ids {config.layer_ids} do not fit {options.like or config.target.path}: capture"
             f" layers up to {last - 1} of its {last + 1}"
         )
     check_world(config, World(0, options.gpus, torch.device("cuda")))

@@ -175,7 +175,7 @@ class Rank:
             # Kernels of other packages need not be installed here, and hold no scores either.
             attention = of.attention if of.attention in (None, "eager") else "sdpa"
             self.target = target_skeleton(
-                target, of.layer_ids, self.dtype, world, of.replicas, of.full_depth, attention, of.trust_remote_code
+                target, config.layer_ids, self.dtype, world, of.replicas, of.full_depth, attention, of.trust_remote_code
             )
 
     def at_rest(self) -> dict[str, int]:
@@ -265,8 +265,8 @@ class Rank:
 
     def _target(self, config: Config, run_target: bool) -> Target:
         if self.target is None or not run_target:
-            return _GivenFeatures(len(config.target.layer_ids) * self.text.hidden_size, self.dtype)
-        return LiveTarget(HFDFlashTargetModel(self.target, config.target.layer_ids), expects_packing(self.text))
+            return _GivenFeatures(len(config.layer_ids) * self.text.hidden_size, self.dtype)
+        return LiveTarget(HFDFlashTargetModel(self.target, config.layer_ids), expects_packing(self.text))
 
 
 class FakeGpu(TorchFunctionMode):

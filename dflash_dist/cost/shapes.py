@@ -94,15 +94,3 @@ def target_config(like: str | None, target: TargetConfig) -> PretrainedConfig:
 
 def _config(kind: type[PretrainedConfig], sizes: dict[str, Any]) -> PretrainedConfig:
     return kind(**sizes)
-
-
-def spread_layers(layers: int, count: int) -> list[int]:
-    """Layers to capture, evenly from the second to the third from last (arXiv 2602.06036, section 4.1).
-
-    Raises:
-        ValueError: the decoder has too few layers for as many different ones.
-    """
-    ids = [round(1 + i * (layers - 4) / (count - 1)) for i in range(count)] if count > 1 else [layers // 2]
-    if len(set(ids)) < count or not all(0 <= i < layers - 1 for i in ids):
-        raise ValueError(f"{layers} layers are too few to capture {count} of them: name them with --layer-ids")
-    return ids

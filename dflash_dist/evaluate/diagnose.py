@@ -23,7 +23,8 @@ from dflash_dist.decoding.speculative import Decoded, Decoder
 from dflash_dist.draft.shape import DraftShape
 from dflash_dist.logs import or_dash
 from dflash_dist.target.capture import capture_layers
-from dflash_dist.target.load import TargetInfo, check_mask_token
+from dflash_dist.target.choices import check_mask_token
+from dflash_dist.target.load import TargetInfo
 
 # Verdicts. The two forwards round ties differently, in bfloat16 in a few passes of a hundred. What a target writes is
 # its likeliest token but for ties, or three times in four where it was sampled; in other people's text, about every

@@ -30,7 +30,8 @@ from dflash_dist.contract.folder import (
 )
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.shape import DraftShape
-from dflash_dist.target.load import TargetInfo, check_mask_token
+from dflash_dist.target.choices import check_mask_token
+from dflash_dist.target.load import TargetInfo
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names -> config.json's
 

@@ -58,12 +58,12 @@ def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) ->
         ValueError: as for training; or `out` holds other features, is not shared, or has too little room.
     """
     config = setup.make_builtins(config, world)
-    info = setup.check_target(config)
-    check_loading(info, config.target.layer_ids, config.target.full_depth, config.target.attention)
+    config, info = setup.check_target(config, world)
+    check_loading(info, config.layer_ids, config.target.full_depth, config.target.attention)
     config = setup.fix_date(config, info, world, out)
     data = setup.read_data(config, info, world)
     data.refuse_unsupervised()
-    token_bytes = len(config.target.layer_ids) * info.text.hidden_size * getattr(torch, config.target.dtype).itemsize
+    token_bytes = len(config.layer_ids) * info.text.hidden_size * getattr(torch, config.target.dtype).itemsize
     size = sum(rows.tokens for rows in parts_of(data).values()) * token_bytes
     loaded, stored = None, share_folder(out, world)
     if stored is None:

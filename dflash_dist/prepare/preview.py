@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     options = parse(PreviewOptions, "preview", __doc__, argv)
     world = World(0, 1, torch.device("cpu"))
     config = setup.make_builtins(options.load(), world)
-    info = setup.check_target(config)
+    config, info = setup.check_target(config, world)
     config = setup.fix_date(config, info, world)
     data = setup.read_data(config, info, world)  # says itself what became of the rows
     data = setup.lay_out(data, *expected_layout(config, info), world)

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import hashlib
 import inspect
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,6 @@ from dflash_dist.target.capture import HFDFlashTargetModel
 from dflash_dist.target.folder import AGAIN, CONFIG, looks_like_hub_id, read_config, read_tokenizer, reading_target
 from dflash_dist.target.head import check_head
 from dflash_dist.target.rehearsal import REPORTING, end_names, quiet, reading_model, refuse_gaps, rehearse, skeleton
-
-RESERVED = re.compile("mask|reserved|unused", re.IGNORECASE)  # in the name of a token that no text contains
 
 
 @dataclass(frozen=True)
@@ -107,27 +104,6 @@ def _flat_ids(values: Iterable[Any]) -> Iterable[int]:
             yield from value
 
 
-def check_capture(info: TargetInfo, layer_ids: Sequence[int]) -> None:
-    """Refuses layers that the target does not have, and its last one.
-
-    Raises:
-        ValueError: naming the ids and the range.
-    """
-    last = info.text.num_hidden_layers - 1
-    if last == 0:
-        raise ValueError(f"{info.path} has a single layer, and a target's last layer is never captured: choose another")
-    outside = [i for i in layer_ids if not 0 <= i <= last]
-    if outside:
-        raise ValueError(
-            f"target.layer_ids {outside} are out of range: of {info.path}, layers 0 to {last - 1} can be captured"
-        )
-    if last in layer_ids:
-        raise ValueError(
-            f"target.layer_ids contains {last}, the last layer of {info.path}: serving engines disagree on whether its"
-            f" output is normalised, so capture layers up to {last - 1}"
-        )
-
-
 def check_replicas(replicas: int, ranks: int) -> None:
     """Refuses copies of the target that the ranks do not divide into.
 
@@ -150,14 +126,15 @@ def expects_packing(text_config: Any) -> bool:
 
 def ordinary_tokens(info: TargetInfo) -> list[int]:
     """Ids of tokens that are nothing but text: none that the tokenizer adds, nor a placeholder that a config names."""
-    added = {*info.tokenizer.added_tokens_decoder, *info.tokenizer.all_special_ids, *_named_ids(info.config.to_dict())}
+    added = {*info.tokenizer.added_tokens_decoder, *info.tokenizer.all_special_ids, *named_ids(info.config.to_dict())}
     return [i for i in range(min(len(info.tokenizer), info.text.vocab_size)) if i not in added]
 
 
-def _named_ids(config: dict[Any, Any]) -> Iterator[int]:
+def named_ids(config: dict[Any, Any]) -> Iterator[int]:
+    """The tokens that a Hugging Face config names, such as those that stand for images."""
     for name, value in config.items():
         if isinstance(value, dict):
-            yield from _named_ids(value)
+            yield from named_ids(value)
         elif str(name).endswith(("token_id", "token_index")) and isinstance(value, (int, list)):
             yield from _flat_ids([value])
 
@@ -195,31 +172,6 @@ def _layer_kinds(text_config: Any) -> set[str]:
     sizes = ("state_size", "ssm_state_size", "mamba_d_state")
     state_space = {"state_space"} if any(getattr(text_config, name, None) for name in sizes) else set()
     return state_space.union(*kinds)
-
-
-def check_mask_token(info: TargetInfo, mask_token_id: int) -> None:
-    """Refuses a mask token that is outside the vocabulary or has a meaning of its own.
-
-    Raises:
-        ValueError: naming the token.
-    """
-    tokenizer, vocab = info.tokenizer, info.text.vocab_size
-    taken = {tokenizer.pad_token_id: "pad", tokenizer.bos_token_id: "bos"} | dict.fromkeys(info.stop_ids, "eos")
-    if 0 <= mask_token_id < vocab and mask_token_id not in taken:
-        return
-    behind = max(tokenizer.get_vocab().values()) + 1  # an embedding often has rows behind the tokenizer's own tokens
-    named = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
-    free = [number for name, number in sorted(named.items()) if RESERVED.search(name)] + [behind]
-    advice = next((f", such as {number}" for number in free if number < vocab and number not in taken), "")
-    if mask_token_id in taken:
-        raise ValueError(
-            f"draft.mask_token_id {mask_token_id} is the {taken[mask_token_id]} token of {info.path}, which occurs in"
-            f" text: choose a reserved token{advice}"
-        )
-    raise ValueError(
-        f"draft.mask_token_id {mask_token_id} is outside the vocabulary of {vocab} tokens: choose a reserved"
-        f" token{advice}"
-    )
 
 
 def load_target(

@@ -34,7 +34,7 @@ def describe_features(config: Config, info: TargetInfo, data: Data) -> dict[str,
     parts = parts_of(data)
     return {
         "target": name_weights(info),
-        "target.layer_ids": list(config.target.layer_ids),
+        "target.layer_ids": list(config.layer_ids),
         "target.dtype": config.target.dtype,
         "hidden size": info.text.hidden_size,
         "data.seq_len": config.data.seq_len,
@@ -91,7 +91,7 @@ def load_probed(config: Config, info: TargetInfo, world: World) -> tuple[LoadedT
     target, tokens = config.target, ordinary_tokens(info)
     loaded = load_target(
         info,
-        target.layer_ids,
+        config.layer_ids,
         getattr(torch, target.dtype),
         world,
         target.replicas,
@@ -117,7 +117,7 @@ def stored_layout(index: dict[str, Any], folder: Path, info: TargetInfo) -> tupl
 def open_folder(folder: Path, index: dict[str, Any], config: Config, info: TargetInfo, data: Data) -> FeatureFolder:
     """The folder for the rows of `data`; nothing is read or written yet."""
     filled = {name: rows.filled_tokens for name, rows in parts_of(data).items()}
-    width = len(config.target.layer_ids) * info.text.hidden_size
+    width = len(config.layer_ids) * info.text.hidden_size
     return FeatureFolder(folder, index, filled, width, getattr(torch, config.target.dtype))
 
 

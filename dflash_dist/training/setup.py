@@ -29,13 +29,12 @@ from dflash_dist.draft.shape import DraftShape
 from dflash_dist.files import locked, whole, writing
 from dflash_dist.machine import TOO_SLOW, bfloat16_slowdown
 from dflash_dist.ranks import World
+from dflash_dist.target.choices import MaskToken, check_capture, check_mask_token, layers_to_capture, mask_token
 from dflash_dist.target.features import DATE, INDEX, read_index
 from dflash_dist.target.folder import check_decoder
 from dflash_dist.target.load import (
     TargetInfo,
-    check_capture,
     check_loading,
-    check_mask_token,
     check_replicas,
     read_info,
 )
@@ -131,13 +130,35 @@ def say_slow_dtypes(config: Config, world: World) -> None:
             )
 
 
-def check_target(config: Config) -> TargetInfo:
-    """Reads what is known of the target without its weights, and refuses a config that does not fit it."""
-    target = config.target
+def check_target(config: Config, world: World) -> tuple[Config, TargetInfo]:
+    """Reads what is known of the target without its weights; the config with what it leaves to the target, said aloud.
+
+    Raises:
+        ValueError: the config does not fit the target.
+    """
+    target, draft = config.target, config.draft
     info = read_info(target.path, target.revision, target.trust_remote_code)
-    check_capture(info, target.layer_ids)
-    check_mask_token(info, config.mask_token_id)
-    return info
+    ids, token, lines = target.layer_ids, draft.mask_token_id, list[str]()
+    begun_from, of_draft, layers = None, f"as {draft.init}", info.text.num_hidden_layers
+    if (ids is None or token is None) and (folder := draft_to_begin_from(config)):
+        begun_from = read_kind(folder, layers)[1]
+    if ids is None:
+        ids = begun_from.target_layer_ids if begun_from else layers_to_capture(layers)
+        lines.append(f"target.layer_ids: {ids}, {of_draft if begun_from else f'spread over {layers} layers'}")
+    if token is None:
+        chosen = MaskToken(begun_from.mask_token_id, of_draft) if begun_from else mask_token(info)
+        if chosen is None:
+            raise ValueError(
+                f"draft.mask_token_id is not set, and every token of {info.path} may stand in a text: name one that"
+                " your data does not hold"
+            )
+        token = chosen.id
+        lines.append(f"draft.mask_token_id: {token}, {chosen.why}")
+    check_capture(info, ids)
+    check_mask_token(info, token)
+    if world.is_main and lines:
+        print("\n".join(lines))
+    return config.filled_in(ids, token), info
 
 
 def check_models(config: Config, info: TargetInfo) -> None:
@@ -149,7 +170,7 @@ def check_models(config: Config, info: TargetInfo) -> None:
     """
     target = config.target
     if target.features is None or config.draft.init == "target":
-        check_loading(info, target.layer_ids, target.full_depth, target.attention)
+        check_loading(info, config.layer_ids, target.full_depth, target.attention)
     shape = draft_shape(config, info.text, info.path)
     if folder := draft_to_begin_from(config):
         check_draft(folder, shape.num_target_layers)
@@ -254,7 +275,7 @@ def draft_shape(config: Config, text: Any, path: str) -> DraftShape:
         num_layers=draft.num_layers,
         block_size=draft.block_size,
         mask_token_id=config.mask_token_id,
-        target_layer_ids=list(config.target.layer_ids),
+        target_layer_ids=list(config.layer_ids),
         num_target_layers=text.num_hidden_layers,
         vocab_size=text.vocab_size,
         **inherited | {name: value for name, value in stated.items() if value is not None},

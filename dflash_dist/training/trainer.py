@@ -52,7 +52,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
         if saved := step_folders(self.checkpoints.folder):
             refuse_changed_knobs(config, self.folder, saved[max(saved)])
-        info = setup.check_target(config)
+        config, info = setup.check_target(config, world)
         setup.check_models(config, info)
         self.config = config = setup.fix_date(config, info, world)
         data = setup.read_data(config, info, world)

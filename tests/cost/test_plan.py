@@ -21,7 +21,7 @@ from dflash_dist.cost.counter import GATHERED, Collective, StepCounter
 from dflash_dist.cost.meter import collective_mib
 from dflash_dist.cost.plan import RESERVE, Machine, Stage, largest_with_room, main
 from dflash_dist.cost.rank import StepCost, one_rank
-from dflash_dist.cost.shapes import PUBLISHED, spread_layers
+from dflash_dist.cost.shapes import PUBLISHED
 from dflash_dist.kernels.attention_cpu import ChunkedAttention
 from dflash_dist.options import parse
 from dflash_dist.ranks import World
@@ -318,13 +318,6 @@ def causal_flops(query: Any, key: Any, _value: Any, *_: Any, **__: Any) -> int:
 def product_flops(_sum: Any, left: Any, right: Any, **_: Any) -> int:
     """Of [N, M] and [M, K]."""
     return 2 * left[0] * left[1] * right[1]
-
-
-def test_layers_are_spread_from_the_second_to_the_third_from_last() -> None:
-    assert spread_layers(36, 5) == [1, 9, 17, 25, 33]  # as the published drafts of Qwen3-8B
-    assert spread_layers(6, 3) == [1, 2, 3]
-    with pytest.raises(ValueError, match="4 layers are too few to capture 5 of them"):
-        spread_layers(4, 5)
 
 
 # -------------------------------------------------------------------------------------------------------- traffic

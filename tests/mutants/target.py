@@ -7,6 +7,7 @@ PROBE, TEST_PROBE = "dflash_dist/target/probe.py", "tests/target/test_probe.py"
 FOLDER, REHEARSAL = "dflash_dist/target/folder.py", "dflash_dist/target/rehearsal.py"
 TEST_FOLDER, TEST_READING = "tests/target/test_folder.py", "tests/test_reading.py"
 LOAD, TEST_LOAD = "dflash_dist/target/load.py", "tests/target/test_load.py"
+CHOICES, TEST_CHOICES = "dflash_dist/target/choices.py", "tests/target/test_choices.py"
 FEATURES, TEST_FEATURES = "dflash_dist/target/features.py", "tests/target/test_features.py"
 ATTENTION, TEST_ATTENTION = "dflash_dist/kernels/target_attention_cpu.py", "tests/kernels/test_target_attention.py"
 ANSWERS, TEST_ANSWERS = "dflash_dist/answers/regenerate.py", "tests/answers/test_regenerate.py"
@@ -198,7 +199,28 @@ MUTANTS = [
         "max(layer_ids, default=-1) + 2)",
         TEST_LOAD,
     ),
-    Mutant("the last layer is refused", LOAD, "    if last in layer_ids:\n", "    if False:\n", TEST_LOAD),
+    Mutant(
+        "layers to capture, from the 2nd to the 3rd-from-last",
+        CHOICES,
+        "round(1 + i * (layers - 4) / (count - 1))",
+        "round(i * (layers - 3) / (count - 1))",
+        TEST_CHOICES,
+    ),
+    Mutant(
+        "a mask token that the data does not hold",
+        CHOICES,
+        "{*_with_meaning(info), *found}",
+        "{*_with_meaning(info)}",
+        TEST_CHOICES,
+    ),
+    Mutant(
+        "a mask token that stands for no image",
+        CHOICES,
+        " and number not in used",
+        "",
+        TEST_CHOICES,
+    ),
+    Mutant("the last layer is refused", CHOICES, "    if last in layer_ids:\n", "    if False:\n", TEST_CHOICES),
     Mutant(
         "every kind of layer is truncated",
         LOAD,
@@ -225,17 +247,17 @@ MUTANTS = [
     ),
     Mutant(
         "the mask token has no meaning of its own",
-        LOAD,
+        CHOICES,
         "    if mask_token_id in taken:\n",
         "    if False:\n",
-        TEST_LOAD,
+        TEST_CHOICES,
     ),
     Mutant(
         "the mask token is in the vocabulary",
-        LOAD,
+        CHOICES,
         "if 0 <= mask_token_id < vocab and",
         "if 0 <= mask_token_id <= vocab and",
-        TEST_LOAD,
+        TEST_CHOICES,
     ),
     Mutant(
         "weights are named by what is in them, not by their sizes alone",

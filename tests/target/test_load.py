@@ -20,7 +20,7 @@ from dflash_dist.batch import Batch
 from dflash_dist.config import Config
 from dflash_dist.kernels.target_attention_cpu import suit_device
 from dflash_dist.ranks import World
-from dflash_dist.target.load import check_capture, check_mask_token, digest_weights, load_target, read_info, truncate
+from dflash_dist.target.load import digest_weights, load_target, read_info, truncate
 from dflash_dist.target.tiny import tiny_tokenizer
 from dflash_dist.training.trainer import Trainer
 from tests.ranks import run_ranks
@@ -194,25 +194,6 @@ def test_a_checkpoint_with_missing_tensors_is_refused(folders, alone, tmp_path: 
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks layers\.1\.mlp\.up_proj\.weight"):
         load_target(dataclasses.replace(info, path=str(tmp_path)), LAYER_IDS, torch.float32, alone)
-
-
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [([0, 5], r"\[5\] are out of range: .* layers 0 to 3 can be captured"), ([1, 4], "contains 4, the last layer")],
-)
-def test_layers_that_must_not_be_captured_are_refused(folders, ids: list[int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_capture(read_info(str(folders["qwen3"])), ids)
-
-
-@pytest.mark.parametrize(
-    ("token", "message"),
-    [(260, "outside the vocabulary of 260"), (-1, "outside"), (2, "is the eos token"), (0, "is the pad token")],
-)
-def test_an_unfit_mask_token_is_refused(folders, token: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_mask_token(read_info(str(folders["qwen3"])), token)
-    check_mask_token(read_info(str(folders["qwen3"])), 3)
 
 
 def test_replicas_must_divide_the_ranks(folders, alone) -> None:

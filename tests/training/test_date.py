@@ -88,7 +88,7 @@ def fix(world: World, config: Config, days: list[str]) -> str | None:
     before, template.datetime = template.datetime, clock(days[world.rank])  # type: ignore[assignment]
     try:
         config = setup.make_builtins(config, world)
-        return setup.fix_date(config, setup.check_target(config), world).data.date
+        return setup.fix_date(*setup.check_target(config, world), world).data.date
     finally:
         template.datetime = before  # type: ignore[assignment]
 

@@ -102,7 +102,7 @@ Load = Callable[..., Config]
 def identify(config: Config) -> dict[str, Any]:
     """As a trainer would, without loading the target."""
     world = World(0, 1, setup.torch.device("cpu"))
-    info = setup.check_target(config)
+    config, info = setup.check_target(config, world)
     data = setup.lay_out(setup.read_data(config, info, world), True, "", world)
     shape = setup.draft_shape(config, info.text, info.path)
     return identity_of(config, info, data, shape, find_prompts(config, info, data) if config.eval.every else [])
