@@ -13,6 +13,7 @@ from dflash_dist.reading import is_ours
 
 # command -> (module with a `main(argv)`, what it does); modules load when called, so that --help is instant
 COMMANDS = {
+    "init": ("dflash_dist.init", "write the config of a run for any target and data"),
     "capture": (
         "dflash_dist.prepare.capture",
         "store the target's features, so that training need not run the target",

@@ -321,9 +321,15 @@ def load_written(path: Path, unknown: list[str] | None = None) -> Config:
 
 
 def _there(path: str | Path) -> Path:
-    if not Path(path).is_file():
-        raise ValueError(f"config file {path} does not exist")
-    return Path(path)
+    """The file, or the shipped one of that name."""
+    if Path(path).is_file():
+        return Path(path)
+    # Beside the code in an installed package, and beside the package in a checkout.
+    folders = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
+    shipped = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if str(path) not in shipped:
+        raise ValueError(f"config file {path} does not exist; shipped are {', '.join(shipped)}")
+    return shipped[str(path)]
 
 
 def values(config: Config) -> dict[str, Any]:

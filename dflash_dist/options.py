@@ -49,7 +49,7 @@ def _field(default: Any, metadata: dict[str, Any]) -> Any:
 class ConfigOptions:
     """What every command takes that reads the config of a run."""
 
-    config: str = option("YAML file; see configs/")
+    config: str = option("YAML file, or the name of a shipped one, such as qwen3-8b")
     overrides: list[str] = argument("knobs set on the command line", [], shown="a.b=c")
 
     def load(self) -> Config:

@@ -40,7 +40,7 @@ def train(
 
     Args:
         overrides: knobs of the config, such as train.lr=3e-4; after --
-        config: YAML file of the run
+        config: YAML file of the run, or the name of a shipped one
         j: nodes x processes a node
         gpu: GPUs a node; by default one a process, 0 to train on CPU
         cpu: cores a node; by default 4 a process
@@ -51,6 +51,38 @@ def train(
         retries: times that torchrun starts failed processes again, and that the scheduler starts a failed job again
     """
     arguments = ("train", "--config", config, *overrides)
+    return _torchrun(*arguments, j=j, gpu=gpu, cpu=cpu, mem=mem, image=image, env=env, mounts=mounts, retries=retries)
+
+
+def capture(
+    *overrides: str,
+    config: str,
+    out: str,
+    j: str = "1x8",
+    gpu: int = -1,
+    cpu: int = -1,
+    mem: int = -1,
+    image: str = IMAGE,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    retries: int = 0,
+) -> specs.AppDef:
+    """Stores the target's features with torchrun, so that training need not run it.
+
+    Args:
+        overrides: knobs of the config, such as data.path=answers.jsonl; after --
+        config: YAML file of the run, or the name of a shipped one
+        out: folder for the features, on a disk that all nodes share
+        j: nodes x processes a node
+        gpu: GPUs a node; by default one a process, 0 to run on CPU
+        cpu: cores a node; by default 4 a process
+        mem: memory a node [GB]; by default 32 a process, 0 asks for none, for Slurm clusters that refuse such requests
+        image: container image, for schedulers that run containers
+        env: environment of the processes (A=1,B=2)
+        mounts: TorchX mounts, for schedulers that run containers (type=volume,src=claim,dst=/work/runs)
+        retries: times that torchrun starts failed processes again, and that the scheduler starts a failed job again
+    """
+    arguments = ("capture", "--config", config, "--out", out, *overrides)
     return _torchrun(*arguments, j=j, gpu=gpu, cpu=cpu, mem=mem, image=image, env=env, mounts=mounts, retries=retries)
 
 
@@ -124,7 +156,7 @@ def evaluate(
 
 def debug(
     *overrides: str,
-    config: str = "configs/debug.yaml",
+    config: str = "debug",
     cpu: int = 2,
     mem: int = 4,
     image: str = IMAGE,
@@ -134,19 +166,58 @@ def debug(
 
     Args:
         overrides: knobs of the config, such as train.max_steps=5; after --
-        config: YAML file of the run
+        config: YAML file of the run, or the name of a shipped one
         cpu: cores
         mem: memory [GB]; 0 asks for none
         image: container image, for schedulers that run containers
         env: environment of the process (A=1,B=2)
     """
+    return _alone("train", "--config", config, *overrides, cpu=cpu, mem=mem, image=image, env=env, mounts=None)
+
+
+def export(
+    *options: str,
+    run: str,
+    out: str,
+    cpu: int = 4,
+    mem: int = 32,
+    image: str = IMAGE,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Writes a run's draft as serving engines load it: one process, no GPU.
+
+    Args:
+        options: further options of the command, such as --step best; after --
+        run: folder of the run
+        out: folder for the draft
+        cpu: cores
+        mem: memory [GB]; 0 asks for none
+        image: container image, for schedulers that run containers
+        env: environment of the process (A=1,B=2)
+        mounts: TorchX mounts, for schedulers that run containers (type=volume,src=claim,dst=/work/runs)
+    """
+    arguments = ("export", "--run", run, "--out", out, *options)
+    return _alone(*arguments, cpu=cpu, mem=mem, image=image, env=env, mounts=mounts)
+
+
+def _alone(
+    *arguments: str,
+    cpu: int,
+    mem: int,
+    image: str,
+    env: Optional[dict[str, str]],
+    mounts: Optional[list[str]],
+) -> specs.AppDef:
+    """One process without torchrun and without a GPU."""
     role = specs.Role(
         name="dflash_dist",
         image=image,
         entrypoint="python",
-        args=["-m", "dflash_dist", "train", "--config", config, *overrides],
+        args=["-m", "dflash_dist", *arguments],
         env=_without_gpus(0) | (env or {}),
         resource=_resource(cpu, 0, mem),
+        mounts=specs.parse_mounts(mounts) if mounts else [],
     )
     return specs.AppDef(name="dflash", roles=[role])
 

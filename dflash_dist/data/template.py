@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -103,6 +104,14 @@ class ChatTemplate:
     def known_args(self) -> frozenset[str]:
         """The names that it takes and that only its user can give; a few more, which it also sets itself."""
         return frozenset().union(*(_taken_by(text)[0] for text in self._texts))
+
+    @property
+    def choices(self) -> dict[str, list[Any]]:
+        """The arguments that it asks about, and the values that it tells apart; none for one that it merely writes."""
+        trees = [_compile_jinja_template(text).environment.parse(text) for text in self._texts]
+        names = self.known_args.difference(self.tokenizer.special_tokens_map, *map(_set_itself, trees))
+        compared = dict.fromkeys(itertools.chain.from_iterable(map(_compared, trees)))
+        return {name: [value for of, value in compared if of == name] for name in sorted(names)}
 
     @cached_property
     def writes_date(self) -> bool:
@@ -260,6 +269,34 @@ def _taken_by(template: str) -> tuple[frozenset[str], bool]:
         raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
     outside = frozenset(jinja2.meta.find_undeclared_variables(tree))  # without the globals, such as the clock
     return outside - PASSED, any(name.name == CLOCK for name in tree.find_all(jinja2.nodes.Name))
+
+
+def _set_itself(tree: jinja2.nodes.Template) -> set[str]:
+    """Names that a template sets whatever is given: it never asks whether they are there."""
+    nodes = jinja2.nodes
+    asking: list[Any] = [test for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined", "none")]
+    asking += [default for default in tree.find_all(nodes.Filter) if default.name in ("default", "d")]
+    asked = {asks.node.name for asks in asking if isinstance(asks.node, nodes.Name)}
+    return {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"} - asked
+
+
+def _compared(tree: jinja2.nodes.Template) -> Iterator[tuple[str, Any]]:
+    """Names with the constants that they are compared with; true and false where one decides by itself."""
+    nodes = jinja2.nodes
+    for node in tree.find_all((nodes.Compare, nodes.Test, nodes.If, nodes.CondExpr, nodes.Not, nodes.And, nodes.Or)):
+        match node:
+            case nodes.Compare(expr=nodes.Name(name=name), ops=[nodes.Operand(expr=nodes.Const(value=value))]):
+                yield name, value
+            case nodes.Test(node=nodes.Name(name=name), name="true" | "false"):
+                yield from ((name, True), (name, False))
+            case (
+                nodes.If(test=nodes.Name(name=name))
+                | nodes.CondExpr(test=nodes.Name(name=name))
+                | nodes.Not(node=nodes.Name(name=name))
+                | nodes.And(right=nodes.Name(name=name))
+                | nodes.Or(right=nodes.Name(name=name))
+            ):
+                yield from ((name, True), (name, False))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dflash_dist.target.load import TargetInfo, named_ids
 
@@ -30,12 +30,12 @@ def layers_to_capture(layers: int, count: int = CAPTURED) -> list[int]:
     return [round(1 + i * (layers - 4) / (count - 1)) for i in range(count)]
 
 
-class MaskToken(NamedTuple):
-    id: int
-    why: str  # what it is, for people
+class Choice(NamedTuple):
+    value: Any
+    why: str  # for people; empty where the config states it
 
 
-def mask_token(info: TargetInfo, found: Collection[int] = ()) -> MaskToken | None:
+def mask_token(info: TargetInfo, found: Collection[int] = ()) -> Choice | None:
     """A token that no text contains and that has an embedding, if there is one: reserved by name, or behind the
     tokenizer's own, or a special one that neither the config nor the chat template knows.
 
@@ -46,15 +46,15 @@ def mask_token(info: TargetInfo, found: Collection[int] = ()) -> MaskToken | Non
     added = {token.content: (number, token.special) for number, token in tokenizer.added_tokens_decoder.items()}
     template = str(tokenizer.chat_template)
     behind = max(tokenizer.get_vocab().values()) + 1  # an embedding often has rows behind the tokenizer's own tokens
-    choices = [MaskToken(added[name][0], f"{name}, reserved") for name in sorted(added) if RESERVED.search(name)]
-    choices.append(MaskToken(behind, f"first id behind the tokenizer's own; the embedding has rows up to {vocab - 1}"))
+    choices = [Choice(added[name][0], f"{name}, reserved") for name in sorted(added) if RESERVED.search(name)]
+    choices.append(Choice(behind, f"first id behind the tokenizer's own; the embedding has rows up to {vocab - 1}"))
     used = {*named_ids(info.config.to_dict())}
     choices += [
-        MaskToken(number, f"{name}, a special token that the chat template does not use")
+        Choice(number, f"{name}, a special token that the chat template does not use")
         for name, (number, special) in sorted(added.items(), key=lambda item: item[1])
         if special and name not in template and number not in used
     ]
-    return next((choice for choice in choices if 0 <= choice.id < vocab and choice.id not in taken), None)
+    return next((choice for choice in choices if 0 <= choice.value < vocab and choice.value not in taken), None)
 
 
 def _with_meaning(info: TargetInfo) -> dict[int | None, str]:
@@ -74,7 +74,7 @@ def check_mask_token(info: TargetInfo, mask_token_id: int) -> None:
     if 0 <= mask_token_id < vocab and mask_token_id not in taken:
         return
     better = mask_token(info)
-    advice = f", such as {better.id}" if better else ""
+    advice = f", such as {better.value}" if better else ""
     if mask_token_id in taken:
         raise ValueError(
             f"draft.mask_token_id {mask_token_id} is the {taken[mask_token_id]} token of {info.path}, which occurs in"

@@ -16,9 +16,12 @@ from torch import nn
 
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.layers import DraftLayer, RMSNorm, rope_of
+from dflash_dist.draft.shape import DraftShape
 from dflash_dist.kernels.elementwise import Rope
+from dflash_dist.target.capture import decoder_layers
 from dflash_dist.target.layers import DecoderParts
-from dflash_dist.target.load import TargetInfo
+from dflash_dist.target.load import TargetInfo, whole_class
+from dflash_dist.target.rehearsal import skeleton
 
 TOKENS = 24  # of the random text that layers are compared on; real sliding windows are wider
 ROUNDING = 1e-4  # what float32 explains of a difference between what two layers add, as a share of that
@@ -79,6 +82,18 @@ def warm_start(draft: Draft, info: TargetInfo) -> list[str]:
     draft.fc.weight.zero_()
     draft.fc.weight[:, -shape.hidden_size :] = torch.eye(shape.hidden_size)
     return lines
+
+
+def cannot_begin(shape: DraftShape, info: TargetInfo) -> str | None:
+    """Why the target's last layer cannot become one of the draft's, as far as names and sizes tell, without weights."""
+    model = skeleton(whole_class(info.config), info.config, info.trust_remote_code)
+    theirs = dict(decoder_layers(model)[-1].named_parameters())
+    with torch.device("meta"):
+        layer = DraftLayer(shape)
+    if lacking := _lacking(layer, theirs):
+        return f"the target's layers have no {lacking[0]}"
+    other = [name for name, ours in layer.named_parameters() if name in theirs and theirs[name].shape != ours.shape]
+    return f"the target's {other[0]} is {list(theirs[other[0]].shape)}" if other else None
 
 
 def _refuse_other_sizes(draft: Draft, text: Any, target: DecoderParts, first: int) -> None:

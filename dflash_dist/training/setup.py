@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from dflash_dist.draft.shape import DraftShape
 from dflash_dist.files import locked, whole, writing
 from dflash_dist.machine import TOO_SLOW, bfloat16_slowdown
 from dflash_dist.ranks import World
-from dflash_dist.target.choices import MaskToken, check_capture, check_mask_token, layers_to_capture, mask_token
+from dflash_dist.target.choices import Choice, check_capture, check_mask_token, layers_to_capture, mask_token
 from dflash_dist.target.features import DATE, INDEX, read_index
 from dflash_dist.target.folder import check_decoder
 from dflash_dist.target.load import (
@@ -136,29 +136,45 @@ def check_target(config: Config, world: World) -> tuple[Config, TargetInfo]:
     Raises:
         ValueError: the config does not fit the target.
     """
-    target, draft = config.target, config.draft
+    target = config.target
     info = read_info(target.path, target.revision, target.trust_remote_code)
-    ids, token, lines = target.layer_ids, draft.mask_token_id, list[str]()
-    begun_from, of_draft, layers = None, f"as {draft.init}", info.text.num_hidden_layers
-    if (ids is None or token is None) and (folder := draft_to_begin_from(config)):
+    ids, token = choose(config, info)
+    check_capture(info, ids.value)
+    check_mask_token(info, token.value)
+    if world.is_main:
+        for name, choice in (("target.layer_ids", ids), ("draft.mask_token_id", token)):
+            if choice.why:
+                print(f"{name}: {choice.value}, {choice.why}")
+    return config.filled_in(ids.value, token.value), info
+
+
+def choose(config: Config, info: TargetInfo, found: Collection[int] = ()) -> tuple[Choice, Choice]:
+    """The layers to capture and the mask token: as stated, as those of the draft to begin from, or what suits the
+    target.
+
+    Args:
+        found: tokens that the data holds.
+
+    Raises:
+        ValueError: no token is left.
+    """
+    ids, token = Choice(config.target.layer_ids, ""), Choice(config.draft.mask_token_id, "")
+    layers, begun_from = info.text.num_hidden_layers, None
+    if None in (ids.value, token.value) and (folder := draft_to_begin_from(config)):
         begun_from = read_kind(folder, layers)[1]
-    if ids is None:
-        ids = begun_from.target_layer_ids if begun_from else layers_to_capture(layers)
-        lines.append(f"target.layer_ids: {ids}, {of_draft if begun_from else f'spread over {layers} layers'}")
-    if token is None:
-        chosen = MaskToken(begun_from.mask_token_id, of_draft) if begun_from else mask_token(info)
-        if chosen is None:
-            raise ValueError(
-                f"draft.mask_token_id is not set, and every token of {info.path} may stand in a text: name one that"
-                " your data does not hold"
-            )
-        token = chosen.id
-        lines.append(f"draft.mask_token_id: {token}, {chosen.why}")
-    check_capture(info, ids)
-    check_mask_token(info, token)
-    if world.is_main and lines:
-        print("\n".join(lines))
-    return config.filled_in(ids, token), info
+    if ids.value is None and begun_from:
+        ids = Choice(begun_from.target_layer_ids, f"as {config.draft.init}")
+    elif ids.value is None:
+        spread = layers_to_capture(layers)
+        ids = Choice(spread, f"{len(spread)} of {layers}, spread evenly from the 2nd to the 3rd-from-last")
+    if token.value is None and begun_from:
+        token = Choice(begun_from.mask_token_id, f"as {config.draft.init}")
+    elif token.value is None and not (token := mask_token(info, found) or token).why:
+        raise ValueError(
+            f"draft.mask_token_id is not set, and every token of {info.path} may stand in a text: name one that your"
+            " data does not hold"
+        )
+    return ids, token
 
 
 def check_models(config: Config, info: TargetInfo) -> None:

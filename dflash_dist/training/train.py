@@ -12,7 +12,7 @@ from dflash_dist.options import ConfigOptions, option, parse
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(ConfigOptions):
-    config: str = option("YAML file; see configs/", "")
+    config: str = option("YAML file, or the name of a shipped one, such as qwen3-8b", "")
     json_schema: bool = option("print the JSON schema of config files, for editors, and end", False)
 
     def __post_init__(self) -> None:

@@ -186,7 +186,6 @@ def test_without_arguments_there_is_something_to_time() -> None:
         ("--config no-such.yaml", r"^config file no-such.yaml does not exist$"),
         ("--layer-ids 1,8", r"^--layer-ids \[8\] are out of range: the target has 8 layers$"),
         ("--layer-ids=-1,2", r"^--layer-ids \[-1\] are out of range"),
-        ("--target-layers 5", r"^5 layers are too few to capture 5 of them: name them with --layer-ids$"),
     ],
 )
 def test_what_does_not_exist_is_refused(args: str, message: str) -> None:

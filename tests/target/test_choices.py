@@ -56,7 +56,7 @@ def test_the_shipped_configs_state_what_would_be_chosen(name: str) -> None:
     config, (info, layers) = load_config(REPOSITORY / f"configs/{name}.yaml"), SHIPPED[name]
     assert config.layer_ids == layers_to_capture(layers)
     chosen = mask_token(info)
-    assert chosen and config.mask_token_id == chosen.id
+    assert chosen and config.mask_token_id == chosen.value
     assert chosen.why in (REPOSITORY / f"configs/{name}.yaml").read_text()
 
 
@@ -68,10 +68,10 @@ def test_layers_are_spread_from_the_second_to_the_third_from_last() -> None:
 
 
 def test_a_token_that_the_data_holds_or_that_stands_for_an_image_is_not_chosen() -> None:
-    assert mask_token(SMOLLM2, found={3}).id == 4  # type: ignore[union-attr]
+    assert mask_token(SMOLLM2, found={3}).value == 4  # type: ignore[union-attr]
     assert mask_token(SMOLLM2, found={3, 4}) is None
     of_images = target({5: "<|im_start|>", 6: "<|image_pad|>", 7: "<|video|>"}, 8, 8, 9, image_token_id=6)
-    assert mask_token(of_images).id == 7  # type: ignore[union-attr]
+    assert mask_token(of_images).value == 7  # type: ignore[union-attr]
     assert mask_token(QWEN3, found={151669}) is None, "<think> is no special token: a tokenizer may put it anywhere"
 
 
@@ -81,7 +81,7 @@ def test_a_run_takes_and_says_what_its_config_leaves_open(tiny_target, alone, lo
     )
     assert (config.layer_ids, config.mask_token_id) == ([1, 2, 3], 3)
     told = capsys.readouterr().out
-    assert "target.layer_ids: [1, 2, 3], spread over 6 layers" in told
+    assert "target.layer_ids: [1, 2, 3], 3 of 6, spread evenly" in told
     assert "draft.mask_token_id: 3, <mask>, reserved" in told
     config = load(f"target.path={tiny_target}", "target.layer_ids=[1,2]", "draft.mask_token_id=3")
     assert setup.check_target(config, alone)[0] == config
