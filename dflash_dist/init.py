@@ -140,11 +140,11 @@ def decide(knobs: Knobs, options: InitOptions, info: TargetInfo) -> None:
     knobs.decide("target.path", options.target)
     knobs.decide("data.path", options.data or f"{options.name}-answers.jsonl", "" if options.data else TO_WRITE)
     sample = decide_data(knobs, options, info)
+    decide_lengths(knobs, sample, info)
     decide_draft(knobs, info, sample)
     if not options.gpus and (slow := bfloat16_slowdown(torch.device("cpu"))) > TOO_SLOW:
         for name in ("target.dtype", "train.precision"):
             knobs.decide(name, "float32", f"bfloat16 takes {slow:.0f} times as long on this CPU")
-    decide_lengths(knobs, sample, info)
     decide_batch(knobs, options, info, sample)
 
 

@@ -102,7 +102,24 @@ CASES: dict[str, tuple[str, list[str], int, tuple[int, int, int], dict[str, str]
         1,
         (0, 2, 4_000),
         HIDDEN,
-        "python -m dflash_dist train --config configs/debug.yaml train.max_steps=5",
+        "python -m dflash_dist train --config debug train.max_steps=5",
+    ),
+    "capture": (
+        "capture",
+        ["--config", "a.yaml", "--out", "features", "-j", "1x2", "--", "data.path=d.jsonl"],
+        1,
+        (2, 8, 64_000),
+        {},
+        "torchrun {agents} --nnodes 1 --nproc_per_node 2 --tee 3 --role '' "
+        "-m dflash_dist capture --config a.yaml --out features data.path=d.jsonl",
+    ),
+    "export": (
+        "export",
+        ["--run", "runs/a", "--out", "drafts/a", "--", "--step", "best"],
+        1,
+        (0, 4, 32_000),
+        HIDDEN,
+        "python -m dflash_dist export --run runs/a --out drafts/a --step best",
     ),
 }
 
@@ -200,7 +217,8 @@ def test_once_installed_the_components_have_names_and_torchx_keeps_its_own() -> 
         for group, module in table["project"]["entry-points"]["torchx.components"].items():
             package, _, name = module.rpartition(".")
             known |= names(f"{folders.get(package, package)}.{name}", "" if group.startswith("_") else group)
-    ours = {"dflash.train", "dflash.regenerate", "dflash.evaluate", "dflash.debug"}
+    commands = ("train", "capture", "regenerate", "evaluate", "export", "debug")
+    ours = {f"dflash.{name}" for name in commands}
     assert known == ours | names("torchx.components", "")
 
 

