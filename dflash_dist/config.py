@@ -150,6 +150,17 @@ class DraftConfig(Section):
         None, "key/value heads; null: as the target", "draft.num_key_value_heads", ge=1
     )
     head_dim: int | None = knob(None, "size of a head; null: as the target", "draft.head_dim", ge=2, multiple_of=2)
+    window: int | None = knob(
+        None,
+        "tokens that a layer sees, itself included, so that serving costs no more with longer texts; null: all before"
+        " the anchor, or as the draft to go on with",
+        FIXED,
+        ge=2,
+    )
+    full_layers: list[Id] = knob([], "layers without the window, such as [4]: the last of five", FIXED)
+    causal: bool = knob(
+        False, "slots of a block see those before them only; without window and this, as the draft to go on with", FIXED
+    )
     init: str = knob(
         "target",
         "a warm start from the target's own top layers, where a copy computes what they do; random: random weights; or"
@@ -378,6 +389,10 @@ def _impossible(config: Config) -> Iterator[str]:
             "target.attention: flash_attention keeps packed documents apart in a single row only: set"
             " train.micro_batch_size to 1, or leave target.attention unset"
         )
+    if draft.window is not None and draft.window < draft.block_size:
+        yield f"draft.window {draft.window} is below draft.block_size {draft.block_size}: a slot must see its anchor"
+    if any(layer >= draft.num_layers for layer in draft.full_layers):
+        yield f"draft.full_layers {draft.full_layers}: the draft has layers 0 to {draft.num_layers - 1}"
     if loss.gamma is None and draft.block_size not in PUBLISHED_GAMMA:
         yield (
             f"loss.gamma has no published value for draft.block_size {draft.block_size}: set it (16 was trained with"

@@ -24,6 +24,7 @@ from dflash_dist.data.template import check_day
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.kinds import KINDS
 from dflash_dist.draft.shape import DraftShape
+from dflash_dist.draft.visibility import VISIBILITY, from_keys
 from dflash_dist.reading import check_fields, parse, read_object, read_shards, reading, shown
 from dflash_dist.target.folder import looks_like_hub_id
 
@@ -76,13 +77,17 @@ def from_config(config: dict[str, Any], where: str = f"the draft's {CONFIG}") ->
     values: dict[str, Any] = {}
     shape = kind_of_config(config).Shape
     for name, type_of in typing.get_type_hints(shape).items():
+        if name in VISIBILITY:
+            continue  # each in several places
         key = "num_hidden_layers" if name == "num_layers" else name
         place = next((place for place in (inner, rope) if key in place), config)
         check_fields(place, {key: type_of}, where, AGAIN)
         values[name] = place[key]
         if type_of is int and name != "mask_token_id" and not 1 <= values[name] <= MOST.get(name, WIDEST):
             raise ValueError(f"{name} in {where} is {shown(values[name])}, which is no size: {AGAIN}")
-    return shape(**values)
+    for place in (config, inner):
+        check_fields(place, VISIBILITY, where, AGAIN)
+    return shape(**values, **from_keys(config, values["num_layers"]))
 
 
 # ---- what must hold of tensors and shape: each rule returns what breaks it ----
@@ -127,10 +132,10 @@ def variants(config: dict[str, Any], shape: DraftShape) -> list[str]:
     """What makes a draft another model than its kind computes here, though engines may know it."""
     ours = kind_of_config(config).to_config(shape, dtype="")
     inner, rope = config.get("dflash_config") or {}, config.get("rope_parameters") or {}
-    found = {key: config.get(key) for key in ("layer_types", "hidden_act") if config.get(key) not in (None, ours[key])}
-    found |= {key: config[key] for key in ("attention_bias", "is_causal", "rope_scaling") if config.get(key)}
+    found = {key: config.get(key) for key in ("hidden_act",) if config.get(key) not in (None, ours[key])}
+    found |= {key: config[key] for key in ("attention_bias", "rope_scaling") if config.get(key)}
     found |= {key: value for key, value in rope.items() if (ours | ours["rope_parameters"]).get(key) != value}
-    found |= {key: value for key, value in inner.items() if key not in ours | ours["dflash_config"]}
+    found |= {key: value for key, value in inner.items() if key not in ours | ours["dflash_config"] | VISIBILITY}
     return [f"{key} {value}" for key, value in found.items()]
 
 

@@ -5,7 +5,8 @@ As speculators 0.9.0 writes and reads it, and vLLM 0.32 with it. Two things are 
 * Layers count from the embedding: id i is the input of decoder layer i, one more than anywhere else in this program.
   Ids that are copied as they are name the layers before, and every engine serves that.
 * `sliding_window_non_causal` concerns sliding layers only, but where it is false, the library's default, vLLM lets no
-  slot of any layer see the slots behind it (vLLM's pull request 56692). So it is written as true.
+  slot of any layer see the slots behind it (vLLM's pull request 56692). So it is false for drafts whose layers are all
+  sliding and causal, and this layout has no word for others that are causal.
 
 The library keeps no embedding and no LM head of drafts that have the target's whole vocabulary; neither do we.
 """
@@ -25,9 +26,18 @@ def to_speculators(config: dict[str, Any], target: str, architectures: list[str]
     Args:
         target: folder or hub id of the target, which vLLM serves when it is given the draft alone.
         architectures: the target's, from its own config.
+
+    Raises:
+        ValueError: some layers are causal and not all of them slide, which this layout cannot say.
     """
+    causal = config.get("is_causal", True)  # without the key, sliding layers are
+    if causal and ("is_causal" not in config or "full_attention" in config["layer_types"]):
+        raise ValueError(
+            "the speculators layout cannot say of layers with full attention whether they are causal: write --format"
+            " dflash"
+        )
     inner = config["dflash_config"]
-    decoder = {key: value for key, value in config.items() if key not in (*OUTSIDE, "dflash_config")}
+    decoder = {key: value for key, value in config.items() if key not in (*OUTSIDE, "dflash_config", "is_causal")}
     return {
         **{key: config[key] for key in OUTSIDE},  # vLLM knows the layout by the absence of model_type
         METHOD: "dflash",
@@ -43,7 +53,7 @@ def to_speculators(config: dict[str, Any], target: str, architectures: list[str]
         "mask_token_id": inner["mask_token_id"],
         "aux_hidden_state_layer_ids": [i + 1 for i in inner["target_layer_ids"]],
         "sample_from_anchor": False,
-        "sliding_window_non_causal": True,
+        "sliding_window_non_causal": not causal,
         "tie_word_embeddings": False,
     }
 
@@ -70,5 +80,7 @@ def from_speculators(config: dict[str, Any], where: str = "a draft's config.json
         inner["sample_from_anchor"] = True
     if config.get("draft_vocab_size", decoder.get("vocab_size")) != decoder.get("vocab_size"):
         inner["draft_vocab_size"] = config["draft_vocab_size"]
+    if "sliding_attention" in (decoder.get("layer_types") or ()):
+        inner["causal"] = not config.get("sliding_window_non_causal", True)
     stated = {key: config[key] for key in (*OUTSIDE, "sliding_window_non_causal") if key in config}
     return decoder | stated | {"architectures": ["DFlashDraftModel"], "dflash_config": inner}  # as vLLM names its class

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dflash_dist.kernels.mask import Mask
 
-@dataclass(frozen=True)
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DraftShape:
     """What determines a draft's tensors and how it is served."""
 
@@ -23,6 +27,24 @@ class DraftShape:
     num_target_layers: int
     vocab_size: int
     max_position_embeddings: int
+    # What layers see; without sliding layers everything before the anchor, and in both directions inside the block.
+    layer_types: list[str] | None = None  # of each layer; None: all full
+    sliding_window: int | None = None  # of sliding layers [tokens]
+    is_causal: bool | None = False  # within the block; None: sliding layers are, the others not
+
+    @property
+    def masks(self) -> list[Mask]:
+        """Of each layer."""
+        sliding = [kind == SLIDING_ATTENTION for kind in self.types]
+        return [
+            Mask(self.sliding_window if slides else None, slides if self.is_causal is None else self.is_causal)
+            for slides in sliding
+        ]
+
+    @property
+    def types(self) -> list[str]:
+        """The type of each layer, as engines name it."""
+        return self.layer_types or [FULL_ATTENTION] * self.num_layers
 
     @property
     def proposals(self) -> int:

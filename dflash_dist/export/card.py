@@ -58,6 +58,7 @@ class Card:
             "block": f"{shape.proposals + 1} tokens: the anchor and {shape.proposals} proposals",
             "mask token": shape.mask_token_id,
             "draft": f"{shape.num_layers} layers, {self.parameters:,} parameters, {self.dtype}",
+            "layers see": seen_by(shape),
             "begun from": starts.get(self.run.draft.init) or shown(self.run.draft.init),
             "data": sources(data.path),
             "steps": f"{self.step:,} of {train.global_batch_size} rows of {data.seq_len} tokens",
@@ -152,6 +153,13 @@ vllm serve {target} \\
 
 This is the layout of the [speculators](https://github.com/vllm-project/speculators) library. For SGLang and the class
 of z-lab/dflash, export with `--format dflash`."""
+
+
+def seen_by(shape: DraftShape) -> str:
+    sliding = [str(number) for number, mask in enumerate(shape.masks) if mask.window]
+    causal = {None: "only sliding layers", True: "all layers", False: "none"}[shape.is_causal]
+    context = f"a window of {shape.sliding_window} tokens in layers {', '.join(sliding)}" if sliding else "all"
+    return f"{context} of the context; causal inside the block: {causal}"
 
 
 def measured(name: str, result: dict[str, Any]) -> list[str]:

@@ -66,7 +66,7 @@ def export(options: ExportOptions) -> None:
     kind = kind_of(config.draft.kind)
     fields = typing.get_type_hints(kind.Shape)
     check_fields(saved, fields, f"shape in {folder / 'state.json'}", another)
-    shape = kind.Shape(**{name: saved[name] for name in fields})
+    shape = kind.Shape(**{name: saved[name] for name in fields if name in saved})
     report = read_report(options.report) if options.report else None
     base_model = options.base_model or config.target.path
     speculators_of = (base_model, architectures(config)) if options.format == "speculators" else None

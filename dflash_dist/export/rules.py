@@ -30,6 +30,8 @@ from dflash_dist.contract.folder import (
 )
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.shape import DraftShape
+from dflash_dist.draft.visibility import as_transformers, as_vllm
+from dflash_dist.kernels.mask import Mask
 from dflash_dist.target.choices import check_mask_token
 from dflash_dist.target.load import TargetInfo
 
@@ -98,9 +100,28 @@ def layer_types(draft: Folder) -> list[str]:
     found = [] if len(types) == draft.shape.num_layers else [f"{len(types)} for {draft.shape.num_layers} layers"]
     kinds = dict.fromkeys(str(kind) for kind in types if kind not in ("full_attention", "sliding_attention"))
     found += [f"no such type: {kind}" for kind in kinds]
-    # Qwen3's config forgets the window unless use_sliding_window is set.
-    window = config.get("sliding_window") and (config.get("use_sliding_window") or model_type(draft))
+    window = any(mask.window for mask in as_vllm(config, draft.shape.num_layers))
     return [*found, "sliding_attention without a window"] if "sliding_attention" in types and not window else found
+
+
+def visibility(draft: Folder) -> list[str]:
+    layers = draft.shape.num_layers
+    vllm, others = as_vllm(draft.config, layers), as_transformers(draft.config, layers)
+    differing = [i for i in range(layers) if vllm[i] != others[i]]
+    if not differing or layer_types(draft):
+        return []
+    first = differing[0]
+    return [f"layers {differing}: {_in_words(vllm[first])} in vLLM, {_in_words(others[first])} in the others"]
+
+
+def _in_words(mask: Mask) -> str:
+    window = "full attention" if mask.window is None else f"a window of {mask.window}"
+    return f"{window} {'causal' if mask.causal else 'in both directions'} inside the block"
+
+
+def narrow_window(draft: Folder) -> list[str]:
+    window = draft.shape.sliding_window
+    return [f"{window} for blocks of {draft.shape.block_size}"] if window and window < draft.shape.block_size else []
 
 
 def rope(draft: Folder) -> list[str]:
@@ -251,6 +272,13 @@ RULES = [
         "SGLang and transformers refuse it; vLLM stops, or takes what it does not know for full attention",
     ),
     Rule(
+        "what layers see",
+        visibility,
+        "vLLM reads dflash_config's causal, swa_window_size and use_swa, SGLang and transformers the top level alone:"
+        " they serve different drafts",
+    ),
+    Rule("window", narrow_window, "the last slots of a block would not see its anchor, and engines differ on that"),
+    Rule(
         "rotary positions",
         rope,
         "engines read rope_parameters, older ones the top level; vLLM obeys partial, multimodal and interleaved"
@@ -274,8 +302,7 @@ RULES = [
     Rule(
         "variant",
         lambda draft: variants(draft.config, draft.shape),
-        "right only if it was trained so, and not every engine heeds it (`evaluate` refuses); sliding layers are"
-        " causal unless is_causal is false",
+        "right only if it was trained so, and not every engine heeds it (`evaluate` refuses)",
         "note",
     ),
 ]

@@ -19,13 +19,14 @@ import torch
 import yaml
 
 from dflash_dist import __version__
-from dflash_dist.config import Config, load_written, to_tree
+from dflash_dist.config import Config, DraftConfig, load_written, to_tree
 from dflash_dist.contract.folder import check_draft, find_draft, read_draft, read_kind
 from dflash_dist.data.rows import Data, load_data, make_encoder
 from dflash_dist.data.template import settle_day
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.kinds import kind_of
-from dflash_dist.draft.shape import DraftShape
+from dflash_dist.draft.shape import FULL_ATTENTION, SLIDING_ATTENTION, DraftShape
+from dflash_dist.draft.visibility import VISIBILITY
 from dflash_dist.files import locked, whole, writing
 from dflash_dist.machine import TOO_SLOW, bfloat16_slowdown
 from dflash_dist.ranks import World
@@ -283,8 +284,11 @@ def draft_shape(config: Config, text: Any, path: str) -> DraftShape:
         of_folder, begun_from = read_kind(folder, text.num_hidden_layers)
         if of_folder is not kind:
             raise ValueError(f"draft.init: {draft.init} is of another kind than draft.kind {draft.kind}")
+    inherited |= _visibility(draft)
     if begun_from:
-        inherited = {name: getattr(begun_from, name) for name in inherited}
+        inherited |= {name: getattr(begun_from, name) for name in inherited if name not in VISIBILITY}
+    if begun_from and draft.window is None and not draft.causal:  # unless another one is asked for
+        inherited |= {name: getattr(begun_from, name) for name in inherited if name in VISIBILITY}
     stated = {name: getattr(draft, name, None) for name in inherited}
     shape = kind.Shape(
         hidden_size=text.hidden_size,
@@ -311,6 +315,16 @@ def draft_shape(config: Config, text: Any, path: str) -> DraftShape:
     return shape
 
 
+def _visibility(draft: DraftConfig) -> dict[str, Any]:
+    """What the config says of what layers see, as a draft's shape has it."""
+    if draft.window is None:
+        return {"layer_types": None, "sliding_window": None, "is_causal": draft.causal}
+    full = [number in draft.full_layers for number in range(draft.num_layers)]
+    types = [FULL_ATTENTION if sees_all else SLIDING_ATTENTION for sees_all in full]
+    window = None if all(full) else draft.window
+    return {"layer_types": types if window else None, "sliding_window": window, "is_causal": draft.causal}
+
+
 def draft_to_begin_from(config: Config) -> Path | None:
     """The folder of the draft that `draft.init` names, if it names one.
 
@@ -328,7 +342,9 @@ def draft_to_begin_from(config: Config) -> Path | None:
 
 def _refuse_another(shape: DraftShape, begun_from: DraftShape, name: str) -> None:
     """Refuses to begin from a draft that is not of the shape that this run trains."""
-    ours, theirs = dataclasses.asdict(shape), dataclasses.asdict(begun_from)
+    ours, theirs = (
+        {k: v for k, v in dataclasses.asdict(of).items() if k not in VISIBILITY} for of in (shape, begun_from)
+    )
     knobs = {"target_layer_ids": "target.layer_ids"} | {
         key: f"the target's {key}" for key in ("hidden_size", "vocab_size", "num_target_layers")
     }

@@ -45,15 +45,18 @@ SHAPE = {
     "max_position_embeddings": 512,
 }
 
+SEES = {"layer_types": None, "sliding_window": None, "is_causal": False}  # all, in both directions
+
 CONFIG = {
     "architectures": ["DFlashDraftModel"],
     "model_type": "qwen3",
     "dtype": "float32",
     "block_size": 5,
     "num_target_layers": 7,
-    "dflash_config": {"mask_token_id": 90, "target_layer_ids": [0, 3, 4], "block_size": 5},
+    "dflash_config": {"mask_token_id": 90, "target_layer_ids": [0, 3, 4], "block_size": 5, "causal": False},
     "num_hidden_layers": 2,
     "layer_types": ["full_attention", "full_attention"],
+    "is_causal": False,
     "hidden_size": 24,
     "vocab_size": 97,
     "num_attention_heads": 6,
@@ -144,7 +147,7 @@ def test_the_weights_say_that_they_are_from_torch_and_how_they_were_trained(fold
     with safe_open(folder / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata.pop("format") == "pt"  # transformers refuses to load safetensors without this
-    assert {key: json.loads(value) for key, value in metadata.items()} == {"dflash_shape": SHAPE}
+    assert {key: json.loads(value) for key, value in metadata.items()} == {"dflash_shape": SHAPE | SEES}
 
 
 def test_a_draft_folder_is_just_config_and_weights(folder):
@@ -367,19 +370,14 @@ def test_a_config_that_cannot_be_read_is_named(folder, text, fault):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (
-            {"layer_types": ["sliding_attention", "full_attention"]},
-            "layer_types ['sliding_attention', 'full_attention']",
-        ),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
         ({"attention_bias": True}, "attention_bias True"),
-        ({"is_causal": True}, "is_causal True"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling {'rope_type': 'yarn'}"),
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}},
             "rope_type linear; factor 2.0",
         ),
-        ({"dflash_config": {**CONFIG["dflash_config"], "causal": True}}, "causal True"),
+        ({"dflash_config": {**CONFIG["dflash_config"], "attention_sink_bias": True}}, "attention_sink_bias True"),
     ],
 )
 def test_a_draft_that_computes_something_else_is_refused(folder, change, named):
@@ -471,7 +469,7 @@ def test_transformers_reads_the_config_as_qwen3(folder):
     assert (config.rms_norm_eps, config.head_dim, config.hidden_act) == (0.01, 8, "silu")
     assert config.layer_types == ["full_attention"] * 2
     assert (config.block_size, config.num_target_layers) == (5, 7)
-    assert config.dflash_config == {"mask_token_id": 90, "target_layer_ids": [0, 3, 4], "block_size": 5}
+    assert config.dflash_config == CONFIG["dflash_config"] and config.is_causal is False
     assert config.architectures == ["DFlashDraftModel"]
 
 

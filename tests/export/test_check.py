@@ -33,6 +33,12 @@ class Folder:
         config = json.loads(file.read_text()) | changes
         file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
+    def published(self, **changes):
+        """As `config`, of a draft trained elsewhere: without a record, and with keys at the top level alone."""
+        self.tensors()
+        inner = json.loads((self.path / "config.json").read_text())["dflash_config"]
+        self.config(**changes, dflash_config={key: value for key, value in inner.items() if key != "causal"})
+
     def inner(self, **changes):
         """Sets keys of dflash_config."""
         config = json.loads((self.path / "config.json").read_text())
@@ -125,6 +131,29 @@ BREAKS = {
         (lambda d: d.tensors(**{"rotary_emb.inv_freq": ONES}), "rotary_emb.inv_freq does not belong"),
         (lambda d: d.config(num_hidden_layers=1, layer_types=None), "layers.1.mlp.up_proj.weight does not belong"),
     ],
+    "what layers see": [
+        (
+            lambda d: (d.config(is_causal=None), d.inner(causal=True)),
+            r"layers \[0, 1\]: full attention causal inside the block in vLLM, full attention in both directions",
+        ),
+        (
+            lambda d: d.inner(use_swa=True, swa_window_size=64),
+            r"a window of 64 in both directions inside the block in vLLM, full attention in both",
+        ),
+        (
+            lambda d: (
+                d.config(layer_types=["full_attention", "sliding_attention"], **WINDOW),
+                d.inner(swa_window_size=32),
+            ),
+            r"layers \[1\]: a window of 32 .* in vLLM, a window of 64",
+        ),
+    ],
+    "window": [
+        (
+            lambda d: d.config(layer_types=["sliding_attention"] * 2, **WINDOW | {"sliding_window": 7}),
+            "7 for blocks of 8",
+        ),
+    ],
     "tensor shapes": [
         (lambda d: d.tensors(**{"norm.weight": ONES[:63].clone()}), r"norm.weight is \[63\], not \[64\]"),
         (lambda d: d.inner(target_layer_ids=[1, 2]), r"fc.weight is \[64, 192\], not \[64, 128\]"),
@@ -198,12 +227,10 @@ NOTES = {
     ],
     "variant": [
         (lambda d: d.speculators(sample_from_anchor=True), "sample_from_anchor True"),
-        (lambda d: d.config(is_causal=True), "is_causal True"),
         (lambda d: d.config(attention_bias=True), "attention_bias True"),
         (lambda d: d.config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_scaling .*yarn"),
         (lambda d: d.config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type yarn"),
         (lambda d: d.inner(attention_value_scale=0.7), "attention_value_scale 0.7"),
-        (lambda d: d.config(layer_types=["sliding_attention", "full_attention"], **WINDOW), "layer_types .*sliding"),
     ],
 }
 CASES = [
@@ -260,8 +287,10 @@ PUBLISHED = {
     ),
     "block size inside only": lambda d: d.config(block_size=None),
     "all rotary dimensions": lambda d: d.config(partial_rotary_factor=1.0),
-    "sliding layers": lambda d: d.config(layer_types=["sliding_attention", "full_attention"], **WINDOW),
-    "causal where it says so": lambda d: d.config(layer_types=["sliding_attention"] * 2, is_causal=False, **WINDOW),
+    "sliding layers that are causal": lambda d: d.published(
+        layer_types=["sliding_attention", "full_attention"], is_causal=None, **WINDOW
+    ),
+    "sliding layers that are not": lambda d: d.published(layer_types=["sliding_attention"] * 2, **WINDOW),
     "shards": lambda d: d.shards(),
     "code and tokenizer beside": lambda d: [(d.path / name).write_text("") for name in ("dflash.py", "vocab.json")],
     "yarn": lambda d: d.config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),

@@ -3,6 +3,7 @@ from __future__ import annotations
 from tests.mutants import Mutant
 
 FOLDER, TEST_FOLDER = "dflash_dist/contract/folder.py", "tests/contract/test_folder.py"
+VISIBILITY, TEST_WINDOWS = "dflash_dist/draft/visibility.py", "tests/draft/test_windows.py"
 SPECULATORS, TEST_SPECULATORS = "dflash_dist/contract/speculators.py", "tests/contract/test_speculators.py"
 
 MUTANTS = [
@@ -36,9 +37,9 @@ MUTANTS = [
     ),
     Mutant(
         "every layer has full attention",
-        "dflash_dist/draft/kinds/dflash.py",
-        '["full_attention"] * shape.num_layers',
-        '["full_attention"]',
+        "dflash_dist/draft/shape.py",
+        "[FULL_ATTENTION] * self.num_layers",
+        "[FULL_ATTENTION]",
         TEST_FOLDER,
     ),
     Mutant(
@@ -156,8 +157,8 @@ MUTANTS = [
     Mutant(
         "variants: rotary scaling",
         FOLDER,
-        '("attention_bias", "is_causal", "rope_scaling")',
-        '("attention_bias", "is_causal")',
+        '("attention_bias", "rope_scaling")',
+        '("attention_bias",)',
         f"{TEST_FOLDER} tests/export/test_check.py",
     ),
     Mutant(
@@ -196,9 +197,9 @@ MUTANTS = [
         TEST_SPECULATORS,
     ),
     Mutant(
-        "sliding_window_non_causal is written as true",
+        "sliding_window_non_causal is written as true, unless all layers slide and are causal",
         SPECULATORS,
-        '"sliding_window_non_causal": True,',
+        '"sliding_window_non_causal": not causal,',
         '"sliding_window_non_causal": False,',
         TEST_SPECULATORS,
     ),
@@ -236,5 +237,47 @@ MUTANTS = [
         'if config[METHOD] != "dflash":',
         "if False:",
         TEST_SPECULATORS,
+    ),
+    Mutant(
+        "is_causal is written where SGLang and transformers read it",
+        VISIBILITY,
+        'top["is_causal"] = inner["causal"] = shape.is_causal',
+        'inner["causal"] = shape.is_causal',
+        TEST_WINDOWS,
+    ),
+    Mutant(
+        "without use_sliding_window, Qwen3's config forgets the window",
+        VISIBILITY,
+        '"use_sliding_window": True, ',
+        "",
+        TEST_WINDOWS,
+    ),
+    Mutant(
+        "without is_causal, sliding layers are causal",
+        VISIBILITY,
+        "slides if causal is None else bool(causal)",
+        "bool(causal)",
+        TEST_WINDOWS,
+    ),
+    Mutant(
+        "layers may see differently",
+        "dflash_dist/draft/kinds/dflash.py",
+        "return [made[mask] for mask in self.masks]",
+        "return [made[self.masks[0]] for mask in self.masks]",
+        TEST_WINDOWS,
+    ),
+    Mutant(
+        "a draft goes on with what its layers see",
+        "dflash_dist/training/setup.py",
+        "    if begun_from and draft.window is None and not draft.causal:",
+        "    if False:",
+        TEST_WINDOWS,
+    ),
+    Mutant(
+        "check says where engines read a config differently",
+        "dflash_dist/export/rules.py",
+        "    differing = [i for i in range(layers) if vllm[i] != others[i]]",
+        "    differing = list[int]()",
+        "tests/export/test_check.py",
     ),
 ]

@@ -434,7 +434,7 @@ MUTANTS = [
     Mutant(
         "what the config leaves open is the folder's that a draft begins from",
         SETUP,
-        "inherited = {name: getattr(begun_from, name) for name in inherited}",
+        "inherited |= {name: getattr(begun_from, name) for name in inherited if name not in VISIBILITY}",
         "pass",
         f"{TEST_INIT}::test_what_the_config_leaves_open_is_the_folders_not_the_targets",
     ),

@@ -19,9 +19,10 @@ from dflash_dist.batch import Batch
 from dflash_dist.draft.base import Choose, Draft
 from dflash_dist.draft.layers import ContextCache, DraftLayer, RMSNorm, rope_of
 from dflash_dist.draft.shape import DraftShape
+from dflash_dist.draft.visibility import to_keys
 from dflash_dist.kernels.attention import Attend, OneBlockAttention, training_attention
 from dflash_dist.kernels.elementwise import Rope
-from dflash_dist.kernels.mask import FULL, Mask
+from dflash_dist.kernels.mask import Mask
 
 
 class DFlashDraftModel(Draft):
@@ -36,7 +37,7 @@ class DFlashDraftModel(Draft):
         self.hidden_norm = RMSNorm(hidden, eps)
         layers = nn.ModuleList(DraftLayer(shape) for _ in range(shape.num_layers))
         self.layers = cast("Sequence[DraftLayer]", layers)
-        self.masks: list[Mask] = [FULL] * shape.num_layers  # in training and in decoding
+        self.masks = shape.masks  # in training and in decoding
         self.norm = RMSNorm(hidden, eps)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -44,6 +45,7 @@ class DFlashDraftModel(Draft):
 
     @classmethod
     def to_config(cls, shape: DraftShape, dtype: str) -> dict[str, Any]:
+        visible, visible_inside = to_keys(shape)
         return {
             "architectures": [cls.architecture],
             "model_type": "qwen3",
@@ -54,9 +56,10 @@ class DFlashDraftModel(Draft):
                 "mask_token_id": shape.mask_token_id,
                 "target_layer_ids": shape.target_layer_ids,
                 "block_size": shape.block_size,
+                **visible_inside,
             },
             "num_hidden_layers": shape.num_layers,
-            "layer_types": ["full_attention"] * shape.num_layers,
+            **visible,
             "hidden_size": shape.hidden_size,
             "vocab_size": shape.vocab_size,
             "num_attention_heads": shape.num_attention_heads,
