@@ -248,7 +248,7 @@ MUTANTS = [
     Mutant(
         "without use_sliding_window, Qwen3's config forgets the window",
         VISIBILITY,
-        '"use_sliding_window": True, ',
+        '            "use_sliding_window": True,\n',
         "",
         TEST_WINDOWS,
     ),
