@@ -98,7 +98,7 @@ def test_layers_that_differ_train_as_the_dense_reference(causal, monkeypatch) ->
         else:
             inside = [causal is not False, bool(causal)]  # written out by layer
             dense = [DenseAttention(blocks, window, inner) for window, inner in zip((12, None), inside)]
-            monkeypatch.setattr(draft, "_attention", lambda _: dense)
+            monkeypatch.setattr(draft, "_attention", lambda _, dense=dense: dense)
             hidden = draft(blocks, features, case.embedding)
         used = (blocks.anchor_documents >= 0).repeat_interleave(K, dim=1)
         hidden[used].square().sum().backward()
