@@ -27,21 +27,7 @@ from dflash_dist.data.sources import CHUNK_ROWS, FileSource
 from dflash_dist.options import option, parse
 from dflash_dist.target.folder import read_tokenizer
 
-WORDS = (
-    "the",
-    "model",
-    "writes",
-    "an",
-    "answer",
-    "about",
-    "rivers,",
-    "prices",
-    "and",
-    "the",
-    "weather.",
-    "It",
-    "stops",
-)
+WORDS = "the model writes an answer about rivers, prices and the weather. It stops".split()
 SHORT_ROW = 24  # tokens of a document in the cache that is opened
 
 
@@ -135,7 +121,9 @@ def measure_opening(options: BenchDataOptions, folder: Path) -> dict[str, float]
     """Opens and packs a cache of short rows, as a rank does at its start, in a process of its own."""
     path = folder / "short.jsonl"
     path.write_bytes(b"{}\n" * options.open_rows)  # never read: its entry of the cache is there already
-    config, encoder = _short_rows(folder, options)
+    tokenizer = read_tokenizer(options.target, trust_remote_code=options.trust_remote_code)
+    config = DataConfig(path=str(path), seq_len=options.seq_len, cache_dir=str(folder / "short"))
+    encoder = make_encoder(config, tokenizer, [tokenizer.eos_token_id])
     document = Document(np.arange(SHORT_ROW, dtype=np.int32), [(SHORT_ROW // 2, SHORT_ROW)])
     made = entry_folder(cache_folder(config), FileSource(path), encoder)
     made.mkdir(parents=True)
@@ -145,19 +133,12 @@ def measure_opening(options: BenchDataOptions, folder: Path) -> dict[str, float]
     account = Account(str(path), options.open_rows, {"messages": 1}, digest=digest)
     (made / "account.json").write_text(json.dumps(vars(account)))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        seconds, mib = pool.apply(open_cache, (folder, options))
+        seconds, mib = pool.apply(open_cache, (config, encoder))
     return {"opened_rows": options.open_rows, "opening_s": seconds, "opening_peak_mib_above_rest": mib}
 
 
-def _short_rows(folder: Path, options: BenchDataOptions) -> tuple[DataConfig, ChatEncoder]:
-    tokenizer = read_tokenizer(options.target, trust_remote_code=options.trust_remote_code)
-    config = DataConfig(path=str(folder / "short.jsonl"), seq_len=options.seq_len, cache_dir=str(folder / "short"))
-    return config, make_encoder(config, tokenizer, [tokenizer.eos_token_id])
-
-
-def open_cache(folder: Path, options: BenchDataOptions) -> tuple[float, float]:
+def open_cache(config: DataConfig, encoder: ChatEncoder) -> tuple[float, float]:
     """Seconds to open and pack the cache and to make a batch, and the peak of memory above the resting size [MiB]."""
-    config, encoder = _short_rows(folder, options)
     begun, rest = time.perf_counter(), _status_mib("VmRSS")
     data = load_data(config, encoder, seed=0, pack=True)
     data.train.batch([0, len(data.train) - 1])

@@ -48,29 +48,6 @@ GPU = "a GPU; by default an H100 SXM"
 
 
 @dataclass(frozen=True)
-class Machine:
-    """GPUs that are all alike, in nodes."""
-
-    memory: float  # bytes a GPU
-    flops: float  # operations a second in matrix products, as they are reached
-    memory_bandwidth: float  # bytes/s
-    bandwidth: float  # bytes/s between GPUs of a node, each way
-    network: float  # bytes/s between nodes, a GPU
-    gpus_per_node: int
-
-    @property
-    def room(self) -> float:
-        """Bytes for tensors."""
-        return self.memory - RESERVE
-
-    def seconds(self, collective: Collective) -> float:
-        """On the wire. A ring leaves a node through one GPU's network card, and there are as many rings as cards."""
-        inside = collective.ranks <= self.gpus_per_node
-        speed = self.bandwidth if inside else min(self.bandwidth, self.network * self.gpus_per_node)
-        return collective.received / speed + collective.hops * HOP
-
-
-@dataclass(frozen=True)
 class Stage:
     """What a stage of a step takes of a rank [s], if nothing else kept it."""
 
@@ -109,15 +86,15 @@ class PlanOptions(ConfigOptions):
     network: Positive = option("between nodes, a GPU [GB/s]", 50, GPU)
 
     @property
-    def machine(self) -> Machine:
-        return Machine(
-            memory=self.memory * 2**30,
-            flops=self.flops * 1e12 * self.efficiency,
-            memory_bandwidth=self.memory_bandwidth * 1e9,
-            bandwidth=self.bandwidth * 1e9,
-            network=self.network * 1e9,
-            gpus_per_node=self.gpus_per_node,
-        )
+    def room(self) -> float:
+        """Bytes of a GPU for tensors."""
+        return self.memory * 2**30 - RESERVE
+
+    def seconds(self, collective: Collective) -> float:
+        """On the wire. A ring leaves a node through one GPU's network card, and there are as many rings as cards."""
+        inside = collective.ranks <= self.gpus_per_node
+        speed = self.bandwidth if inside else min(self.bandwidth, self.network * self.gpus_per_node)
+        return collective.received / (speed * 1e9) + collective.hops * HOP
 
 
 def main(argv: list[str]) -> None:
@@ -139,7 +116,7 @@ def make_report(options: PlanOptions, config: Config) -> dict[str, Any]:
         ValueError: the config does not fit the target or the number of GPUs.
     """
     target = target_config(options.like, config.target)
-    text, machine = target.get_text_config(), options.machine
+    text = target.get_text_config()
     last = text.num_hidden_layers - 1
     ids = config.target.layer_ids or layers_to_capture(last + 1)
     config = config.filled_in(ids, config.draft.mask_token_id or 0)  # which token it is costs nothing
@@ -151,34 +128,34 @@ def make_report(options: PlanOptions, config: Config) -> dict[str, Any]:
     check_world(config, World(0, options.gpus, torch.device("cuda")))
     with one_rank(config, target, options.gpus) as rank:
         cost = rank.step()
-        limits = find_limits(rank, cost, machine)
+        limits = find_limits(rank, cost, options.room)
+    every = micro_batches(config, options.gpus)
     return {
         "packs": expects_packing(text),
         "gpus": options.gpus,
-        "memory": machine.memory,
+        "memory": options.memory * 2**30,
         "reserve": RESERVE,
         "peak": cost.peak,
-        "fits": cost.peak <= machine.room,
+        "fits": cost.peak <= options.room,
         "held": cost.held,
         **limits,
         "efficiency": options.efficiency,
         "stages": {
             name: dataclasses.asdict(stage) | {"seconds": stage.seconds, "bound": stage.bound}
-            for name, stage in stages(cost, micro_batches(config, options.gpus), machine).items()
+            for name, stage in stages(cost, every, options).items()
         },
-        "handed_to_collectives": handed(cost, micro_batches(config, options.gpus)),
+        "handed_to_collectives": handed(cost, every),
         "scales": [at_scale(options, *layout) for layout in layouts(options, config, target, cost)],
     }
 
 
-def find_limits(rank: Rank, cost: StepCost, machine: Machine) -> dict[str, int]:
+def find_limits(rank: Rank, cost: StepCost, room: float) -> dict[str, int]:
     """What else fits: layers computed again in backward, more rows, more anchors.
 
     The draft is tried without its target, which holds the most at another time. The target is tried only where it might
     hold more than there is room for, with the most rows that any draft has room for.
     """
-    config, rows = rank.config, rank.config.train.micro_batch_size
-    at_rest, capturing = sum(cost.at_rest.values()), cost.peak_of("capture")
+    config, rows, at_rest = rank.config, rank.config.train.micro_batch_size, sum(cost.at_rest.values())
 
     def drafting(config: Config) -> int:
         return rank.step(config, run_target=False, counts_work=False).peak
@@ -188,17 +165,19 @@ def find_limits(rank: Rank, cost: StepCost, machine: Machine) -> dict[str, int]:
 
     def most_rows(peak: Callable[[Config], int], config: Config, now: int, most: int | None = None) -> int:
         of_rows = _straight(lambda rows: peak(with_train(config, micro_batch_size=rows)))
-        return largest_with_room(of_rows, machine.room, {0: at_rest, rows: now}, most)
+        return largest_with_room(of_rows, room, {0: at_rest, rows: now}, most)
 
     checkpointed = with_train(config, gradient_checkpointing=True)
-    cheaper = drafting(checkpointed)
+    cheaper, capturing = drafting(checkpointed), cost.peak_of("capture")
     largest = [most_rows(drafting, config, cost.peak), most_rows(drafting, checkpointed, cheaper)]
-    if rank.target and _with_more_rows(cost, max(largest) / rows) > machine.room:
+    # Bytes that are enough for the target: what rows take grows with them, and the most of it comes together.
+    grown = {OF_TARGET: max(largest) / rows, FEATURES: max(largest) / rows}
+    if rank.target and sum(size * grown.get(owner, 1) for owner, size in cost.capturing.items()) > room:
         of_target = most_rows(running, checkpointed, capturing, max(largest))
         largest = [min(rows, of_target) for rows in largest]
     anchors = largest_with_room(
         lambda anchors: drafting(dataclasses.replace(config, loss=dataclasses.replace(config.loss, anchors=anchors))),
-        machine.room,
+        room,
         {0: at_rest, config.loss.anchors: cost.peak},
         config.data.seq_len - 1,  # a row has no more anchors than tokens with a next one
     )
@@ -208,11 +187,6 @@ def find_limits(rank: Rank, cost: StepCost, machine: Machine) -> dict[str, int]:
         "largest_micro_batch_with_checkpointing": largest[1],
         "largest_anchors": anchors,
     }
-
-
-def _with_more_rows(cost: StepCost, times: float) -> float:
-    """Bytes that are enough for the target: what rows take grows with them, and the most of it comes together."""
-    return sum(size * (times if owner in (OF_TARGET, FEATURES) else 1) for owner, size in cost.capturing.items())
 
 
 def largest_with_room(
@@ -225,24 +199,25 @@ def largest_with_room(
         most: the largest that is looked at, and the first.
     """
     known = {**known, most: peak(most)} if most and most not in known else dict(known)
+
+    def meets(a: int, b: int) -> float:
+        """Where the line through two of them meets the room."""
+        return a + (room - known[a]) * (b - a) / max(known[b] - known[a], 1)
+
     while True:
         fitting = sorted(number for number, size in known.items() if size <= room)
         if not fitting:
             return 0
         low, high = fitting[-1], min(known.keys() - fitting, default=None)
-        if high == low + 1 or low == most:
+        further = [meets(a, b) for a, b in pairwise(fitting[-2:]) if a]  # a first row also brings what all share
+        if high == low + 1 or low == most or (further and further[0] < low + 1 - SURE):
             return low
-        # Where a line meets the room: between those that do and do not fit, or on from the two largest that do.
-        more = [low + (room - known[low]) / _slope(known, a, b) for a, b in pairwise(fitting[-2:])]
-        if more and more[0] < low + 1 - SURE:
-            return low
-        between = low + (room - known[low]) / _slope(known, low, high) if high else more[0]
-        number = max((low + high) // 2 if high and len(known) > FEW else int(between), low + 1)
+        if high:
+            number = (low + high) // 2 if len(known) > FEW else int(meets(low, high))
+        else:
+            number = int(further[0]) if further else 2 * low
+        number = max(number, low + 1)
         known[number] = peak(number)
-
-
-def _slope(known: dict[int, float], a: int, b: int) -> float:
-    return max(known[b] - known[a], 1) / (b - a)
 
 
 def _straight(peak: Callable[[int], float]) -> Callable[[int], float]:
@@ -263,7 +238,7 @@ def layouts(
 ) -> Iterator[tuple[Config, int, StepCost]]:
     """Numbers of GPUs to compare, each with the target as configured and, over several nodes, with a copy a node; and
     the cost there, as it follows from the `cost` of a rank as asked for."""
-    at_rest = {(cost.shards, cost.ranks): cost.at_rest}
+    at_rest = {}  # by what it depends on: how many share a copy of the target, and the optimiser's state
     for gpus in sorted({options.gpus, *SCALES}):
         nodes = gpus // options.gpus_per_node
         replicas = [config.target.replicas] if gpus % config.target.replicas == 0 else []
@@ -271,22 +246,21 @@ def layouts(
             replicas.append(nodes)
         for copies in dict.fromkeys(replicas):
             changed = dataclasses.replace(config, target=dataclasses.replace(config.target, replicas=copies))
-            # What a rank holds at rest depends on how many share a copy of the target, and the optimiser's state.
-            shards = gpus // copies
-            same = [key for key in at_rest if key[0] == shards and (key[1] == gpus or not config.train.shard_optimizer)]
+            shards, sharing = gpus // copies, gpus if config.train.shard_optimizer else 0
             if cost.ranks == 1 < gpus:  # a rank alone shards nothing and sums nothing
                 with one_rank(changed, target, gpus) as rank:
                     cost = rank.step()
-            elif not same:
+            if (cost.shards, cost.ranks) == (shards, gpus):
+                at_rest[shards, sharing] = cost.at_rest
+            if (shards, sharing) not in at_rest:
                 with one_rank(changed, target, gpus) as rank:
-                    at_rest[shards, gpus] = rank.at_rest()
-                    same = [(shards, gpus)]
-            yield changed, gpus, cost.among(gpus, shards, at_rest[same[0]] if same else cost.at_rest)
+                    at_rest[shards, sharing] = rank.at_rest()
+            yield changed, gpus, cost.among(gpus, shards, at_rest[shards, sharing])
 
 
 def at_scale(options: PlanOptions, config: Config, gpus: int, cost: StepCost) -> dict[str, Any]:
     train, every = config.train, micro_batches(config, gpus)
-    spent = stages(cost, every, options.machine)
+    spent = stages(cost, every, options)
     seconds = sum(stage.seconds for stage in spent.values())
     rows = gpus * train.micro_batch_size * every
     result = {
@@ -312,7 +286,7 @@ def micro_batches(config: Config, gpus: int) -> int:
     return max(config.train.global_batch_size // (gpus * config.train.micro_batch_size), 1)
 
 
-def stages(cost: StepCost, every: int, machine: Machine) -> dict[str, Stage]:
+def stages(cost: StepCost, every: int, options: PlanOptions) -> dict[str, Stage]:
     """The stages of a step as one rank runs them, `every` micro-batch of it together.
 
     Rows are taken as full: one document each, all of it supervised, which asks the most of attention and of the head.
@@ -323,8 +297,9 @@ def stages(cost: StepCost, every: int, machine: Machine) -> dict[str, Stage]:
     found = {}
     for name in STAGES[1:]:
         work, times = cost.work.get(name, Work()), 1 if name == "update" else every
-        network = sum(map(machine.seconds, cost.collectives(name, every)))
-        compute, memory = times * work.flops / machine.flops, times * work.moved / machine.memory_bandwidth
+        compute = times * work.flops / (options.flops * 1e12 * options.efficiency)
+        memory = times * work.moved / (options.memory_bandwidth * 1e9)
+        network = sum(map(options.seconds, cost.collectives(name, every)))
         found[name] = Stage(compute, memory, network, hidden.get(name, 1.0))
     return found
 

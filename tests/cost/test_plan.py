@@ -19,7 +19,7 @@ from transformers import GptOssConfig, Qwen3MoeConfig
 from dflash_dist.cost import bench, plan
 from dflash_dist.cost.counter import GATHERED, Collective, StepCounter
 from dflash_dist.cost.meter import collective_mib
-from dflash_dist.cost.plan import RESERVE, Machine, Stage, largest_with_room, main
+from dflash_dist.cost.plan import RESERVE, Stage, largest_with_room, main
 from dflash_dist.cost.rank import StepCost, one_rank
 from dflash_dist.cost.shapes import PUBLISHED
 from dflash_dist.kernels.attention_cpu import ChunkedAttention
@@ -430,12 +430,12 @@ def test_the_largest_fit_and_more_do_not(report: tuple[dict[str, Any], str]) -> 
         def peak(rows: int) -> int:
             return rank.step(plan.with_train(config, micro_batch_size=rows), counts_work=False).peak
 
-        assert peak(found["largest_micro_batch"]) <= options.machine.room < peak(found["largest_micro_batch"] + 1)
+        assert peak(found["largest_micro_batch"]) <= options.room < peak(found["largest_micro_batch"] + 1)
     assert found["largest_anchors"] == 255  # a row has no more anchors than tokens with a next one
 
 
 def test_a_gpu_also_holds_what_no_tensor_accounts_for() -> None:
-    assert options_of("--memory", "10").machine.room == 10 * 2**30 - RESERVE
+    assert options_of("--memory", "10").room == 10 * 2**30 - RESERVE
 
 
 def test_nothing_fits_where_a_rank_has_no_room_at_rest() -> None:
@@ -457,17 +457,20 @@ def test_the_largest_with_room_is_found_by_trying_few(most: int, bound: int | No
     assert len(tried) < 32
 
 
+def test_what_a_first_row_brings_is_not_taken_for_that_of_every_row() -> None:
+    assert largest_with_room(lambda rows: 100 + 5 * rows, 111, {0: 90, 1: 105}) == 2
+
+
 def test_a_slow_network_bounds_and_a_copy_a_node_helps() -> None:
     """On 64 GPUs: rings over nodes bring the target's layers through one network card a GPU."""
-    cost, machine = cost_of(ranks=8), options_of("--network", "2").machine
+    cost, options = cost_of(ranks=8), options_of("--network", "2")
     whole, copies = (cost.among(64, shards, cost.at_rest) for shards in (64, 8))
-    spent = [plan.stages(of, 8, machine)["capture"] for of in (whole, copies)]
+    spent = [plan.stages(of, 8, options)["capture"] for of in (whole, copies)]
     assert spent[0].bound == "network" and spent[1].seconds < spent[0].seconds
 
 
 def test_between_nodes_the_network_is_slower() -> None:
-    machine = Machine(1, 1, 1, bandwidth=450e9, network=50e9, gpus_per_node=8)
-    inside, outside = (machine.seconds(Collective("broadcast_", ranks, 450e9)) for ranks in (8, 16))
+    inside, outside = (options_of().seconds(Collective("broadcast_", ranks, 450e9)) for ranks in (8, 16))
     assert inside == pytest.approx(1, rel=1e-3) and outside == pytest.approx(450 / 400, rel=1e-3)
 
 

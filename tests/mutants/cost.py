@@ -181,15 +181,15 @@ MUTANTS = [
     Mutant(
         "whether it fits",
         PLAN,
-        "        return self.memory - RESERVE\n",
-        "        return self.memory\n",
+        "        return self.memory * 2**30 - RESERVE\n",
+        "        return self.memory * 2**30\n",
         planning("a_gpu_also_holds_what_no_tensor_accounts_for"),
     ),
     Mutant(
         "the largest that fits: lines that get steeper",
         PLAN,
-        "        if more and more[0] < low + 1 - SURE:\n",
-        "        if more:\n",
+        "(further and further[0] < low + 1 - SURE)",
+        "further",
         LARGEST,
     ),
     Mutant(
