@@ -88,9 +88,9 @@ class Batch:
         return torch.cat([self.slot_ids[..., :1], self.labels[..., :-1]], dim=-1)
 
     def to(self, device: torch.device) -> Batch:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-        return Batch(**values | {name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved: Any = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return dataclasses.replace(self, **moved)
 
 
 def may_be_anchor(loss_mask: torch.Tensor, document_ids: torch.Tensor) -> torch.Tensor:

@@ -66,11 +66,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def parse(content: bytes | str) -> Any:
-    """What JSON says.
-
-    Raises:
-        ValueError: it is none, or nested too deeply for Python.
-    """
+    """What JSON says; a ValueError if it is none, or nested too deeply for Python."""
     try:
         return json.loads(content)
     except RecursionError as error:
@@ -105,11 +101,7 @@ def damage(file: Path) -> str | None:
 
 
 def read_object(file: Path, advice: str) -> dict[str, Any]:
-    """The JSON object that a file holds.
-
-    Raises:
-        ValueError: it holds none.
-    """
+    """The JSON object that a file holds; a ValueError if it holds none."""
     try:
         content = parse(file.read_bytes())
     except (OSError, ValueError) as error:
@@ -120,11 +112,7 @@ def read_object(file: Path, advice: str) -> dict[str, Any]:
 
 
 def read_shards(index: Path, advice: str) -> dict[str, str]:
-    """Which file holds which tensor, as the index of a sharded checkpoint says.
-
-    Raises:
-        ValueError: it is no such index.
-    """
+    """Which file holds which tensor, as the index of a sharded checkpoint says; a ValueError if it is none."""
     content = read_object(index, advice)
     check_fields(content, {"weight_map": dict[str, str]}, str(index), advice)
     return content["weight_map"]
@@ -144,16 +132,13 @@ def check_fields(content: dict[str, Any], kinds: dict[str, Any], where: str, adv
         if key not in content and not is_kind(None, kind):
             raise ValueError(f"{where} has no key {key!r}: {advice}")
         if not is_kind(content.get(key), kind):
-            raise ValueError(f"{key} in {where} is {shown(content[key])}, which is no {kind_name(kind)}: {advice}")
+            name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else kind
+            raise ValueError(f"{key} in {where} is {shown(content[key])}, which is no {name}: {advice}")
 
 
 def shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def kind_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
 
 
 def is_kind(value: Any, kind: Any) -> bool:

@@ -28,7 +28,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from dflash_dist.config import PUBLISHED_GAMMA, Config, DataConfig, load_config
 from dflash_dist.cost.meter import Meter, Time, collective_mib
-from dflash_dist.cost.rank import STAGES, one_rank, with_train
+from dflash_dist.cost.rank import STAGES, one_rank, with_knobs
 from dflash_dist.cost.reference import ReferenceStep
 from dflash_dist.cost.shapes import PUBLISHED, target_config
 from dflash_dist.data.chat import Document
@@ -136,34 +136,32 @@ def make_trial(options: BenchOptions) -> Trial:
     }.items():
         if getattr(options, flag):
             setattr(target, name, getattr(options, flag))
-    draft = dataclasses.replace(
-        config.draft,
-        mask_token_id=MASK_TOKEN,
-        num_layers=options.draft_layers or config.draft.num_layers,
-        block_size=options.block or config.draft.block_size,
-    )
+    ids = config.target.layer_ids
     if options.layer_ids:
         ids = [int(i) for i in options.layer_ids.split(",")]
-    else:
-        ids = config.target.layer_ids or layers_to_capture(target.num_hidden_layers, min(CAPTURED, draft.num_layers))
+    ids = ids or layers_to_capture(
+        target.num_hidden_layers, min(CAPTURED, options.draft_layers or config.draft.num_layers)
+    )
     outside = [i for i in ids if not 0 <= i < target.num_hidden_layers]
     if outside:
         raise ValueError(f"--layer-ids {outside} are out of range: the target has {target.num_hidden_layers} layers")
-    rows = options.rows or config.train.micro_batch_size
     dtype = options.dtype or (config.train.precision if options.config else "bfloat16")
-    config = dataclasses.replace(
-        config,
-        target=dataclasses.replace(config.target, layer_ids=ids, dtype=dtype),
-        data=dataclasses.replace(config.data, seq_len=options.seq or config.data.seq_len),
-        draft=draft,
-        loss=dataclasses.replace(config.loss, anchors=options.anchors or config.loss.anchors),
-        train=dataclasses.replace(
-            config.train, precision=dtype, micro_batch_size=rows, compile=options.compile or config.train.compile
-        ),
-    )
+    config = with_knobs(config, "target", layer_ids=ids, dtype=dtype)
+    config = with_knobs(config, "draft", mask_token_id=MASK_TOKEN)
+    config = with_knobs(config, "train", precision=dtype, compile=options.compile or config.train.compile)
+    for knob, size in {
+        "draft.num_layers": options.draft_layers,
+        "draft.block_size": options.block,
+        "data.seq_len": options.seq,
+        "loss.anchors": options.anchors,
+        "train.micro_batch_size": options.rows,
+    }.items():
+        if size:
+            section, name = knob.split(".")
+            config = with_knobs(config, section, **{name: size})
     target.max_position_embeddings = max(target.max_position_embeddings, config.data.seq_len)
-    if config.loss.gamma is None and draft.block_size not in PUBLISHED_GAMMA:
-        config.loss.gamma = draft.block_size / 2  # as costly as any other
+    if config.loss.gamma is None and config.draft.block_size not in PUBLISHED_GAMMA:
+        config.loss.gamma = config.draft.block_size / 2  # as costly as any other
     return Trial(config, target, options.threads or torch.get_num_threads())
 
 
@@ -220,7 +218,7 @@ class Ours:
         """What a step over all ranks cannot do without, by stage: matrix products and attention, nothing element-wise,
         nor what gradient checkpointing does again. As `rank` counts it of the same step, where attention is what is
         visible and a slot without a label does not enter the head."""
-        config = with_train(_for_ranks(self.trial.config, 1), gradient_checkpointing=False)
+        config = with_knobs(_for_ranks(self.trial.config, 1), "train", gradient_checkpointing=False)
         with one_rank(config, self.trial.target, 1) as rank:
             work = rank.step().work
         return {stage: self.world.size * of.flops for stage, of in work.items()}
@@ -244,7 +242,7 @@ class Plain:
 
 def _for_ranks(config: Config, ranks: int) -> Config:
     """As many rows a rank, whatever the number of ranks."""
-    return with_train(config, global_batch_size=config.train.micro_batch_size * ranks)
+    return with_knobs(config, "train", global_batch_size=config.train.micro_batch_size * ranks)
 
 
 def _random_model(auto_class: Any, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:

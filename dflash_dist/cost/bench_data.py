@@ -27,7 +27,7 @@ from dflash_dist.data.sources import CHUNK_ROWS, FileSource
 from dflash_dist.options import option, parse
 from dflash_dist.target.folder import read_tokenizer
 
-WORDS = "the model writes an answer about rivers, prices and the weather. It stops".split()
+WORDS = ["the", "model", "writes", "an", "answer", "about", "rivers,", "prices", "and", "weather.", "It", "stops"]
 SHORT_ROW = 24  # tokens of a document in the cache that is opened
 
 

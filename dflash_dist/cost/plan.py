@@ -22,7 +22,7 @@ from pydantic import Field
 
 from dflash_dist.config import Config, describe
 from dflash_dist.cost.counter import Collective, Work
-from dflash_dist.cost.rank import FEATURES, OF_TARGET, OWNERS, STAGES, Rank, StepCost, one_rank, with_train
+from dflash_dist.cost.rank import FEATURES, OF_TARGET, OWNERS, STAGES, Rank, StepCost, one_rank, with_knobs
 from dflash_dist.cost.shapes import PUBLISHED, target_config
 from dflash_dist.options import ConfigOptions, option, parse
 from dflash_dist.ranks import World
@@ -164,10 +164,10 @@ def find_limits(rank: Rank, cost: StepCost, room: float) -> dict[str, int]:
         return rank.step(config, counts_work=False).peak_of("capture")
 
     def most_rows(peak: Callable[[Config], int], config: Config, now: int, most: int | None = None) -> int:
-        of_rows = _straight(lambda rows: peak(with_train(config, micro_batch_size=rows)))
+        of_rows = _straight(lambda rows: peak(with_knobs(config, "train", micro_batch_size=rows)))
         return largest_with_room(of_rows, room, {0: at_rest, rows: now}, most)
 
-    checkpointed = with_train(config, gradient_checkpointing=True)
+    checkpointed = with_knobs(config, "train", gradient_checkpointing=True)
     cheaper, capturing = drafting(checkpointed), cost.peak_of("capture")
     largest = [most_rows(drafting, config, cost.peak), most_rows(drafting, checkpointed, cheaper)]
     # Bytes that are enough for the target: what rows take grows with them, and the most of it comes together.
@@ -176,7 +176,7 @@ def find_limits(rank: Rank, cost: StepCost, room: float) -> dict[str, int]:
         of_target = most_rows(running, checkpointed, capturing, max(largest))
         largest = [min(rows, of_target) for rows in largest]
     anchors = largest_with_room(
-        lambda anchors: drafting(dataclasses.replace(config, loss=dataclasses.replace(config.loss, anchors=anchors))),
+        lambda anchors: drafting(with_knobs(config, "loss", anchors=anchors)),
         room,
         {0: at_rest, config.loss.anchors: cost.peak},
         config.data.seq_len - 1,  # a row has no more anchors than tokens with a next one
@@ -245,7 +245,7 @@ def layouts(
         if not config.target.features and nodes > 1 and gpus % nodes == 0:
             replicas.append(nodes)
         for copies in dict.fromkeys(replicas):
-            changed = dataclasses.replace(config, target=dataclasses.replace(config.target, replicas=copies))
+            changed = with_knobs(config, "target", replicas=copies)
             shards, sharing = gpus // copies, gpus if config.train.shard_optimizer else 0
             if cost.ranks == 1 < gpus:  # a rank alone shards nothing and sums nothing
                 with one_rank(changed, target, gpus) as rank:
@@ -275,7 +275,7 @@ def at_scale(options: PlanOptions, config: Config, gpus: int, cost: StepCost) ->
         ),
     }
     if train.max_steps is not None or options.tokens:
-        grown = with_train(config, global_batch_size=rows)
+        grown = with_knobs(config, "train", global_batch_size=rows)
         hours = planned_steps(grown, round((options.tokens or 0) / config.data.seq_len)) * seconds / 3600
         result |= {"hours": hours} | ({"cost": hours * gpus * options.price} if options.price else {})
     return result

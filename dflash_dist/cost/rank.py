@@ -138,9 +138,9 @@ PATCHES: list[tuple[Any, str, Any]] = [
 ]
 
 
-def with_train(config: Config, **train: Any) -> Config:
-    """The config with other knobs of training."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+def with_knobs(config: Config, section: str, **knobs: Any) -> Config:
+    """The config with other knobs in a section."""
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **knobs)})
 
 
 @contextmanager
@@ -197,7 +197,7 @@ class Rank:
         config = config or self.config
         train = config.train
         passes = 2 if self.ranks == 1 and train.global_batch_size > train.micro_batch_size else 1
-        config = with_train(config, global_batch_size=passes * train.micro_batch_size * self.ranks)
+        config = with_knobs(config, "train", global_batch_size=passes * train.micro_batch_size * self.ranks)
         if run_target and self.target and self.target.device.type == "meta":
             with self.memory:
                 self.target.to_empty(device="cpu")

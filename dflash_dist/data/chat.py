@@ -121,11 +121,8 @@ class ChatEncoder:
     def prompt_ids(
         self, messages: list[Message], tools: list[Any] | None = None, template_args: dict[str, Any] | None = None
     ) -> list[int]:
-        """The tokens a serving engine would prefill before the assistant writes.
-
-        Raises:
-            BadRow: the template refuses the conversation, or `refuse_unknown` one of its tokens.
-        """
+        """The tokens a serving engine would prefill before the assistant writes; a BadRow if the template refuses the
+        conversation, or `refuse_unknown` one of its tokens."""
         template = self.template.with_args(template_args or {})
         text = template.render([self._as_trained(message) for message in messages], tools, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
@@ -137,12 +134,8 @@ class ChatEncoder:
         return self.prompt_ids(conversation.messages, conversation.tools, conversation.template_args)
 
     def texts(self, row: Conversation | Text) -> list[Text]:
-        """The texts of `ChatTemplate.texts`, with the row's own arguments. None without an assistant turn; one that
-        nobody asked for, such as a greeting, answers nothing and is context.
-
-        Raises:
-            BadRow: as `ChatTemplate.texts`.
-        """
+        """As `ChatTemplate.texts`, with the row's own arguments. None without an assistant turn; one that nobody asked
+        for, such as a greeting, answers nothing and is context."""
         if isinstance(row, Text):
             return [row]
         turns = self._taught(row)
@@ -184,11 +177,7 @@ class ChatEncoder:
     # ------------------------------------------------------------------------------------------------ tokens
 
     def encode(self, row: Conversation | Text) -> list[Document]:
-        """The documents of one row.
-
-        Raises:
-            BadRow: as `texts` and `refuse_unknown`.
-        """
+        """The documents of one row; a BadRow as `texts` and `refuse_unknown`."""
         documents = self.tokenise(self.texts(row))
         for document in documents:
             self.refuse_unknown(document.input_ids)

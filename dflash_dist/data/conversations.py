@@ -75,11 +75,7 @@ def is_context(message: Message) -> bool:
 
 
 def shape_of(row: Mapping[str, Any]) -> str:
-    """Which of SHAPES a row has.
-
-    Raises:
-        BadRow: none of them.
-    """
+    """Which of SHAPES a row has; one with none of them is a BadRow."""
     if shapes := shapes_of(row):
         return shapes[0]
     expected = "; ".join(" and ".join(f"'{key}'" for key in keys) for keys in SHAPES.values())
@@ -87,11 +83,8 @@ def shape_of(row: Mapping[str, Any]) -> str:
 
 
 def read_row(row: dict[str, Any] | BadRow) -> Conversation | Text:
-    """A row of any shape: a conversation, or a text that a template rendered already.
-
-    Raises:
-        BadRow: naming the field that is wrong; or the one that was handed in, of a row that could not be parsed.
-    """
+    """A row of any shape: a conversation, or a text that a template rendered already. A BadRow names the field that is
+    wrong, or is the one that was handed in, of a row that could not be parsed."""
     if isinstance(row, BadRow):
         raise row
     shape = shape_of(row)
@@ -242,15 +235,12 @@ def _answer(raw: dict[str, Any]) -> Message:
         calls = [raw["function_call"]]
     if calls:
         answer["tool_calls"] = [_tool_call(call) for call in calls]
-    if not all(_is_supervised(key, raw[key]) for key in SUPERVISION_KEYS if raw.get(key) is not None):
-        answer["weight"] = 0
+    for key in SUPERVISION_KEYS:
+        if raw.get(key) not in (None, 0, 1):
+            raise BadRow(f"wrong {key}: an answer is learned or not, 1 or 0, found {raw[key]!r}")
+        if raw.get(key) == 0:
+            answer["weight"] = 0
     return answer
-
-
-def _is_supervised(key: str, value: Any) -> bool:
-    if value not in (0, 1):
-        raise BadRow(f"wrong {key}: an answer is learned or not, 1 or 0, found {value!r}")
-    return bool(value)
 
 
 def _tool_call(call: Any) -> dict[str, Any]:

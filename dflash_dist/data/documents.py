@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
 TOKENS_A_BATCH = 1 << 20  # in the file: few enough batches to open quickly, and small enough to sum over one by one
 # A worker process imports the tokenizer's library first, which takes seconds: too long for less than this.
 CHUNKS_ALONE = 8
+WAITING = "waiting for another process to tokenise the data"
 # The modules that decide what documents say.
 CODE = ("account", "keys", "padding", "sources", "conversations", "template", "chat", "workers", "documents")
 
@@ -168,13 +169,16 @@ def open_documents(
     if not made.is_dir():
         with (
             writing(f"the cache of tokenised data in {folder}", "make room, or set data.cache_dir"),
-            locked(made.with_suffix(".lock"), _say_waiting),
+            locked(made.with_suffix(".lock"), lambda _: print(WAITING, flush=True)),
         ):
             if not made.is_dir():
                 remove_leftovers(folder, made.name)
+                account, cores = Account(source.name), workers or len(os.sched_getaffinity(0))
                 with whole(made) as begun:
                     begun.mkdir()
-                    _write_entry(begun, source, encoder, max_bad_rows, workers or len(os.sched_getaffinity(0)))
+                    encoded = _encoded(source, encoder, max_bad_rows, cores, account)
+                    account.digest = write_documents(begun / "documents.arrow", encoded)
+                    (begun / "account.json").write_text(json.dumps(vars(account), indent=2))
     with reading(f"the cache of tokenised data {made}", "delete this folder, which the next start makes anew"):
         account = Account(**json.loads((made / "account.json").read_text()))
         return pa.ipc.open_file(pa.memory_map(str(made / "documents.arrow"))).read_all(), account
@@ -193,25 +197,10 @@ def _code_version() -> str:
     return hashlib.sha256(b"".join(code)).hexdigest() + str(versions)
 
 
-def _say_waiting(_: str) -> None:
-    print("waiting for another process to tokenise the data", flush=True)
-
-
-def _write_entry(folder: Path, source: Source, encoder: ChatEncoder, max_bad_rows: float, workers: int) -> None:
-    account = Account(source.name)
-    encoded = _encoded(source, encoder, max_bad_rows, workers, account)
-    account.digest = write_documents(folder / "documents.arrow", encoded)
-    (folder / "account.json").write_text(json.dumps(vars(account), indent=2))
-
-
 def _encoded(
     source: Source, encoder: ChatEncoder, max_bad_rows: float, workers: int, account: Account
 ) -> Iterator[pa.RecordBatch]:
-    """The documents of a source, encoded on all cores; the account takes what became of its rows.
-
-    Raises:
-        ValueError: its rows have several shapes, or too many are bad.
-    """
+    """The documents of a source, encoded on all cores; the account takes what became of its rows."""
     with (
         Workers(encoder, workers, CHUNKS_ALONE) as pool,
         tqdm(desc=f"tokenising {source.name}", unit=" rows", delay=3, leave=False) as progress,

@@ -70,11 +70,7 @@ class Data:
             yield f"{name}: {rows.describe()}"
 
     def refuse_unsupervised(self) -> None:
-        """Refuses data that teaches next to nothing; a look at it (preview) tells why.
-
-        Raises:
-            ValueError: almost no token is supervised.
-        """
+        """Raises a ValueError where almost no token is supervised; a look at the data (preview) tells why."""
         if self.train.supervised < LEAST_SUPERVISED * self.train.tokens:
             raise ValueError(
                 f"only {self.train.supervised:,} of the {self.train.tokens:,} tokens of {_named(self.path)} are"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -171,7 +172,4 @@ def leading_run(proposals: Sequence[int], choices: Sequence[int]) -> int:
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
     """The first index at which two outputs differ; None where they are equal."""
-    if list(left) == list(right):
-        return None
-    shorter = min(len(left), len(right))
-    return next((i for i in range(shorter) if left[i] != right[i]), shorter)
+    return next((i for i, (ours, theirs) in enumerate(zip_longest(left, right)) if ours != theirs), None)

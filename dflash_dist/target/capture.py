@@ -52,7 +52,7 @@ class HFDFlashTargetModel:
         capture_logits: keep the logits of the whole vocabulary too, of a model that gives any.
 
     Raises:
-        ValueError: no decoder layers are found in the model, or the ids are empty, repeated or out of bounds.
+        ValueError: as `decoder_layers` and `_validate_layer_ids`.
     """
 
     def __init__(self, model: Any, target_layer_ids: Sequence[int], capture_logits: bool = False):
@@ -111,19 +111,13 @@ class HFDFlashTargetModel:
                 f"the decoder layers of {type(self.model).__name__} give {wrong[0]} for {list(input_ids.shape)} tokens,"
                 " not one vector a token"
             )
-        logits = (
-            self._given(output, "logits", "capture_logits needs a model with an LM head")
-            if self.capture_logits
-            else None
-        )
-        final = (
-            self._given(output, "last_hidden_state", "final_states needs a decoder without its LM head")
-            if final_states
-            else None
-        )
-        return DFlashTargetBatch(
-            torch.cat(features, dim=-1), input_ids, attention_mask, loss_mask, position_ids, logits, final
-        )
+        batch = DFlashTargetBatch(torch.cat(features, dim=-1), input_ids, attention_mask, loss_mask, position_ids)
+        if self.capture_logits:
+            batch.logits = self._given(output, "logits", "capture_logits needs a model with an LM head")
+        if final_states:
+            needs = "final_states needs a decoder without its LM head"
+            batch.final_states = self._given(output, "last_hidden_state", needs)
+        return batch
 
     def takes_positions(self) -> bool:
         """Whether the model takes `position_ids` at all; what it makes of them is another question."""
@@ -136,11 +130,7 @@ class HFDFlashTargetModel:
         return decoder_layers(_unwrapped(self.model))
 
     def _validate_layer_ids(self, target_layer_ids: Sequence[int]) -> list[int]:
-        """The ids as a list.
-
-        Raises:
-            ValueError: they are empty, repeated or out of bounds.
-        """
+        """The ids as a list; a ValueError if they are empty, repeated or out of bounds."""
         ids, count = list(target_layer_ids), len(self._get_transformer_layers())
         if not ids:
             raise ValueError("target_layer_ids is empty: name at least one decoder layer to capture")
@@ -177,11 +167,7 @@ def _unwrapped(model: Any) -> Any:
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The decoder layers of a Hugging Face model, in order.
-
-    Raises:
-        ValueError: none of the known places holds them.
-    """
+    """The decoder layers of a Hugging Face model, in order; a ValueError if none of the known places holds them."""
     for place in LAYER_PLACES:
         found: object = model
         for name in place.split("."):

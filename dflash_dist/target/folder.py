@@ -101,11 +101,7 @@ def read_config(path: str, revision: str, trust_remote_code: bool, local_files_o
 
 
 def check_decoder(text: Any, path: str) -> None:
-    """Refuses a target from whose config no draft can take its shape.
-
-    Raises:
-        ValueError: naming what is missing.
-    """
+    """Refuses a target from whose config no draft can take its shape, with a ValueError that names what is missing."""
     sizes = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "max_position_embeddings")
     kinds = dict.fromkeys(sizes, int) | {"rms_norm_eps": float}
     if missing := [name for name, kind in kinds.items() if not is_kind(getattr(text, name, None), kind)]:
@@ -113,11 +109,7 @@ def check_decoder(text: Any, path: str) -> None:
 
 
 def read_tokenizer(path: str, revision: str = "main", trust_remote_code: bool = False) -> Any:
-    """Reads the tokenizer alone.
-
-    Raises:
-        ValueError: it is damaged, or none that the tokenizers library runs.
-    """
+    """The tokenizer; a ValueError if it is damaged, or none that the tokenizers library runs."""
     advice = f"{AGAIN}, with its tokenizer.json"
     with reading_target("the tokenizer", path, revision, advice):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)

@@ -42,20 +42,8 @@ class DecoderParts:
             if module not in inside:
                 self._compute_buffers(module)
 
-    def layer(self, number: int) -> nn.Module:
-        """With its weights.
-
-        Raises:
-            ValueError: as `real`.
-        """
-        return self.real(self.layers[number])
-
     def real(self, part: nn.Module) -> nn.Module:
-        """A copy of a part of the decoder with its weights.
-
-        Raises:
-            ValueError: the checkpoint does not hold one of them as it is.
-        """
+        """A copy of a part of the decoder with its weights; a ValueError if the checkpoint lacks one of them."""
         real = copy.deepcopy(part).to_empty(device="cpu")
         for module in real.modules():
             self._compute_buffers(module)
@@ -65,11 +53,7 @@ class DecoderParts:
 
     def run(self, layer: nn.Module, number: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and output [1, T, H] of `layer`, the decoder's only one, with what the decoder gives to its layer
-        `number`: masks and positions of one text [1, T, H].
-
-        Raises:
-            ValueError: it does not run alone.
-        """
+        `number`: masks and positions of one text [1, T, H]. A ValueError if it does not run alone."""
         seen: list[torch.Tensor] = []
 
         def keep(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:

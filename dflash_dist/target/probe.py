@@ -104,11 +104,8 @@ def probe_packing(
 
 @torch.no_grad()
 def refuse_lookahead(target: HFDFlashTargetModel, world: World, tokens: Sequence[int]) -> None:
-    """Refuses a target whose features know later tokens: a draft would learn from what it has to foretell.
-
-    Raises:
-        ValueError: on all ranks, with how far other later tokens move the features.
-    """
+    """Refuses a target whose features know later tokens, from which a draft would learn what it has to foretell: with a
+    ValueError, on all ranks, that says how far other later tokens move the features."""
     draw, half = torch.Generator().manual_seed(1), SHORT
     pool = torch.tensor(tokens)
     same, *others = pool[torch.randint(len(pool), (3, 1, half), generator=draw)].to(world.device)

@@ -117,11 +117,7 @@ def _lacking(layer: DraftLayer, theirs: Container[str]) -> list[str]:
 
 
 def _copy_layer(layer: DraftLayer, rope: Rope, target: DecoderParts, number: int) -> None:
-    """Copies a layer of the target.
-
-    Raises:
-        ValueError: the copy would compute something else; `layer` is as it was.
-    """
+    """Copies a layer of the target. A ValueError if the copy would compute something else; `layer` is as it was."""
     theirs, ours = (dict(of.named_parameters()) for of in (target.layers[number], layer))
     if lacking := _lacking(layer, theirs):
         raise ValueError(f"which has no {lacking[0]}")
@@ -157,11 +153,7 @@ def _head_size(projection: torch.Tensor, input_norm: torch.Tensor) -> torch.Tens
 
 
 def _norm_weight(theirs: nn.Module, ours: RMSNorm) -> torch.Tensor:
-    """The weight with which `ours` computes what `theirs` does: its own, or that and 1.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The weight with which `ours` computes what `theirs` does: its own, or that and 1. A ValueError if none does."""
     kind, weight = type(theirs).__name__, getattr(theirs, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.shape != ours.weight.shape:
         raise ValueError(f"whose {kind} has no weight of {list(ours.weight.shape)}")

@@ -20,7 +20,7 @@ from dflash_dist.cost import bench, plan
 from dflash_dist.cost.counter import GATHERED, Collective, StepCounter
 from dflash_dist.cost.meter import collective_mib
 from dflash_dist.cost.plan import RESERVE, Stage, largest_with_room, main
-from dflash_dist.cost.rank import StepCost, one_rank
+from dflash_dist.cost.rank import StepCost, one_rank, with_knobs
 from dflash_dist.cost.shapes import PUBLISHED
 from dflash_dist.kernels.attention_cpu import ChunkedAttention
 from dflash_dist.options import parse
@@ -42,15 +42,14 @@ def trial_of(args: str) -> bench.Trial:
 
 
 def with_train(trial: bench.Trial, **train: Any) -> bench.Trial:
-    return dataclasses.replace(trial, config=plan.with_train(trial.config, **train))
+    return dataclasses.replace(trial, config=with_knobs(trial.config, "train", **train))
 
 
 @functools.cache  # a step on fake tensors takes half a second
 def cost_of(ranks: int = 1, replicas: int = 1, **train: Any) -> StepCost:
     """Of the shape "float32", with a row a rank."""
     trial = with_train(trial_of(SHAPES["float32"]), **{"global_batch_size": ranks, **train})
-    config = dataclasses.replace(trial.config, target=dataclasses.replace(trial.config.target, replicas=replicas))
-    with one_rank(config, trial.target, ranks) as rank:
+    with one_rank(with_knobs(trial.config, "target", replicas=replicas), trial.target, ranks) as rank:
         return rank.step()
 
 
@@ -153,8 +152,7 @@ def test_ranks_share_the_target() -> None:
 
 def test_stored_features_need_no_target() -> None:
     trial = with_train(trial_of(SHAPES["float32"]), global_batch_size=8)
-    stored = dataclasses.replace(trial.config, target=dataclasses.replace(trial.config.target, features="features"))
-    with one_rank(stored, trial.target, 8) as rank:
+    with one_rank(with_knobs(trial.config, "target", features="features"), trial.target, 8) as rank:
         cost = rank.step()
     assert "target shard" not in cost.held["draft"] and GATHERED not in cost.held["capture"]
     assert cost.work["capture"].flops == 0 and not cost.work["capture"].collectives
@@ -336,7 +334,7 @@ def test_two_ranks_hand_over_what_was_predicted(micro_batches: int, tiny_target:
 def handed_over(world: World, trial: bench.Trial, folder: str, micro_batches: int) -> float:
     """What a rank hands to collectives in a step of training on the target as `load_target` shards it [bytes]."""
     ours = bench.Ours(trial, world)
-    config = plan.with_train(ours.training.config, global_batch_size=2 * micro_batches)
+    config = with_knobs(ours.training.config, "train", global_batch_size=2 * micro_batches)
     target = load_target(read_info(folder), config.target.layer_ids, torch.bfloat16, world)
     ours.training.target = LiveTarget(target.model)
     ours.training.sampler = Sampler(config, world, rows_of_two(config), None)
@@ -428,7 +426,7 @@ def test_the_largest_fit_and_more_do_not(report: tuple[dict[str, Any], str]) -> 
     with one_rank(config, plan.target_config(None, config.target), 8) as rank:
 
         def peak(rows: int) -> int:
-            return rank.step(plan.with_train(config, micro_batch_size=rows), counts_work=False).peak
+            return rank.step(with_knobs(config, "train", micro_batch_size=rows), counts_work=False).peak
 
         assert peak(found["largest_micro_batch"]) <= options.room < peak(found["largest_micro_batch"] + 1)
     assert found["largest_anchors"] == 255  # a row has no more anchors than tokens with a next one

@@ -236,8 +236,8 @@ MUTANTS = [
     Mutant(
         "the first index at which two outputs differ",
         SPECULATIVE,
-        "if left[i] != right[i]), shorter)",
-        "if left[i] != right[i]), None)",
+        "enumerate(zip_longest(left, right))",
+        "enumerate(zip(left, right))",
         TEST_SPECULATIVE,
     ),
     Mutant(
