@@ -6,6 +6,7 @@ the accepted proposals: greedy text is right with any draft.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -188,7 +189,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     info = read_info(str(target))
     encoder = ChatEncoder(info.tokenizer, info.stop_ids)
     conversations = [conversation for _, conversation in read_conversations(str(chats))]
-    prompts = [encoder.prompt_ids(c.asked) for c in conversations[:PROMPTS]]
+    prompts = [encoder.prompt_of(dataclasses.replace(c, messages=c.asked)) for c in conversations[:PROMPTS]]
     broken = broken_exports(draft, speculators)
     drafts = broken | {EXPORTED: draft, UNREPAIRED: draft, SPECULATORS: speculators}
     job = {

@@ -11,7 +11,6 @@ attention is torch's own, of which the kernels of CPU and GPU hold the same: no 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -38,6 +37,7 @@ from dflash_dist.data.documents import Documents
 from dflash_dist.data.packing import PackedRows
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.kinds import kind_of
+from dflash_dist.kernels import attention_gpu
 from dflash_dist.kernels.mask import FULL
 from dflash_dist.ranks import World
 from dflash_dist.target.capture import HFDFlashTargetModel
@@ -108,25 +108,13 @@ class StepCost:
         return dataclasses.replace(self, ranks=ranks, shards=shards, at_rest=at_rest, held=held, work=work)
 
 
-COMPILE = torch.compile
-
-
-def _compile_later(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """In place of `torch.compile`, whose compiler takes a second to load: compiles if it is called when the rank is
-    gone, for who asked may keep what it got."""
-    compiled = functools.cache(lambda: COMPILE(function, **options))
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (function if torch.compile is _compile_later else compiled())(*args, **kwargs)
-
-    return call
-
-
 # What is changed of torch meanwhile, since it looks for numbers or for a GPU.
 PATCHES: list[tuple[Any, str, Any]] = [
     # Accelerators of this machine are not used.
     (torch._C, "_get_accelerator", lambda *_: torch.device("cpu")),
-    (torch, "compile", _compile_later),
+    # Only to load the compiler takes a second.
+    (torch, "compile", lambda function, **_: function),
+    (attention_gpu, "_compile", lambda function: function),  # keeps what it made
     # FlexAttention has no backward on a CPU.
     (flex, "_validate_device", lambda *_: None),
     (flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),
@@ -237,10 +225,14 @@ class Rank:
 
     def _training(self, config: Config, counter: StepCounter, world: World, run_target: bool) -> TrainingStep:
         """The step before it has run, with its memory counted."""
-        sampler, target = Sampler(config, world, self.rows(config), None), self._target(config, run_target)
+        target: Target = _GivenFeatures(len(config.layer_ids) * self.text.hidden_size, self.dtype)
+        if self.target and run_target:
+            target = LiveTarget(HFDFlashTargetModel(self.target, config.layer_ids), expects_packing(self.text))
+        sampler = Sampler(config, world, self.rows(config), None)
         with self.memory, counter, torch.random.fork_rng(devices=[]):
             if self.target:
-                counter.belongs(list(_local(self.target)), TARGET)
+                whole = (*self.target.parameters(), *self.target.buffers())
+                counter.belongs([getattr(tensor, "_local_tensor", tensor) for tensor in whole], TARGET)
             counter.owner = ENDS
             embedding, head = self._ends()
             counter.belongs(embedding, counter.owner)
@@ -262,11 +254,6 @@ class Rank:
         else:
             embedding = torch.empty(self.text.vocab_size, self.text.hidden_size, dtype=self.dtype)
         return embedding, embedding if self.text.tie_word_embeddings else torch.empty_like(embedding)
-
-    def _target(self, config: Config, run_target: bool) -> Target:
-        if self.target is None or not run_target:
-            return _GivenFeatures(len(config.layer_ids) * self.text.hidden_size, self.dtype)
-        return LiveTarget(HFDFlashTargetModel(self.target, config.layer_ids), expects_packing(self.text))
 
 
 class FakeGpu(TorchFunctionMode):
@@ -316,12 +303,6 @@ def _sum_bucket(_state, bucket):  # without types, which DDP wants to compare
     summed: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     summed.set_result(bucket.buffer())
     return summed
-
-
-def _local(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """This rank's part of a model."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        yield getattr(tensor, "_local_tensor", tensor)
 
 
 def _watch(training: TrainingStep, counter: StepCounter) -> tuple[dict[str, dict[str, int]], dict[str, int]]:

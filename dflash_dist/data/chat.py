@@ -118,20 +118,14 @@ class ChatEncoder:
 
     # ------------------------------------------------------------------------------------------------ text
 
-    def prompt_ids(
-        self, messages: list[Message], tools: list[Any] | None = None, template_args: dict[str, Any] | None = None
-    ) -> list[int]:
+    def prompt_of(self, row: Conversation) -> list[int]:
         """The tokens a serving engine would prefill before the assistant writes; a BadRow if the template refuses the
         conversation, or `refuse_unknown` one of its tokens."""
-        template = self.template.with_args(template_args or {})
-        text = template.render([self._as_trained(message) for message in messages], tools, add_generation_prompt=True)
+        messages = [self._as_trained(message) for message in row.messages]
+        text = self.template.with_args(row.template_args).render(messages, row.tools, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         self.refuse_unknown(ids)
         return ids
-
-    def prompt_of(self, conversation: Conversation) -> list[int]:
-        """The same of a conversation that nobody has answered, with the arguments of its own."""
-        return self.prompt_ids(conversation.messages, conversation.tools, conversation.template_args)
 
     def texts(self, row: Conversation | Text) -> list[Text]:
         """As `ChatTemplate.texts`, with the row's own arguments. None without an assistant turn; one that nobody asked

@@ -377,7 +377,7 @@ def check_prompts(encoder: ChatEncoder, conversation: Conversation, documents: l
     turns = [k for k, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     for (document, begin), k in zip(reversed(spans), reversed(turns)):
         before = (conversation.messages[:k], conversation.tools)
-        assert document.input_ids[:begin].tolist() == encoder.prompt_ids(*before)
+        assert document.input_ids[:begin].tolist() == encoder.prompt_of(Conversation(*before))
         assert text_of(encoder, document.input_ids[:begin]) == encoder.template.render(
             *before, add_generation_prompt=True
         )

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from dflash_dist.contract.folder import TRAINING, write_draft
 from dflash_dist.data import template
+from dflash_dist.data.conversations import Conversation
 from dflash_dist.decoding.speculative import Decoded, Decoder
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.evaluate import evaluate as program
@@ -171,9 +172,9 @@ def test_prompts_are_rendered_as_in_training_unless_asked_otherwise(monkeypatch,
     assert 'was trained with the template arguments {"mark": "+"}' in capsys.readouterr().out
     tokenizer = AutoTokenizer.from_pretrained(target)
     assert asked == [tokenizer(mark + QUESTIONS[0]).input_ids for mark in "+-"]
-    thought = [{"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}]
+    thought = Conversation([{"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}])
     encoder = program.make_encoder(read_info(str(target)), record, None)
-    assert encoder.prompt_ids(thought) == tokenizer("+Yes.").input_ids
+    assert encoder.prompt_of(thought) == tokenizer("+Yes.").input_ids
 
 
 def test_prompts_have_the_day_of_the_training_or_of_the_evaluations_beginning(monkeypatch, arguments, export, target):

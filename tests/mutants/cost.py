@@ -69,7 +69,7 @@ MUTANTS = [
     Mutant(
         "what every GPU will hold: the target beside given features",
         RANK,
-        "                counter.belongs(list(_local(self.target)), TARGET)",
+        '                counter.belongs([getattr(tensor, "_local_tensor", tensor) for tensor in whole], TARGET)',
         "                pass",
         HELD,
     ),
