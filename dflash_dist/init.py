@@ -25,7 +25,7 @@ from dflash_dist.answers.parts import stored_settings
 from dflash_dist.config import KNOBS, Config, load_config, values
 from dflash_dist.contract.folder import read_kind
 from dflash_dist.cost.plan import RESERVE
-from dflash_dist.cost.rank import one_rank, with_train
+from dflash_dist.cost.rank import one_rank, with_knobs
 from dflash_dist.data.rows import make_encoder
 from dflash_dist.data.sample import Sample, look_at
 from dflash_dist.data.template import ChatTemplate
@@ -251,9 +251,9 @@ def decide_memory(knobs: Knobs, options: InitOptions, info: TargetInfo) -> None:
     savings: dict[str, Any] = {"gradient_checkpointing": True}
     tried = [{"micro_batch_size": 2**k} for k in range(int(math.log2(config.train.micro_batch_size)), -1, -1)]
     tried += [tried[-1] | savings, tried[-1] | savings | {"shard_optimizer": True}]
-    with one_rank(with_train(config, **tried[0]), info.config, options.gpus or 1) as rank:
+    with one_rank(with_knobs(config, "train", **tried[0]), info.config, options.gpus or 1) as rank:
         for train in tried:
-            if (peak := rank.step(with_train(config, **train), counts_work=False).peak) <= room:
+            if (peak := rank.step(with_knobs(config, "train", **train), counts_work=False).peak) <= room:
                 break
     told = f"{peak / 2**30:.0f} GiB and {RESERVE / 2**30:.0f} for CUDA, of {options.memory:g} a GPU"
     told = told if peak <= room else f"DOES NOT FIT: {told}; take more GPUs, which share the target, or a smaller draft"

@@ -31,7 +31,7 @@ from dflash_dist.training.metrics import _cut_back
 from tests.export.test_export import SHAPE, save_run
 from tests.hostile import as_json, changed, copied, damaged, refused, write
 from tests.target.test_features import small_disk
-from tests.tiny import tiny_shape
+from tests.tiny import target_of, tiny_shape
 
 IDS = [1, 2, 4]
 
@@ -58,7 +58,7 @@ def room(tmp_path_factory) -> Path:
 
 def look_at_target(folder: Path) -> None:
     info = read_info(str(folder))
-    check_loading(info, IDS)
+    check_loading(info, target_of(IDS))
 
 
 @given(data=st.data())

@@ -8,8 +8,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, Qwen3ForCausalLM
 
+from dflash_dist.config import TargetConfig
 from dflash_dist.draft.shape import DraftShape
 from dflash_dist.target.tiny import tiny_config, tiny_tokenizer
+
+
+def target_of(layer_ids: list[int], dtype: torch.dtype = torch.float32, **more: Any) -> TargetConfig:
+    """How to load a target."""
+    return TargetConfig(layer_ids=layer_ids, dtype=str(dtype).removeprefix("torch."), **more)
 
 
 def tiny_shape(**changes: Any):

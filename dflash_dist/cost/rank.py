@@ -156,15 +156,12 @@ class Rank:
         self.shape = draft_shape(config, self.text, config.target.path)
         self.memory = FakeTensorMode(allow_non_fake_inputs=True)
         self.dtype = getattr(torch, config.target.dtype)
-        of = config.target
         self.target: Any = None
-        if not of.features:
-            world = World(0, ranks, torch.device("cpu"))
+        if not config.target.features:
             # Kernels of other packages need not be installed here, and hold no scores either.
-            attention = of.attention if of.attention in (None, "eager") else "sdpa"
-            self.target = target_skeleton(
-                target, config.layer_ids, self.dtype, world, of.replicas, of.full_depth, attention, of.trust_remote_code
-            )
+            if config.target.attention not in (None, "eager"):
+                config = with_knobs(config, "target", attention="sdpa")
+            self.target = target_skeleton(target, config.target, World(0, ranks, torch.device("cpu")))
 
     def at_rest(self) -> dict[str, int]:
         """Bytes by owner that the rank holds before its first step."""

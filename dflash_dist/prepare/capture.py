@@ -59,7 +59,7 @@ def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) ->
     """
     config = setup.make_builtins(config, world)
     config, info = setup.check_target(config, world)
-    check_loading(info, config.layer_ids, config.target.full_depth, config.target.attention)
+    check_loading(info, config.target)
     config = setup.fix_date(config, info, world, out)
     data = setup.read_data(config, info, world)
     data.refuse_unsupervised()

@@ -65,11 +65,7 @@ def _with_meaning(info: TargetInfo) -> dict[int | None, str]:
 
 
 def check_mask_token(info: TargetInfo, mask_token_id: int) -> None:
-    """Refuses a mask token that is outside the vocabulary or has a meaning of its own.
-
-    Raises:
-        ValueError: naming the token.
-    """
+    """Refuses a mask token that is outside the vocabulary or has a meaning of its own, naming it."""
     vocab, taken = info.text.vocab_size, _with_meaning(info)
     if 0 <= mask_token_id < vocab and mask_token_id not in taken:
         return
@@ -87,11 +83,7 @@ def check_mask_token(info: TargetInfo, mask_token_id: int) -> None:
 
 
 def check_capture(info: TargetInfo, layer_ids: Sequence[int]) -> None:
-    """Refuses layers that the target does not have, and its last one.
-
-    Raises:
-        ValueError: naming the ids and the range.
-    """
+    """Refuses layers that the target does not have, and its last one, with a ValueError that names ids and range."""
     last = info.text.num_hidden_layers - 1
     if last == 0:
         raise ValueError(f"{info.path} has a single layer, and a target's last layer is never captured: choose another")

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.utils import cached_file
 
+from dflash_dist.config import TargetConfig
 from dflash_dist.kernels.target_attention_cpu import suit_device
 from dflash_dist.ranks import World
 from dflash_dist.reading import is_kind, shown
@@ -105,11 +106,7 @@ def _flat_ids(values: Iterable[Any]) -> Iterable[int]:
 
 
 def check_replicas(replicas: int, ranks: int) -> None:
-    """Refuses copies of the target that the ranks do not divide into.
-
-    Raises:
-        ValueError: with the numbers that fit.
-    """
+    """Refuses copies of the target that the ranks do not divide into, naming the numbers that fit."""
     if ranks % replicas:
         fitting = ", ".join(str(count) for count in range(1, ranks + 1) if ranks % count == 0)
         raise ValueError(
@@ -140,11 +137,8 @@ def named_ids(config: dict[Any, Any]) -> Iterator[int]:
 
 
 def check_rollback(text_config: Any) -> None:
-    """Refuses a target whose cache cannot be cut back to the tokens that were accepted.
-
-    Raises:
-        ValueError: naming the kind of layer.
-    """
+    """Refuses a target whose cache cannot be cut back to the tokens that were accepted, with a ValueError that names
+    the kind of layer."""
     cut = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
     if other := sorted(_layer_kinds(text_config) - cut):
         raise ValueError(
@@ -154,11 +148,7 @@ def check_rollback(text_config: Any) -> None:
 
 
 def check_room(info: TargetInfo, prompt: Sequence[int]) -> None:
-    """Refuses a prompt behind which no answer could be written.
-
-    Raises:
-        ValueError: naming both lengths.
-    """
+    """Refuses a prompt behind which no answer could be written, with a ValueError that names both lengths."""
     positions = info.text.max_position_embeddings
     if len(prompt) >= positions:
         raise ValueError(
@@ -174,32 +164,19 @@ def _layer_kinds(text_config: Any) -> set[str]:
     return state_space.union(*kinds)
 
 
-def load_target(
-    info: TargetInfo,
-    layer_ids: Sequence[int],
-    dtype: torch.dtype,
-    world: World,
-    replicas: int = 1,
-    full_depth: bool = False,
-    attention: str | None = None,
-) -> LoadedTarget:
+def load_target(info: TargetInfo, of: TargetConfig, world: World) -> LoadedTarget:
     """Loads the layers up to the deepest captured one, without the LM head, and shards them over the ranks.
 
     Args:
-        layer_ids: decoder layers to capture.
-        dtype: of weights and features.
-        replicas: copies of the target, each sharded over `world.size / replicas` ranks.
-        full_depth: load all layers.
+        of: how: all of it but where the target lies, which `info` says.
 
     Raises:
-        ValueError: the ranks do not divide into `replicas`, or the checkpoint lacks the LM head.
+        ValueError: the ranks do not divide into replicas, or the checkpoint lacks the LM head.
     """
-    check_replicas(replicas, world.size)
-    options: dict[str, Any] = {"config": _shallow(info.config, layer_ids, full_depth), "dtype": dtype}
-    if attention:
-        options["attn_implementation"] = attention
+    check_replicas(of.replicas, world.size)
+    options: dict[str, Any] = {"config": _as_deep(info.config, of), **_options(of)}
     if world.size > 1:
-        options["distributed_config"] = _sharding(world.size // replicas, replicas)
+        options["distributed_config"] = _sharding(world.size, of.replicas)
     else:
         options["device_map"] = world.device  # tensor by tensor: never the whole model in host memory
     model = _from_pretrained(AutoModel, info, **options)
@@ -208,33 +185,29 @@ def load_target(
     embedding = model.get_input_embeddings().weight
     # Gathered once, here: calling a sharded submodule outside the root's forward breaks the root.
     embedding = embedding.full_tensor() if hasattr(embedding, "full_tensor") else embedding
-    embedding = embedding.detach().to(dtype)
-    ends = load_ends(info, dtype, world.device)
+    embedding = embedding.detach().to(options["dtype"])
+    ends = load_ends(info, options["dtype"], world.device)
     head = embedding if ends.head is ends.embedding else ends.head
-    return LoadedTarget(HFDFlashTargetModel(model, layer_ids), embedding, head, ends.note)
+    return LoadedTarget(HFDFlashTargetModel(model, of.layer_ids or []), embedding, head, ends.note)
 
 
-def target_skeleton(
-    config: Any,
-    layer_ids: Sequence[int],
-    dtype: torch.dtype,
-    world: World,
-    replicas: int = 1,
-    full_depth: bool = False,
-    attention: str | None = None,
-    trust_remote_code: bool = False,
-) -> Any:
+def target_skeleton(config: Any, of: TargetConfig, world: World) -> Any:
     """The model that `load_target` would load and shard, without its weights: on torch's meta device.
 
     Args:
-        config: the Hugging Face config of the whole model; the others as `load_target`.
+        config: the Hugging Face config of the whole model.
+        of: how.
     """
-    options = {"attn_implementation": attention} if attention else {}
-    model = skeleton(AutoModel, _shallow(config, layer_ids, full_depth), trust_remote_code, dtype=dtype, **options)
+    model = skeleton(AutoModel, _as_deep(config, of), of.trust_remote_code, **_options(of))
     if world.size > 1:
-        sharding, _, mesh = model.prepare_distribute_model(_sharding(world.size // replicas, replicas))
+        sharding, _, mesh = model.prepare_distribute_model(_sharding(world.size, of.replicas))
         model = model.maybe_distribute_model(model, sharding, mesh)
     return model.eval().requires_grad_(False)
+
+
+def _options(of: TargetConfig) -> dict[str, Any]:
+    """For transformers."""
+    return {"dtype": getattr(torch, of.dtype)} | ({"attn_implementation": of.attention} if of.attention else {})
 
 
 def load_ends(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> Ends:
@@ -246,7 +219,7 @@ def load_ends(info: TargetInfo, dtype: torch.dtype, device: torch.device) -> End
     Raises:
         ValueError: the checkpoint lacks an end, or `check_head` refuses the target.
     """
-    config = _shallow(info.config, [])
+    config = _shallow(info.config, 0)
     options = {"config": config, "dtype": dtype, "device_map": device}
     model = _from_pretrained(whole_class(config), info, ends_only=True, **options).eval()
     embedding, head = (end.weight.detach() for end in (model.get_input_embeddings(), model.get_output_embeddings()))
@@ -288,26 +261,16 @@ def whole_class(config: Any) -> Any:
     return next(kinds, AutoModelForCausalLM)
 
 
-def check_loading(
-    info: TargetInfo, layer_ids: Sequence[int], full_depth: bool = False, attention: str | None = None
-) -> None:
-    """Refuses what `load_target` could not load, before anything long begins.
-
-    Raises:
-        ValueError: as `rehearse`.
-    """
+def check_loading(info: TargetInfo, of: TargetConfig) -> None:
+    """Refuses what `load_target` could not load, as `rehearse` does, before anything long begins."""
     place = (info.path, info.revision, info.trust_remote_code)
-    advice = AGAIN if full_depth else f"set target.full_depth=true, if a tensor is of all layers, or {AGAIN}"
-    rehearse(AutoModel, _shallow(info.config, layer_ids, full_depth), *place, attention, advice=advice)
-    rehearse(whole_class(info.config), _shallow(info.config, []), *place, ends_only=True)
+    advice = AGAIN if of.full_depth else f"set target.full_depth=true, if a tensor is of all layers, or {AGAIN}"
+    rehearse(AutoModel, _as_deep(info.config, of), *place, of.attention, advice=advice)
+    rehearse(whole_class(info.config), _shallow(info.config, 0), *place, ends_only=True)
 
 
 def check_loading_whole(info: TargetInfo) -> None:
-    """Refuses what `load_whole` could not load, before anything long begins.
-
-    Raises:
-        ValueError: as `rehearse`.
-    """
+    """The same of what `load_whole` loads."""
     config = copy.deepcopy(info.config)
     rehearse(whole_class(config), config, info.path, info.revision, info.trust_remote_code)
 
@@ -325,11 +288,14 @@ def _from_pretrained(auto_class: Any, info: TargetInfo, ends_only: bool = False,
     return model
 
 
-def _shallow(config: Any, layer_ids: Sequence[int], full_depth: bool = False) -> Any:
-    """The config of the target as deep as it is loaded; without any layer where none is captured."""
+def _as_deep(config: Any, of: TargetConfig) -> Any:
+    """A copy of the target's config, as deep as it is loaded."""
+    return copy.deepcopy(config) if of.full_depth else _shallow(config, max(of.layer_ids or [-1]) + 1)
+
+
+def _shallow(config: Any, layers: int) -> Any:
     config = copy.deepcopy(config)
-    if not full_depth:
-        truncate(config.get_text_config(), max(layer_ids, default=-1) + 1)
+    truncate(config.get_text_config(), layers)
     return config
 
 
@@ -340,9 +306,9 @@ def truncate(text_config: Any, layers: int) -> None:
         text_config.layer_types = text_config.layer_types[:layers]
 
 
-def _sharding(shards: int, replicas: int) -> DistributedConfig:
+def _sharding(ranks: int, replicas: int) -> DistributedConfig:
     if replicas == 1:
-        return DistributedConfig(fsdp_size=shards)
+        return DistributedConfig(fsdp_size=ranks)
     if "dp_replicate_size" not in inspect.signature(DistributedConfig).parameters:
         raise ValueError("target.replicas needs a newer transformers, with DistributedConfig.dp_replicate_size")
-    return DistributedConfig(fsdp_size=shards, dp_replicate_size=replicas)
+    return DistributedConfig(fsdp_size=ranks // replicas, dp_replicate_size=replicas)

@@ -88,16 +88,7 @@ def load_probed(config: Config, info: TargetInfo, world: World) -> tuple[LoadedT
     Raises:
         ValueError: as `load_target`; or its features know later tokens.
     """
-    target, tokens = config.target, ordinary_tokens(info)
-    loaded = load_target(
-        info,
-        config.layer_ids,
-        getattr(torch, target.dtype),
-        world,
-        target.replicas,
-        target.full_depth,
-        target.attention,
-    )
+    loaded, tokens = load_target(info, config.target, world), ordinary_tokens(info)
     if loaded.note and world.is_main:
         print(loaded.note)
     refuse_lookahead(loaded.model, world, tokens)

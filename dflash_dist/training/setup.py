@@ -187,7 +187,7 @@ def check_models(config: Config, info: TargetInfo) -> None:
     """
     target = config.target
     if target.features is None or config.draft.init == "target":
-        check_loading(info, config.layer_ids, target.full_depth, target.attention)
+        check_loading(info, target)
     shape = draft_shape(config, info.text, info.path)
     if folder := draft_to_begin_from(config):
         check_draft(folder, shape.num_target_layers)

@@ -329,7 +329,7 @@ def handed_over(world: World, trial: bench.Trial, folder: str) -> list[float]:
     """What a rank hands to collectives in a step of training on the target as `load_target` shards it [bytes], of one
     micro-batch and of two."""
     ours = bench.Ours(trial, world)
-    target = load_target(read_info(folder), trial.config.target.layer_ids, torch.bfloat16, world)
+    target = load_target(read_info(folder), trial.config.target, world)
     ours.training.target = LiveTarget(target.model)
     handed = []
     for micro_batches in (1, 2):

@@ -223,7 +223,7 @@ MUTANTS = [
     Mutant(
         "stored features: no target runs",
         RANK,
-        "if not of.features:",
+        "if not config.target.features:",
         "if True:",
         planning("stored_features_need_no_target"),
     ),

@@ -195,8 +195,8 @@ MUTANTS = [
     Mutant(
         "only as deep as the deepest captured layer",
         LOAD,
-        "max(layer_ids, default=-1) + 1)",
-        "max(layer_ids, default=-1) + 2)",
+        "max(of.layer_ids or [-1]) + 1)",
+        "max(of.layer_ids or [-1]) + 2)",
         TEST_LOAD,
     ),
     Mutant(

@@ -29,6 +29,7 @@ from dflash_dist.target.run import LiveTarget
 from dflash_dist.training.trainer import Trainer
 from tests.conftest import REPOSITORY
 from tests.ranks import run_ranks
+from tests.tiny import target_of
 
 ALONE = World(0, 1, torch.device("cpu"))
 SHARD_MIB = 1.0  # 5 rows a shard in float32
@@ -195,7 +196,7 @@ def test_without_features_the_command_is_named(debug, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_embedding_and_head_are_those_of_the_loaded_target(tiny_target: Path, dtype: torch.dtype) -> None:
     info = read_info(str(tiny_target))
-    whole = load_target(info, [1], dtype, ALONE)
+    whole = load_target(info, target_of([1], dtype), ALONE)
     ends = load_ends(info, dtype, ALONE.device)
     assert torch.equal(ends.embedding, whole.embedding) and torch.equal(ends.head, whole.head)
     assert ends.embedding.dtype == ends.head.dtype == dtype

@@ -24,7 +24,7 @@ from dflash_dist.target.folder import weight_files
 from dflash_dist.target.load import check_loading, check_loading_whole, load_ends, load_target, load_whole, read_info
 from dflash_dist.training.trainer import Trainer
 from tests.hostile import POINTER, copied, write
-from tests.tiny import tiny_shape
+from tests.tiny import target_of, tiny_shape
 
 IDS = [1, 2, 4]
 CPU = torch.device("cpu")
@@ -148,7 +148,7 @@ def test_weights_are_refused_in_a_sentence_before_they_are_loaded(tiny_target, t
     harm(folder := copied(tiny_target, tmp_path / "target"))
     info = read_info(str(folder))
     monkeypatch.setattr("dflash_dist.target.load._from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
-    refusal(lambda: check_loading(info, IDS), folder, words)
+    refusal(lambda: check_loading(info, target_of(IDS)), folder, words)
     refusal(lambda: check_loading_whole(info), folder, words)
 
 
@@ -156,8 +156,8 @@ def test_weights_are_refused_in_a_sentence_before_they_are_loaded(tiny_target, t
 def test_a_whole_target_passes_and_holds_no_memory(tiny_target: Path, tmp_path: Path, harm) -> None:
     harm(folder := copied(tiny_target, tmp_path / "target"))
     info = read_info(str(folder))
-    check_loading(info, IDS)
-    check_loading(info, IDS, full_depth=True, attention="eager")
+    check_loading(info, target_of(IDS))
+    check_loading(info, target_of(IDS, full_depth=True, attention="eager"))
     check_loading_whole(info)
     assert info.config.num_hidden_layers == 6, "what is tried out is a copy"
 
@@ -168,7 +168,7 @@ def test_layers_that_are_left_out_need_no_file(tiny_target: Path, tmp_path: Path
     write(folder / "model.safetensors", b"")
     kept = {name: tensor for name, tensor in tensors.items() if "layers.5." not in name}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    check_loading(read_info(str(folder)), IDS)
+    check_loading(read_info(str(folder)), target_of(IDS))
     refusal(lambda: check_loading_whole(read_info(str(folder))), folder, r"the checkpoint of {} lacks model.layers.5")
 
 
@@ -260,9 +260,9 @@ def test_code_of_a_models_own_runs_only_where_it_is_trusted(with_code: Path, tmp
     assert not list((tmp_path / "modules").rglob("*_quiet.py")), "none of it was even fetched"
     info = read_info(str(with_code), trust_remote_code=True)
     assert type(info.config).__name__ == "QuietConfig" and type(info.tokenizer).__name__ == "QuietTokenizer"
-    check_loading(info, IDS)
+    check_loading(info, target_of(IDS))
     check_loading_whole(info)
-    assert type(load_target(info, IDS, torch.float32, alone).model.model).__name__ == "QuietModel"
+    assert type(load_target(info, target_of(IDS), alone).model.model).__name__ == "QuietModel"
     assert type(load_whole(info, torch.float32, CPU)).__name__ == "QuietForCausalLM"
     assert list((tmp_path / "modules").rglob("*_quiet.py"))
 

@@ -18,6 +18,7 @@ from dflash_dist.target.tiny import tiny_tokenizer
 from dflash_dist.training.trainer import Trainer
 from tests.ends import CPU, SIZES, compare_head, save_lively
 from tests.families import family
+from tests.tiny import target_of
 
 ALL_FAMILIES = ["Qwen3", "Qwen2", "Llama", "Gemma", "Olmo2", "Phi3", "Qwen3Moe", "GptOss"]
 EXPERTS = {
@@ -29,7 +30,7 @@ EXPERTS = {
 def ends_of(folder: Path, alone) -> tuple[torch.Tensor, ...]:
     """Embedding and head as both ways of a training give them, which must be the same, and the whole model's."""
     info = read_info(str(folder))
-    target, ends = load_target(info, [1], torch.float32, alone), load_ends(info, torch.float32, CPU)
+    target, ends = load_target(info, target_of([1]), alone), load_ends(info, torch.float32, CPU)
     whole = load_whole(info, torch.float32, CPU)
     own = whole.get_input_embeddings().weight, whole.get_output_embeddings().weight
     for ours, stored, theirs in zip((target.embedding, target.head), (ends.embedding, ends.head), own):
@@ -132,7 +133,7 @@ def test_a_tensor_of_all_layers_hides_no_head_and_asks_for_full_depth(alone) -> 
     assert of.head.error == 0
     info = read_info(str(of.folder))
     with pytest.raises(ValueError, match=r"embed_tokens_per_layer\.weight is .*; set target\.full_depth=true"):
-        check_loading(info, [1])
-    check_loading(info, [1], full_depth=True)
-    target = load_target(info, [1], torch.float32, alone, full_depth=True)
+        check_loading(info, target_of([1]))
+    check_loading(info, target_of([1], full_depth=True))
+    target = load_target(info, target_of([1], full_depth=True), alone)
     assert torch.equal(target.head, load_whole(info, torch.float32, CPU).get_output_embeddings().weight)

@@ -24,7 +24,7 @@ from dflash_dist.target.load import digest_weights, load_target, read_info, trun
 from dflash_dist.target.tiny import tiny_tokenizer
 from dflash_dist.training.trainer import Trainer
 from tests.ranks import run_ranks
-from tests.tiny import enliven
+from tests.tiny import enliven, target_of
 
 SMALL = {
     "vocab_size": 260,
@@ -71,7 +71,7 @@ def packed_batch() -> Batch:
 
 def features(world: World, folder: Path, dtype: torch.dtype, replicas: int = 1) -> tuple[torch.Tensor, ...]:
     """The target's features, embedding and head, and how many elements of its first matrix this rank holds."""
-    target = load_target(read_info(str(folder)), LAYER_IDS, dtype, world, replicas)
+    target = load_target(read_info(str(folder)), target_of(LAYER_IDS, dtype, replicas=replicas), world)
     batch = packed_batch()
     captured = target.model.generate_batch(batch.input_ids, None, None, batch.position_ids).hidden_states
     assert len(target.model._get_transformer_layers()) == 4, "layers above the deepest captured one are not loaded"
@@ -135,14 +135,14 @@ def test_replicas_in_the_config_shard_within_a_node_copy_across_and_change_no_lo
 
 def test_a_tied_head_is_the_embedding_itself(folders, alone) -> None:
     """Ignoring tied embeddings cost another project its acceptance: a random head was trained against."""
-    tied = load_target(read_info(str(folders["qwen3-tied"])), LAYER_IDS, torch.float32, alone)
+    tied = load_target(read_info(str(folders["qwen3-tied"])), target_of(LAYER_IDS), alone)
     assert tied.head is tied.embedding
-    untied = load_target(read_info(str(folders["qwen3"])), LAYER_IDS, torch.float32, alone)
+    untied = load_target(read_info(str(folders["qwen3"])), target_of(LAYER_IDS), alone)
     assert not torch.equal(untied.head, untied.embedding)
 
 
 def test_full_depth_loads_every_layer(folders, alone) -> None:
-    target = load_target(read_info(str(folders["llama"])), [0], torch.float32, alone, full_depth=True)
+    target = load_target(read_info(str(folders["llama"])), target_of([0], full_depth=True), alone)
     assert len(target.model._get_transformer_layers()) == 5
     assert not any(parameter.requires_grad for parameter in target.model.model.parameters())  # it is frozen
 
@@ -193,12 +193,12 @@ def test_a_checkpoint_with_missing_tensors_is_refused(folders, alone, tmp_path: 
         (tmp_path / file.name).write_bytes(file.read_bytes())
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks layers\.1\.mlp\.up_proj\.weight"):
-        load_target(dataclasses.replace(info, path=str(tmp_path)), LAYER_IDS, torch.float32, alone)
+        load_target(dataclasses.replace(info, path=str(tmp_path)), target_of(LAYER_IDS), alone)
 
 
 def test_replicas_must_divide_the_ranks(folders, alone) -> None:
     with pytest.raises(ValueError, match=r"target.replicas 2 does not divide the 1 ranks"):
-        load_target(read_info(str(folders["qwen3"])), LAYER_IDS, torch.float32, alone, replicas=2)
+        load_target(read_info(str(folders["qwen3"])), target_of(LAYER_IDS, replicas=2), alone)
 
 
 def test_a_config_that_names_no_stop_token_leaves_that_to_the_tokenizer(tmp_path: Path) -> None:

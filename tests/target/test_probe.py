@@ -16,6 +16,7 @@ from dflash_dist.target.probe import Packing, probe_packing, refuse_lookahead
 from dflash_dist.target.tiny import tiny_tokenizer
 from tests.families import ALONE, SEQ_LEN, TOKENS, family
 from tests.ranks import run_ranks
+from tests.tiny import target_of
 
 PACKS = {
     "Qwen3": True,
@@ -117,7 +118,7 @@ def test_a_target_whose_features_know_later_tokens_is_refused() -> None:
 def probed(world: World, folder: Path, spoilt: int | None = None) -> Packing:
     """What the ranks find of a target that they share; one of them may find its own copy of a feature spoilt."""
     info = read_info(str(folder))
-    loaded = load_target(info, [0, 2], torch.float32, world)
+    loaded = load_target(info, target_of([0, 2]), world)
     generate = loaded.model.generate_batch
 
     def spoil(ids, mask, loss_mask, positions=None):
