@@ -117,11 +117,7 @@ def main(argv: list[str]) -> None:
 
 
 def make_trial(options: BenchOptions) -> Trial:
-    """The config and the target that the options describe.
-
-    Raises:
-        ValueError: they describe nothing that exists.
-    """
+    """The config and the target that the options describe; a ValueError where they describe nothing that exists."""
     config = load_config(options.config) if options.config else Config(output_dir="-", data=DataConfig(seq_len=512))
     target = target_config(options.like, config.target).get_text_config()
     if options.target_layers:

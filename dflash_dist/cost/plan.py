@@ -110,11 +110,7 @@ def main(argv: list[str]) -> None:
 
 
 def make_report(options: PlanOptions, config: Config) -> dict[str, Any]:
-    """All that the table shows.
-
-    Raises:
-        ValueError: the config does not fit the target or the number of GPUs.
-    """
+    """All that the table shows; a ValueError if the config does not fit the target or the number of GPUs."""
     target = target_config(options.like, config.target)
     text = target.get_text_config()
     last = text.num_hidden_layers - 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from transformers import (
     GptOssConfig,
@@ -20,7 +21,7 @@ from dflash_dist.target.tiny import BUILTIN_TARGET, tiny_config, tiny_tokenizer
 
 
 def _shape(
-    kind: type[PretrainedConfig],
+    kind: Callable[..., PretrainedConfig],
     hidden: int,
     layers: int,
     heads: int,
@@ -30,20 +31,20 @@ def _shape(
     vocab: int,
     tied: bool = False,
     **more: int,
-) -> tuple[type[PretrainedConfig], dict[str, Any]]:
-    """A kind of decoder and what its config says."""
-    return kind, {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "intermediate_size": intermediate,
-        "vocab_size": vocab,
-        "tie_word_embeddings": tied,
-        "max_position_embeddings": 40_960,
-        **more,
-    }
+) -> partial[PretrainedConfig]:
+    """Makes the config of a kind of decoder."""
+    return partial(
+        kind,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=intermediate,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+        **{"max_position_embeddings": 40_960} | more,
+    )
 
 
 SMALL = _shape(Qwen3Config, 256, 8, 8, 4, 32, 768, 8192)
@@ -79,7 +80,7 @@ def target_config(like: str | None, target: TargetConfig) -> PretrainedConfig:
     """
     name = like or target.path
     if name in PUBLISHED:
-        return _config(*PUBLISHED[name])
+        return PUBLISHED[name]()
     if name == BUILTIN_TARGET:
         return tiny_config(tiny_tokenizer())
     if name:
@@ -89,8 +90,4 @@ def target_config(like: str | None, target: TargetConfig) -> PretrainedConfig:
         config = read_config(name, target.revision, target.trust_remote_code, local_files_only=like is not None)
         check_decoder(config.get_text_config(), name)
         return config
-    return _config(*SMALL)
-
-
-def _config(kind: type[PretrainedConfig], sizes: dict[str, Any]) -> PretrainedConfig:
-    return kind(**sizes)
+    return SMALL()

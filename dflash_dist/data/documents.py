@@ -23,7 +23,7 @@ from dflash_dist.data.account import SAID, Account, BadRow
 from dflash_dist.data.chat import ChatEncoder, Document
 from dflash_dist.data.conversations import Text, read_row, shape_of
 from dflash_dist.data.padding import Padding
-from dflash_dist.data.sources import Chunk, Source, digest
+from dflash_dist.data.sources import TOO_DEEP, Chunk, Source, digest
 from dflash_dist.data.workers import Workers
 from dflash_dist.files import locked, remove_leftovers, whole, writing
 from dflash_dist.reading import reading
@@ -121,14 +121,10 @@ class Documents:
 
 def as_batch(rows: Sequence[int], documents: Sequence[Document]) -> pa.RecordBatch:
     """Documents that came from `rows`."""
-    ids = _lists([document.input_ids for document in documents])
-    supervised = _lists([np.array(document.supervised, np.int32).reshape(-1) for document in documents])
-    return pa.RecordBatch.from_arrays([pa.array(rows, pa.int32()), ids, supervised], schema=SCHEMA)
-
-
-def _lists(arrays: list[np.ndarray]) -> pa.ListArray:
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate([np.zeros(0, np.int32), *arrays]))
+    ids = [document.input_ids for document in documents]
+    supervised = [np.array(document.supervised, np.int32).reshape(-1) for document in documents]
+    columns = [pa.array(values, kind) for values, kind in zip((rows, ids, supervised), SCHEMA.types)]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
 def write_documents(file: Path, batches: Iterable[pa.RecordBatch]) -> str:
@@ -230,11 +226,8 @@ def encode_chunk(encoder: ChatEncoder, chunk: Chunk) -> tuple[pa.RecordBatch, Ac
                 account.shapes.setdefault(shape_of(row), number)
             read = read_row(row)
             made = encoder.texts(read)
-        except BadRow as error:
-            bad[number] = error
-            continue
-        except RecursionError:
-            bad[number] = BadRow("nested too deeply: no template can render it")
+        except (BadRow, RecursionError) as error:
+            bad[number] = error if isinstance(error, BadRow) else BadRow(TOO_DEEP)
             continue
         if not made:
             account.dropped["no assistant turn"] += 1

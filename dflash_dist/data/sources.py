@@ -32,6 +32,7 @@ UNFINISHED = (".partial", ".parts", ".tmp", ".incomplete")  # folders that someb
 BLOCK = 1 << 20  # [bytes] that are read at once
 CHUNK_ROWS = 512
 CHUNK_BYTES = 8 << 20
+TOO_DEEP = "nested too deeply: no template can render it"
 LONGEST_ROW = 4 << 20  # [bytes]; a million tokens: no packed row holds that, and it is most often a broken export
 
 Lines = list[bytes | None]  # None for one that is too long
@@ -61,7 +62,7 @@ class Chunk:
                 except ValueError as error:
                     row = BadRow(f"no JSON: {error}")
                 except RecursionError:
-                    row = BadRow("nested too deeply: no template can render it")
+                    row = BadRow(TOO_DEEP)
             if row is not None:
                 yield number, row
 

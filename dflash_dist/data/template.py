@@ -38,11 +38,7 @@ def settle_day(agree: Callable[[str], str], *known: str | None) -> str:
 
 
 def check_day(content: dict[str, Any], key: str, where: str, advice: str) -> None:
-    """Refuses a day on record that is none.
-
-    Raises:
-        ValueError: naming it, and `where` it stands.
-    """
+    """Refuses a day on record that is none, with a ValueError that names it and `where` it stands."""
     check_fields(content, {key: str | None}, where, advice)
     if (day := content.get(key)) is not None and not is_day(day):
         raise ValueError(f"{key} in {where} is {day!r}, which is no day (YYYY-MM-DD): {advice}")
@@ -128,11 +124,8 @@ class ChatTemplate:
     def render(
         self, messages: list[Message], tools: list[Any] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """The text, up to where the assistant would begin to write if `add_generation_prompt`.
-
-        Raises:
-            BadRow: it refuses the conversation.
-        """
+        """The text, up to where the assistant would begin to write if `add_generation_prompt`; a BadRow where the
+        template refuses the conversation."""
         with _on_day(self._text_for(tools), self.date):
             return self._render(messages, tools, add_generation_prompt)
 
@@ -244,11 +237,8 @@ def _marked_where_cut(message: Message) -> Message:
 
 
 def _cut(text: Text) -> Text:
-    """Ends the last answer where the target was stopped: whatever the template writes after it is not the target's.
-
-    Raises:
-        BadRow: the rendering does not hold the answer as it stands.
-    """
+    """Ends the last answer where the target was stopped: whatever the template writes after it is not the target's. A
+    BadRow where the rendering does not hold the answer as it stands."""
     start, end = text.answers[-1]
     place = text.text.rfind(CUT, start, end)
     if place < 0:
@@ -258,11 +248,7 @@ def _cut(text: Text) -> Text:
 
 @lru_cache
 def _taken_by(template: str) -> tuple[frozenset[str], bool]:
-    """The arguments that Jinja takes from outside, and whether it may ask for the day.
-
-    Raises:
-        ValueError: it is not valid Jinja.
-    """
+    """The arguments that Jinja takes from outside, and whether it may ask for the day. A ValueError if it is none."""
     try:
         tree = _compile_jinja_template(template).environment.parse(template)
     except jinja2.TemplateSyntaxError as error:

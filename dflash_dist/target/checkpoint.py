@@ -49,11 +49,8 @@ class Checkpoint:
                 self._converted.add(name)
 
     def read(self, parameter: str) -> torch.Tensor:
-        """The tensor of a parameter, as it is stored.
-
-        Raises:
-            ValueError: the checkpoint has none, or several, or not as floating-point numbers.
-        """
+        """The tensor of a parameter, as it is stored; a ValueError if the checkpoint has none, or several, or not as
+        floating-point numbers."""
         found = self._tensors.get(parameter, [])
         if parameter in self._converted or len(found) > 1:
             raise ValueError(f"the checkpoint of {self.path} makes {parameter} from {', '.join(found)}")

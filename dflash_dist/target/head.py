@@ -56,11 +56,8 @@ def head_gap(model: Any, head: torch.Tensor) -> HeadGap:
 
 
 def check_head(path: str, model: Any, head: torch.Tensor) -> str:
-    """What to know of a target whose logits are not just `states @ head.T`; empty where they are.
-
-    Raises:
-        ValueError: the target orders tokens otherwise.
-    """
+    """What to know of a target whose logits are not just `states @ head.T`; empty where they are. A ValueError where it
+    orders tokens otherwise."""
     gap = head_gap(model, head)
     if gap.none:
         return ""

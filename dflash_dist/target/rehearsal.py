@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +48,11 @@ def rehearse(
         model = skeleton(auto_class, config, trust_remote_code, **options)
         if quantised or not files or any(file.suffix != ".safetensors" for file in files):
             return
-        headers = {name: tensor for file in files for name, tensor in _shapes(file)}
+        headers = {}
+        for file in files:
+            with safe_open(file, "pt") as header:
+                for name in header.keys():  # noqa: SIM118, it is no dict
+                    headers[name] = torch.empty(header.get_slice(name).get_shape(), device="meta")
         _, report = type(model).from_pretrained(
             None, config=config, state_dict=headers, device_map={"": "meta"}, **options, **REPORTING
         )
@@ -68,12 +71,6 @@ def skeleton(auto_class: Any, config: Any, trust_remote_code: bool, **options: A
     """The model on the "meta" device: all its modules, and no numbers."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"), meta_device_safe_creation_ops():
         return auto_class.from_config(config, trust_remote_code=trust_remote_code, **options)
-
-
-def _shapes(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(file, "pt") as header:
-        for name in header.keys():  # noqa: SIM118, it is no dict
-            yield name, torch.empty(header.get_slice(name).get_shape(), device="meta")
 
 
 def refuse_gaps(report: dict[str, Any], path: str, wanted: Collection[str] | None = None, advice: str = AGAIN) -> None:

@@ -146,8 +146,8 @@ def test_useful_operations_are_those_that_a_step_does(alone, monkeypatch) -> Non
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_name_gives_its_shape(name: str) -> None:
     trial = trial_of("--like", name)
-    kind, sizes = PUBLISHED[name]
-    assert isinstance(trial.target, kind) and {name: getattr(trial.target, name) for name in sizes} == sizes
+    told, sizes = PUBLISHED[name](), PUBLISHED[name].keywords
+    assert type(trial.target) is type(told) and {name: getattr(trial.target, name) for name in sizes} == sizes
     ids = trial.config.target.layer_ids
     assert len(ids) == trial.config.draft.num_layers == 5 and ids[0] == 1
     assert ids[-1] == trial.target.num_hidden_layers - 3
@@ -183,7 +183,7 @@ def test_without_arguments_there_is_something_to_time() -> None:
     ("args", "message"),
     [
         ("--like Qwen/Qwen9-1B", r"^Qwen/Qwen9-1B has no config.json to read, nor is it one of .*Qwen/Qwen3-8B"),
-        ("--config no-such.yaml", r"^config file no-such.yaml does not exist$"),
+        ("--config no-such.yaml", r"^config file no-such.yaml does not exist; shipped are debug, "),
         ("--layer-ids 1,8", r"^--layer-ids \[8\] are out of range: the target has 8 layers$"),
         ("--layer-ids=-1,2", r"^--layer-ids \[-1\] are out of range"),
     ],
