@@ -211,7 +211,7 @@ def largest_with_room(
         if high:
             number = (low + high) // 2 if len(known) > FEW else int(meets(low, high))
         else:
-            number = int(further[0]) if further else 2 * low
+            number = int(further[0] if further else meets(0, low))
         number = max(number, low + 1)
         known[number] = peak(number)
 
