@@ -18,15 +18,6 @@ from dflash_dist.draft.layers import DraftLayer
 from dflash_dist.training.sampler import Sampler
 
 
-def features_of(model: Any, layer_ids: list[int], batch: Batch) -> torch.Tensor:
-    """[B, S, L * H] from the whole causal language model."""
-    with torch.no_grad():
-        output = model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, output_hidden_states=True
-        )
-    return torch.cat([output.hidden_states[i + 1] for i in layer_ids], dim=-1)
-
-
 def dense_mask(batch: Batch) -> torch.Tensor:
     """[B, 1, A * K, S + A * K] bool: a slot sees the context before its anchor, in its document, and its own block."""
     block = torch.arange(batch.anchors.shape[1]).repeat_interleave(batch.slot_ids.shape[-1])
@@ -82,13 +73,6 @@ def draft_forward(draft: Draft, batch: Batch, features: torch.Tensor, embedding:
     return norm(hidden, draft.norm.weight)
 
 
-def loss_of(hidden: torch.Tensor, head: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Σ w·nll, through the logits of every slot."""
-    logits = F.linear(hidden, head).unflatten(1, batch.slot_ids.shape[1:])
-    nll = F.cross_entropy(logits[:, :, 1:].flatten(0, 2), batch.labels.flatten(), reduction="none")
-    return (nll * batch.weights.flatten()).sum()
-
-
 class ReferenceStep:
     """One optimiser step after the other on one process.
 
@@ -110,9 +94,18 @@ class ReferenceStep:
         weight = sum(batch.weights.sum().item() for batch in batches)
         losses = []
         for batch in batches:
-            features = features_of(self.model, self.draft.shape.target_layer_ids, batch)
-            hidden = draft_forward(self.draft, batch, features, self.embedding)
-            loss = loss_of(hidden, self.head, batch) / weight
+            with torch.no_grad():
+                output = self.model(
+                    input_ids=batch.input_ids,
+                    position_ids=batch.position_ids,
+                    use_cache=False,
+                    output_hidden_states=True,
+                )
+            captured = [output.hidden_states[i + 1] for i in self.draft.shape.target_layer_ids]
+            hidden = draft_forward(self.draft, batch, torch.cat(captured, dim=-1), self.embedding)
+            logits = F.linear(hidden, self.head).unflatten(1, batch.slot_ids.shape[1:])
+            nll = F.cross_entropy(logits[:, :, 1:].flatten(0, 2), batch.labels.flatten(), reduction="none")
+            loss = (nll * batch.weights.flatten()).sum() / weight
             loss.backward()
             losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
