@@ -190,7 +190,7 @@ class Rank:
         visible = 0.0
         counter = StepCounter(attention_formulas(lambda: visible), counts_work)
         with ExitStack() as modes:
-            world = _telling(self.ranks, lambda: [modes.enter_context(mode) for mode in self.modes(counter)])
+            world = telling_world(self.ranks, lambda: [modes.enter_context(mode) for mode in self.modes(counter)])
             training = self._training(config, counter, world, run_target)
             at_rest = dict(counter.held)
             held, capturing = _watch(training, counter)
@@ -211,7 +211,7 @@ class Rank:
         return StepCost(self.ranks, shards, at_rest, held, capturing, dict(counter.work))
 
     def modes(self, counter: StepCounter) -> list[AbstractContextManager]:
-        """What a step runs in, from where its weight is known on: from there all of it is for the device."""
+        """What a step runs in, from where its weight is known on."""
         return [self.memory, FakeGpu(self.memory, counter), counter]
 
     def rows(self, config: Config) -> PackedRows:
@@ -283,15 +283,16 @@ class _GivenFeatures:
         return Output(torch.empty(*batch.input_ids.shape, self.width, dtype=self.dtype))
 
 
-def _telling(ranks: int, agreed: Callable[[], Any]) -> World:
-    """A world where nobody else answers, and which calls `agreed` once a step's weight is known."""
+def telling_world(ranks: int, agreed: Callable[[], Any], device: str = "cpu") -> World:
+    """A world where nobody else answers, and which calls `agreed` once a step's weight is known: from there on, all of
+    a step is for the device."""
 
     class Telling(World):
         def sum_numbers(self, *numbers: float) -> list[float]:
             agreed()
             return list(numbers)
 
-    return Telling(0, ranks, torch.device("cpu"))
+    return Telling(0, ranks, torch.device(device))
 
 
 def _sum_bucket(_state, bucket):  # without types, which DDP wants to compare

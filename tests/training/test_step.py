@@ -18,35 +18,22 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.nn.attention import flex_attention as flex
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel
 
 from dflash_dist.batch import PADDING
+from dflash_dist.cost.counter import StepCounter
+from dflash_dist.cost.rank import FakeGpu, telling_world
 from dflash_dist.draft.kinds import dflash
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.kernels import attention_gpu
 from dflash_dist.kernels.attention_gpu import FlexAttention
-from dflash_dist.ranks import World
 from dflash_dist.training.step import TrainingStep
 from tests.steps import ANCHORS, MICRO_BATCH, make_step, packed_rows, step_config
 from tests.tiny import lively_target, tiny_shape
 
 BLOCK = tiny_shape().block_size
-
-
-def world_that_tells(device: str, agreed: Callable[[], None]) -> World:
-    """A world of one that calls `agreed` once a step's weight is known: from there on, all of a step is for the
-    device."""
-
-    class Telling(World):
-        def sum_numbers(self, *numbers: float) -> list[float]:
-            totals = super().sum_numbers(*numbers)
-            agreed()
-            return totals
-
-    return Telling(0, 1, torch.device(device))
 
 
 # ------------------------------------------------------------------------------------ a GPU that computes nothing
@@ -59,20 +46,14 @@ class WaitsForCopy(Exception):
 WAITS = (DataDependentOutputException, DynamicOutputShapeException, WaitsForCopy)
 
 
-class FakeGpu(TorchFunctionMode):
-    """A GPU that has shapes and dtypes but no numbers: who asks it for one, or for a shape that depends on one, would
-    wait for a real GPU, and gets an exception.
-
-    The tensors are torch's fake ones. Their device is the CPU, since autograd refuses a GPU that is not there, but
-    `is_cuda` is answered as on a GPU, so that the code takes its way there. What lies on the host gets to this GPU by
-    `.to(device, non_blocking=True)` only.
-    """
+class WaitingGpu(FakeGpu):
+    """A GPU without numbers: who asks it for one, or for a shape that depends on one, would wait for a real GPU, and
+    gets an exception. What lies on the host gets to it by `.to(device, non_blocking=True)` only."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.memory = FakeTensorMode()
+        super().__init__(FakeTensorMode(), StepCounter({}))
 
-    def __enter__(self) -> FakeGpu:
+    def __enter__(self) -> WaitingGpu:
         self.memory.__enter__()
         return super().__enter__()
 
@@ -82,15 +63,12 @@ class FakeGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]  # a new object each time
-            return True
-        if func == torch.Tensor.to and not isinstance(args[0], FakeTensor):
-            if not kwargs.get("non_blocking"):
-                raise WaitsForCopy
-            return self.memory.from_tensor(args[0])
+        copies = func == torch.Tensor.to and not isinstance(args[0], FakeTensor)
+        if copies and not kwargs.get("non_blocking"):
+            raise WaitsForCopy
         if func in (torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.numpy, torch.tensor, torch.as_tensor):
             raise WaitsForCopy
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class Trace(TorchDispatchMode):
@@ -112,7 +90,7 @@ class Trace(TorchDispatchMode):
 
 @pytest.fixture
 def fake_step(tiny_target, monkeypatch):
-    """Makes a training step that lives on a `FakeGpu` but for what it does on the host, and a function that runs one
+    """Makes a training step that lives on a `WaitingGpu` but for what it does on the host, and a function that runs one
     step of it and returns the operations that reached the GPU."""
     # FlexAttention as on a GPU, backward included, but not compiled: fake tensors are what a compiler would use.
     monkeypatch.setattr(dflash, "training_attention", lambda batch, *_: FlexAttention(batch, compiled=False))
@@ -120,7 +98,7 @@ def fake_step(tiny_target, monkeypatch):
     monkeypatch.setattr(flex, "_validate_device", lambda *args: None)  # has no backward on a CPU
 
     def make(**config: Any) -> tuple[TrainingStep, Callable[[int], list[tuple[str, ...]]]]:
-        gpu, leave = FakeGpu(), contextlib.ExitStack()
+        gpu, leave = WaitingGpu(), contextlib.ExitStack()
         trace = Trace()
 
         def enter() -> None:
@@ -133,7 +111,7 @@ def fake_step(tiny_target, monkeypatch):
             decoder = AutoModel.from_config(shape, dtype=getattr(torch, settings.target.dtype)).requires_grad_(False)
             embedding = decoder.get_input_embeddings().weight.detach()
             draft = DFlashDraftModel(tiny_shape(num_layers=1))
-            world = world_that_tells("cpu", enter)
+            world = telling_world(1, enter)
             training = make_step(settings, world, packed_rows(8), draft, decoder, embedding, embedding)
 
         def run(step: int) -> list[tuple[str, ...]]:
@@ -166,7 +144,7 @@ def test_a_step_never_waits_for_a_real_gpu(tiny_target, monkeypatch, precision: 
     target = lively_target(tiny_target).to("cuda", getattr(torch, precision))
     ends = target.model.embed_tokens.weight, target.lm_head.weight
     mode = "default"
-    world = world_that_tells("cuda", lambda: torch.cuda.set_sync_debug_mode(mode))
+    world = telling_world(1, lambda: torch.cuda.set_sync_debug_mode(mode), "cuda")
     draft = DFlashDraftModel(tiny_shape()).to("cuda")
     training = make_step(config, world, packed_rows(8), draft, target.model, *ends)
     try:
@@ -193,14 +171,14 @@ def test_a_step_never_waits_for_a_real_gpu(tiny_target, monkeypatch, precision: 
     ids=["item", "tolist", "if", "cpu", "numpy", "nonzero", "mask", "new tensor"],
 )
 def test_a_fake_gpu_tells_who_waits(wait: Callable[[torch.Tensor], Any]) -> None:
-    with FakeGpu():
+    with WaitingGpu():
         values = torch.zeros(3).to("cpu", non_blocking=True)
         with pytest.raises(WAITS):
             wait(values)
 
 
 def test_a_fake_gpu_says_that_it_is_one() -> None:
-    with FakeGpu():
+    with WaitingGpu():
         assert torch.zeros(3).to("cpu", non_blocking=True).is_cuda
 
 
