@@ -248,7 +248,7 @@ def _cut(text: Text) -> Text:
 
 @lru_cache
 def _taken_by(template: str) -> tuple[frozenset[str], bool]:
-    """The arguments that Jinja takes from outside, and whether it may ask for the day; a ValueError if it is not valid."""
+    """The arguments that it takes from outside, and whether it may ask for the day; a ValueError if it is no Jinja."""
     try:
         tree = _compile_jinja_template(template).environment.parse(template)
     except jinja2.TemplateSyntaxError as error:
