@@ -194,7 +194,7 @@ class Ours:
             config,
             world,
             Sampler(config, world, _random_rows(config, trial.target.vocab_size), None),
-            random_draft(trial, config.train.gradient_checkpointing).to(world.device),
+            random_draft(trial).to(world.device),
             LiveTarget(HFDFlashTargetModel(model, ids)),
             embedding,
             embedding if trial.target.tie_word_embeddings else torch.randn_like(embedding).mul_(0.02),
@@ -248,10 +248,10 @@ def _random_model(auto_class: Any, config: PretrainedConfig, dtype: torch.dtype,
     return model.eval().requires_grad_(False)
 
 
-def random_draft(trial: Trial, gradient_checkpointing: bool = False) -> Draft:
+def random_draft(trial: Trial) -> Draft:
     torch.manual_seed(1)
     shape = draft_shape(trial.config, trial.target, "the target")
-    return kind_of(trial.config.draft.kind)(shape, gradient_checkpointing)
+    return kind_of(trial.config.draft.kind)(shape, trial.config.train.gradient_checkpointing)
 
 
 def _random_rows(config: Config, vocab: int) -> PackedRows:

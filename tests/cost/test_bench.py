@@ -18,10 +18,11 @@ from dflash_dist.target.capture import decoder_layers
 from tests.ranks import run_ranks
 
 REPOSITORY = Path(__file__).parent.parent.parent
-TINY = (
+SHAPE = (
     "--hidden=64 --heads=4 --kv-heads=2 --head-dim=16 --intermediate=128 --target-layers=6 --vocab=260 --draft-layers=2"
-    " --seq=96 --anchors=8 --block=8 --rows=2 --layer-ids=0,2,3 --dtype=float32 --threads=1"
-).split()
+    " --seq=96 --anchors=8 --block=8 --rows=2 --layer-ids=0,2,3"
+)
+TINY = [*SHAPE.split(), "--dtype=float32", "--threads=1"]
 OF_BOTH = {"seconds_per_step", "cpu_seconds_per_step", "resting_mib", "peak_mib"}
 OF_OURS = {"useful_flops_per_step", "matmul_flops_per_s", "share_of_peak", "collective_mib_per_step", "stages"}
 
