@@ -3,6 +3,8 @@
 Rank 0 prints to both through Python objects, because a pipe in between would no longer be a terminal to progress bars;
 what native code prints there reaches the terminal alone. The other ranks' file descriptors lead to their files, native
 output included. Nothing here needs torch: what is said while that loads is in the files, too.
+
+On a terminal the last line says what is being done, and is drawn over; what is printed comes above it.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import shutil
 import sys
 import threading
 import time
@@ -21,6 +24,7 @@ from typing import Any, BinaryIO, TextIO
 from dflash_dist.files import writing
 
 LOGS = "logs"  # in the run folder
+QUIET = 3.0  # [s] for which the last line of a terminal may stand without saying for how long
 
 
 @contextlib.contextmanager
@@ -45,7 +49,8 @@ def keep_logs(folder: Path) -> Iterator[None]:
             f" process {os.getpid()} on {platform.node()}: {' '.join(sys.argv)}\n",
         )
         before = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (_Lines(stream, log, echo=rank == 0) for stream in before)  # type: ignore[assignment]
+        status = _Status(sys.stderr) if rank == 0 and sys.stderr.isatty() else None
+        sys.stdout, sys.stderr = (_Lines(stream, log, echo=rank == 0, status=status) for stream in before)  # type: ignore[assignment]
         try:
             yield
         except BaseException:
@@ -53,6 +58,23 @@ def keep_logs(folder: Path) -> Iterator[None]:
             raise
         finally:
             sys.stdout, sys.stderr = before
+            if status:
+                status.close()
+
+
+def say_phase(text: str) -> None:
+    """Says what begins now and may take a while: a line of the log, and what a terminal shows until the next one."""
+    if isinstance(sys.stderr, _Lines) and sys.stderr.status:
+        _put(sys.stderr.log, f"{text}\n")
+        sys.stderr.status.show(text)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def show_status(text: str) -> None:
+    """As `say_phase`, for what changes too often to be logged: on a terminal only."""
+    if isinstance(sys.stderr, _Lines) and sys.stderr.status:
+        sys.stderr.status.show(text)
 
 
 def say_on_terminal(text: str) -> None:
@@ -101,17 +123,78 @@ def _descriptors_to(log: BinaryIO) -> Iterator[None]:
             os.close(before)
 
 
+class _Status:
+    """The last line of a terminal. After a while without news it says for how long it has stood there."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.text, self.since = stream, "", 0.0
+        self.drawn = self.line_begun = False  # by us; by others, such as a progress bar, which then have the line
+        self.lock, self.closed = threading.RLock(), threading.Event()
+        self.clock: threading.Thread | None = None
+
+    def show(self, text: str) -> None:
+        with self.lock:
+            self.text, self.since = text, time.monotonic()
+            self._draw()
+        if self.clock is None:
+            self.clock = threading.Thread(target=self._tell_time, daemon=True)
+            self.clock.start()
+
+    @contextlib.contextmanager
+    def beside(self, text: str) -> Iterator[None]:
+        """While others print `text`, the line is gone."""
+        with self.lock:
+            self._erase()
+            yield
+            if text:
+                self.line_begun = not text.endswith(("\n", "\r"))
+            self._draw()
+
+    def close(self) -> None:
+        self.closed.set()
+        with self.lock:
+            self._erase()
+            self.text = ""
+
+    def _tell_time(self) -> None:
+        while not self.closed.wait(1.0):
+            with self.lock:
+                if time.monotonic() - self.since >= QUIET:
+                    self._draw()
+
+    def _draw(self) -> None:
+        if not self.text or self.line_begun:
+            return
+        seconds = time.monotonic() - self.since
+        line = self.text + (f"  ({seconds:.0f} s)" if seconds >= QUIET else "")
+        self._write(f"\r{line[: shutil.get_terminal_size().columns - 1]}\033[K")  # a longer one would be two
+        self.drawn = True
+
+    def _erase(self) -> None:
+        if self.drawn:
+            self._write("\r\033[K")
+            self.drawn = False
+
+    def _write(self, text: str) -> None:
+        with _a_full_disk_survived():
+            self.stream.write(text)
+            self.stream.flush()
+
+
 class _Lines:
     """A stream whose whole lines go to a file, without what was drawn over in place; and, to `echo`, everything where
-    it went before."""
+    it went before, above the `status` of a terminal."""
 
-    def __init__(self, stream: TextIO, log: BinaryIO, echo: bool):
-        self.stream, self.log, self.echo, self.line, self.lock = stream, log, echo, "", threading.Lock()
+    def __init__(self, stream: TextIO, log: BinaryIO, echo: bool, status: _Status | None):
+        self.stream, self.log, self.echo, self.status = stream, log, echo, status
+        self.line, self.lock = "", threading.Lock()
 
     def write(self, text: str) -> int:
         if self.echo:
-            with _a_full_disk_survived():
+            with self.status.beside(text) if self.status else contextlib.nullcontext(), _a_full_disk_survived():
                 self.stream.write(text)
+                if text.endswith("\n"):
+                    self.stream.flush()  # both streams may go to one place, which keeps their order then
         with self.lock:
             *whole, self.line = (self.line + text).split("\n")
             self.line = self.line[self.line.rfind("\r") + 1 :]

@@ -76,6 +76,16 @@ def test_the_debug_preset_trains_exports_and_evaluates(undisturbed: Path, tmp_pa
     assert [step for step, _ in losses(undisturbed)] == list(range(1, 25))
     assert (undisturbed / "config.yaml").is_file()
     assert json.loads((undisturbed / "versions.json").read_text()).keys() >= {"torch", "transformers", "dflash_dist"}
+    said = (undisturbed / "logs/rank-0.log").read_text().splitlines()
+    begin = said.index("loading the target") < said.index("ranks   1 x CPU, the draft computes in float32")
+    assert begin and {
+        "draft   dflash of 2 layers, 86,464 parameters, blocks of 8",
+        "        the draft begins with random weights",
+        "steps   24 of 4 rows of 256 tokens: 23,104 tokens, 1.22 epochs of 79 rows",
+        "mask    token 3, '<mask>', in none of 19,013 tokens of the data",
+    } <= set(said)
+    [target] = [line for line in said if line.startswith("target  ")]
+    assert target.endswith(": 5 of 6 layers in float32; 0.77 MiB a rank, embedding and LM head included")
     finish(PROGRAM, "export", "--run", str(undisturbed), "--out", str(tmp_path / "draft"))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"messages": [{"role": "user", "content": "What is 1 plus 2?"}]}) + "\n")

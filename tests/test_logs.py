@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dflash_dist.logs import LOGS, keep_logs
+from dflash_dist.logs import LOGS, QUIET, keep_logs, say_phase, show_status
 from tests.conftest import REPOSITORY
 
 PRINTS = """
@@ -88,6 +88,46 @@ def test_starts_follow_each_other_and_what_is_drawn_over_is_left_out(
     assert sys.stderr is terminal and terminal.getvalue() == "".join(drawn) * 2
     lines = (tmp_path / LOGS / "rank-0.log").read_text().splitlines()
     assert [line for line in lines if "attempt" not in line] == ["said", "", "the end"] * 2
+
+
+def on_screen(written: str) -> list[str]:
+    """The lines of a terminal after what was written to it."""
+    return [line.rpartition("\r")[2].replace("\033[K", "") for line in written.split("\n")]
+
+
+def test_the_last_line_of_a_terminal_says_what_is_done_and_what_is_printed_stays_above_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("COLUMNS", "24")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with keep_logs(tmp_path):
+        say_phase("loading")
+        show_status("step 1 of very, very many steps")
+        print("said")
+        assert on_screen(terminal.getvalue()) == ["said", "step 1 of very, very ma"], "never two lines"
+        print("warned", file=sys.stderr)
+        sys.stderr.write("\r 10%")  # the bar of a library has the line, until it is done
+        show_status("step 2")
+        assert on_screen(terminal.getvalue()) == ["said", "warned", " 10%"]
+        sys.stderr.write("\r")
+        assert on_screen(terminal.getvalue())[-1] == "step 2"
+        sys.stderr.status.since -= QUIET + 1
+        sys.stderr.status._draw()
+        assert on_screen(terminal.getvalue())[-1] == f"step 2  ({QUIET + 1:.0f} s)"
+    assert on_screen(terminal.getvalue()) == ["said", "warned", ""]
+    _, *lines = (tmp_path / LOGS / "rank-0.log").read_text().splitlines()
+    assert lines == ["loading", "said", "warned"]
+
+
+def test_without_a_terminal_a_phase_is_a_line_and_a_status_nothing(tmp_path: Path, capsys) -> None:
+    with keep_logs(tmp_path):
+        say_phase("loading")
+        show_status("step 1")
+    assert capsys.readouterr().err == "loading\n"
+    assert (tmp_path / LOGS / "rank-0.log").read_text().splitlines()[1:] == ["loading"]
 
 
 def test_a_full_disk_does_not_end_what_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

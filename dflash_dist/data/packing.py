@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 
@@ -93,6 +94,15 @@ class PackedRows:
             f" ({self.supervised / self.tokens:.0%} supervised)"
             f" -> {len(self):,} rows of {self.seq_len}, {self.filled:.1%} filled"
         )
+
+    def count(self, token: int, most: int = 20_000) -> tuple[int, int]:
+        """How often a token stands in the documents, and among how many tokens it was looked for: all, or those of at
+        most `most` documents, spread over all."""
+        found = tokens = 0
+        for number in self.chosen[:: math.ceil(len(self.chosen) / most)].tolist():
+            ids = self.documents[number].input_ids[: self.seq_len]
+            found, tokens = found + int(np.count_nonzero(ids == token)), tokens + len(ids)
+        return found, tokens
 
     def row(self, index: int) -> Iterator[Document]:
         """The documents of a row, whole; an index past the end gives none."""

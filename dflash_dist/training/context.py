@@ -10,6 +10,7 @@ import torch
 from dflash_dist.config import Config
 from dflash_dist.data.packing import PackedRows
 from dflash_dist.data.rows import Data
+from dflash_dist.logs import say_phase
 from dflash_dist.ranks import World
 from dflash_dist.target.features import FeatureFolder, read_index, refuse_other
 from dflash_dist.target.load import (
@@ -75,6 +76,7 @@ def make_target(config: Config, info: TargetInfo, data: Data, world: World) -> S
         )
     if world.is_main:
         print(f"features: {show_bytes(features.bytes_of(features.shards))} in {folder}; the target is not run")
+    say_phase("loading the target's embedding and LM head")
     ends = load_ends(info, getattr(torch, config.target.dtype), world.device)
     if ends.note and world.is_main:
         print(ends.note)
@@ -88,9 +90,11 @@ def load_probed(config: Config, info: TargetInfo, world: World) -> tuple[LoadedT
     Raises:
         ValueError: as `load_target`; or its features know later tokens.
     """
+    say_phase("loading the target")
     loaded, tokens = load_target(info, config.target, world), ordinary_tokens(info)
     if loaded.note and world.is_main:
         print(loaded.note)
+    say_phase("probing the target")
     refuse_lookahead(loaded.model, world, tokens)
     packing = probe_packing(loaded.model, world, tokens, config.data.seq_len, config.train.micro_batch_size)
     return loaded, packing.exact, packing.describe(info.path)

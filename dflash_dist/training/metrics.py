@@ -1,4 +1,4 @@
-"""What a run shows: TensorBoard, one JSON line a logged step, and a progress line. Rank 0 only."""
+"""What a run shows: TensorBoard, one JSON line a logged step, and how far it is. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from dflash_dist.files import whole
-from dflash_dist.logs import or_dash
+from dflash_dist.logs import or_dash, show_status
 from dflash_dist.reading import parse
 
 
@@ -80,7 +81,6 @@ class MetricLog:
                 self._board.flush()
 
     def close(self) -> None:
-        self.progress.close()
         with contextlib.suppress(OSError), self._lines:
             self._write_lines()
         with contextlib.suppress(OSError):
@@ -105,30 +105,28 @@ def _cut_back(path: Path, step: int) -> None:
 
 
 class Progress:
-    """One line that is drawn over on a terminal, plain lines elsewhere."""
+    """A line for each logged step; on a terminal, below them, how far the run is now."""
 
     def __init__(self, step: int, total_steps: int):
-        self.first, self.total, self.begun = step, total_steps, time.perf_counter()
-        self.terminal = sys.stderr.isatty()
+        self.first, self.total, self.begun, self.measured = step, total_steps, time.perf_counter(), ""
+
+    def at(self, step: int) -> None:
+        """Draws that a step is done, with what was last measured."""
+        show_status(self._line(step))
 
     def show(self, step: int, loss: float, tau: float | None, tokens_per_s: float) -> None:
+        self.measured = f"  loss {loss:.3f}  tau {or_dash(tau)}  {tokens_per_s:,.0f} tokens/s"
+        self.say(self._line(step))
+        self.at(step)
+
+    def _line(self, step: int) -> str:
         seconds = (time.perf_counter() - self.begun) / max(step - self.first, 1)
-        left = int(seconds * (self.total - step))
-        line = (
-            f"step {step}/{self.total}  loss {loss:.3f}  tau {or_dash(tau)}"
-            f"  {tokens_per_s:,.0f} tokens/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
-        )
-        print(
-            f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True
-        )
+        left = timedelta(seconds=int(seconds * (self.total - step)))
+        return f"step {step}/{self.total}{self.measured}  {left} left"
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        print(f"\r\033[K{text}" if self.terminal else text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.terminal:
-            print(file=sys.stderr)
+        print(text, file=sys.stderr, flush=True)
 
 
 def peak_memory_mib(device: torch.device) -> float:

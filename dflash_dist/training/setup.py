@@ -28,6 +28,7 @@ from dflash_dist.draft.kinds import kind_of
 from dflash_dist.draft.shape import FULL_ATTENTION, SLIDING_ATTENTION, DraftShape
 from dflash_dist.draft.visibility import VISIBILITY
 from dflash_dist.files import locked, whole, writing
+from dflash_dist.logs import say_phase, show_status
 from dflash_dist.machine import TOO_SLOW, bfloat16_slowdown
 from dflash_dist.ranks import World
 from dflash_dist.target.choices import Choice, check_capture, check_mask_token, layers_to_capture, mask_token
@@ -228,6 +229,7 @@ def read_data(config: Config, info: TargetInfo, world: World) -> Data:
     Raises:
         ValueError: as `load_data`; or the ranks read different data.
     """
+    say_phase("reading and tokenising the data")
     encoder = make_encoder(config.data, info.tokenizer, info.stop_ids, info.text.vocab_size)
     data = load_data(config.data, encoder, config.train.seed, pack=False)
     if not world.agrees_on(int(data.train.fingerprint[:12], 16)):
@@ -242,6 +244,7 @@ def read_data(config: Config, info: TargetInfo, world: World) -> Data:
 
 def lay_out(data: Data, packs: bool, told: str, world: World) -> Data:
     """The rows of the run: documents packed, or one a row; says so, and `told`, why."""
+    show_status("packing the documents into rows")
     data = data.packed() if packs else data
     if world.is_main:
         for line in (told, *data.describe_rows()):
@@ -363,20 +366,20 @@ def _rope_theta(text: Any) -> float:
     return float(rope.get("rope_theta") or getattr(text, "rope_theta", 10_000.0))
 
 
-def make_draft(config: Config, info: TargetInfo, world: World) -> Draft:
-    """The draft in float32 on the host, the same on every rank; says what it begins as."""
+def make_draft(config: Config, info: TargetInfo) -> tuple[Draft, list[str]]:
+    """The draft in float32 on the host, the same on every rank; and what it begins as, a line a fact."""
     shape = draft_shape(config, info.text, info.path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         draft = kind_of(config.draft.kind)(shape, config.train.gradient_checkpointing)
     if config.draft.init == "target":
-        lines = warm_start(draft, info)
-        if world.is_main:
-            print("\n".join(lines))
-    elif folder := draft_to_begin_from(config):
+        say_phase("comparing the target's layers with the draft's")
+        return draft, warm_start(draft, info)
+    if folder := draft_to_begin_from(config):
         begun_from = read_draft(folder, torch.float32, torch.device("cpu"), shape.num_target_layers)
         draft.load_state_dict(begun_from.state_dict())
-    return draft
+        return draft, [f"the draft begins as {config.draft.init}"]
+    return draft, ["the draft begins with random weights"]
 
 
 def describe_run(config: Config) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dflash_dist.config import describe, json_schema
-from dflash_dist.logs import keep_logs
+from dflash_dist.logs import keep_logs, show_status
 from dflash_dist.options import ConfigOptions, option, parse
 
 
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
         return
     config = options.load()
     with keep_logs(Path(config.output_dir)):
+        show_status("starting")
         # Imported here, since it takes seconds: what is mistyped is told at once.
         from dflash_dist.training.trainer import train
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_dist.config import Config
-from dflash_dist.logs import LOGS
+from dflash_dist.logs import LOGS, say_phase, show_status
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.run import LiveTarget
 from dflash_dist.training import setup
@@ -23,7 +23,9 @@ from dflash_dist.training.identity import identity_of, refuse_another, refuse_ch
 from dflash_dist.training.optim import describe_jump, gather_state, restore_hyperparameters
 from dflash_dist.training.sampler import Sampler
 from dflash_dist.training.step import TrainingStep
+from dflash_dist.training.summary import describe_begin
 from dflash_dist.training.watch import Watch, due
+from dflash_dist.training.workload import Workload
 
 
 def train(config: Config) -> None:
@@ -58,11 +60,16 @@ class Trainer:
         data = setup.read_data(config, info, world)
         data.refuse_unsupervised()
         prompts = find_prompts(config, info, data) if config.eval.every else []
-        draft = setup.make_draft(config, info, world).to(world.device)
-        target, embedding, head, data = make_target(config, info, data, world)
-        rows, held_out = data.train, data.held_out
-        self.total_steps = setup.planned_steps(config, len(rows))
-        sampler = Sampler(config, world, rows, held_out)
+        draft, begun = setup.make_draft(config, info)
+        draft = draft.to(world.device)
+        source = make_target(config, info, data, world)
+        target, embedding, head, data = source
+        decoder = target.model.model if isinstance(target, LiveTarget) else None
+        self.work = Workload.of(config, data.train, draft, decoder)
+        self.total_steps = self.work.steps
+        about = describe_begin(config, world, info, source, draft, begun, self.work)
+        self.about = list(about) if world.is_main else []
+        sampler = Sampler(config, world, data.train, data.held_out)
         self.training = TrainingStep(config, world, sampler, draft, target, embedding, head, self.total_steps)
         if config.eval.every:
             assert isinstance(target, LiveTarget), "load_config refuses real decoding without the target"
@@ -78,6 +85,9 @@ class Trainer:
             FloatingPointError: a gradient was not finite; no update was applied and nothing was saved since.
         """
         begin = self.resume()
+        if begin < self.total_steps:
+            for line in self.about:
+                print(line)
         config_text = setup.describe_run(self.config) if self.world.is_main else ""
         watch = Watch(self.config, self.world, begin, self.total_steps, config_text)
         # However the run ends, a checkpoint that is being written gets finished, whatever signals come, or its
@@ -93,6 +103,8 @@ class Trainer:
             if self.total_steps == 0:
                 self.save(0)
             unread, saved = None, begin
+            if begin < self.total_steps:
+                say_phase("the first step" + ", which compiles the draft" * self.config.train.compile)
             for step in range(begin, self.total_steps):
                 result = self.training.run(step, self.stop_requested)
                 if unread is not None:
@@ -118,11 +130,13 @@ class Trainer:
         self.world.barrier()
 
     def validate_and_show(self, step: int, watch: Watch) -> None:
+        show_status(f"step {step}: validating")
         begun = time.perf_counter()
         watch.validated(step, self.training.validate(), time.perf_counter() - begun)
 
     def evaluate_and_show(self, step: int, watch: Watch) -> float | None:
         """The acceptance length in real decoding; None where a rank was asked to stop meanwhile."""
+        show_status(f"step {step}: decoding {len(self.evaluation.prompts)} prompts")
         begun = time.perf_counter()
         shown = self.evaluation.run(self.training.draft)
         if shown is None:
@@ -145,6 +159,7 @@ class Trainer:
 
     def resume(self) -> int:
         """Loads the newest checkpoint that is whole, if any; returns the steps it has done."""
+        show_status("looking for a checkpoint")
         folders = step_folders(self.checkpoints.folder)
         if not self.world.agrees_on(max(folders, default=-1)):
             raise ValueError(f"the ranks see different checkpoints in {self.folder}: put output_dir on a shared disk")

@@ -40,6 +40,8 @@ class Watch:
                 f"step {result.step}: the gradient norm is {norm}. No update was applied and nothing was saved since."
                 " Lower train.lr, or look at the rows of this step; the same command resumes from the last checkpoint"
             )
+        if self.log is not None:
+            self.log.progress.at(result.step)
         if not due(result.step, self.config.log.every, self.total_steps):
             return
         shown = Statistics.read(result.sums.reduced(self.world.sum_tensor))

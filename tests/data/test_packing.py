@@ -339,3 +339,11 @@ def test_a_random_stream_repeats_whatever_else_was_drawn():
     random_stream(1, TRAINING_ANCHORS, 5, 1).integers(1000, size=99)
     np.random.seed(0)
     assert random_stream(1, TRAINING_ANCHORS, 5, 2).integers(1000, size=8).tolist() == first
+
+
+def test_a_token_is_counted_in_all_documents_or_in_some_spread_over_all():
+    documents = [Document(np.array([7, 5, number, 7], np.int32), []) for number in range(10)]
+    rows = PackedRows(Documents.of(documents), np.arange(10), 3, pad_id=7)
+    assert rows.count(7) == (11, 30), "not what is cut off"
+    assert rows.count(9) == (1, 30)
+    assert rows.count(5, most=4) == (4, 12)

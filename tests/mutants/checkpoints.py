@@ -202,7 +202,14 @@ MUTANTS = [
     Mutant(
         "a line that is drawn over is left out", LOGS, 'self.line[self.line.rfind("\\r") + 1 :]', "self.line", TEST_LOGS
     ),
-    Mutant("other ranks are silent", LOGS, "echo=rank == 0)", "echo=True)", TEST_LOGS),
+    Mutant("other ranks are silent", LOGS, "echo=rank == 0,", "echo=True,", TEST_LOGS),
+    Mutant(
+        "what is printed stays above a terminal's last line",
+        LOGS,
+        "            self._erase()\n            yield\n",
+        "            yield\n",
+        TEST_LOGS,
+    ),
     Mutant(
         "native output of other ranks is in their files",
         LOGS,

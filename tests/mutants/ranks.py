@@ -130,8 +130,8 @@ MUTANTS = [
     Mutant(
         "what is said of a hang is in the log",
         LOGS,
-        "    print(text, file=sys.stderr, flush=True)\n",
-        "    pass\n",
+        "flush=True)\n    print(text, file=sys.stderr, flush=True)\n",
+        "flush=True)\n",
         REAL,
     ),
     # --------------------------------------------------------------------------------------------------- launch

@@ -31,7 +31,7 @@ def metrics(run: Path, name: str) -> dict[int, float]:
 def begun_from(debug_config, draft: Path, tiny_target: Path, *overrides: str):
     """The draft that a run with this `draft.init` starts with."""
     config = debug_config(f"draft.init={draft}", f"target.path={tiny_target}", *overrides)
-    return make_draft(config, read_info(str(tiny_target)), ALONE)
+    return make_draft(config, read_info(str(tiny_target)))[0]
 
 
 @pytest.fixture

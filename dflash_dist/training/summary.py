@@ -1,0 +1,66 @@
+"""What a run says of itself before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from dflash_dist.config import Config
+from dflash_dist.data.packing import PackedRows
+from dflash_dist.draft.base import Draft
+from dflash_dist.ranks import World
+from dflash_dist.target.load import TargetInfo
+from dflash_dist.target.run import LiveTarget
+from dflash_dist.training.context import Source, show_bytes
+from dflash_dist.training.workload import Workload
+
+
+def describe_begin(
+    config: Config, world: World, info: TargetInfo, source: Source, draft: Draft, begun: list[str], work: Workload
+) -> Iterator[str]:
+    """What is trained on what, a line a fact.
+
+    Args:
+        begun: what the draft begins as.
+    """
+    layers, block = draft.shape.num_layers, draft.shape.block_size
+    parameters = sum(parameter.numel() for parameter in draft.parameters())
+    yield f"target  {describe_target(config, info, source)}"
+    yield f"draft   {config.draft.kind} of {layers} layers, {parameters:,} parameters, blocks of {block}"
+    yield from (f"        {line}" for line in begun)
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    yield f"ranks   {world.size} x {device}, the draft computes in {config.train.precision}"
+    yield f"steps   {describe_steps(config, work)}"
+    yield f"mask    {describe_mask_token(config.mask_token_id, info, source.data.train)}"
+
+
+def describe_target(config: Config, info: TargetInfo, source: Source) -> str:
+    held, runs = [source.embedding, source.head], f"not run, its features are read from {config.target.features}"
+    if isinstance(source.target, LiveTarget):
+        decoder = source.target.model
+        layers = len(decoder._get_transformer_layers())
+        runs = f"{layers} of {info.text.num_hidden_layers} layers in {config.target.dtype}"
+        held += [getattr(weight, "_local_tensor", weight) for weight in decoder.model.parameters()]
+    size = sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())  # ends may be those of the decoder
+    return f"{info.path}: {runs}; {show_bytes(size)} a rank, embedding and LM head included"
+
+
+def describe_steps(config: Config, work: Workload) -> str:
+    return (
+        f"{work.steps:,} of {work.rows_a_step} rows of {config.data.seq_len} tokens: {work.tokens_seen(work.steps):,}"
+        f" tokens, {work.epochs(work.steps):.3g} epochs of {work.rows:,} rows"
+    )
+
+
+def describe_mask_token(number: int, info: TargetInfo, rows: PackedRows) -> str:
+    """What the mask token is, and whether it is one that no text contains."""
+    name = info.tokenizer.convert_ids_to_tokens(number)
+    found, looked_at = rows.count(number)
+    of = f"{looked_at:,} tokens" + (" looked at" if looked_at < rows.tokens else "")
+    seen = (
+        f"FOUND {found:,} times in {of} of the data: choose one that no text contains"
+        if found
+        else f"in none of {of} of the data"
+    )
+    return f"token {number}, {name!r}, {seen}" if name else f"token {number}, none of the tokenizer's own, {seen}"
