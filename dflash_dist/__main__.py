@@ -6,10 +6,12 @@ import errno
 import importlib
 import os
 import re
+import signal
 import sys
 import traceback
 
 from dflash_dist.reading import is_ours
+from dflash_dist.stopping import asked_to_stop
 
 # command -> (module with a `main(argv)`, what it does); modules load when called, so that --help is instant
 COMMANDS = {
@@ -33,6 +35,15 @@ COMMANDS = {
     "demo": ("dflash_dist.demo", "all of it on a real small target: answers, training, export, evaluation"),
 }
 
+# What stays of a command that Ctrl-C ends, for the next one with the same words; of the others nothing has to.
+KEPT = {
+    "capture": "the shards that are written stay",
+    "train": "tokenised data and checkpoints stay",
+    "regenerate": "all finished answers stay",
+    "evaluate": "all decoded prompts stay, where there is a --json",
+    "demo": "all finished stages stay",
+}
+
 # Of the system and not of the program: no right to a file, no room, no disk.
 OUTSIDE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE}
 
@@ -47,12 +58,23 @@ def main() -> None:
     command, *rest = map(_at_home, argv)
     if command not in COMMANDS:
         sys.exit(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
+    interrupted = False
+
+    def interrupt() -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
     try:
-        importlib.import_module(COMMANDS[command][0]).main(rest)
+        with asked_to_stop((signal.SIGINT,), interrupt):
+            importlib.import_module(COMMANDS[command][0]).main(rest)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted:  # also where a library made another error of it, in the middle of its import
+            _say_interrupted(command)
+            sys.exit(128 + signal.SIGINT)
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         if rank and _is_loss_of_a_peer(error):
             sys.exit(f"{rank}ended because another rank did: look for what that one said, or torchrun below ({error})")
@@ -65,6 +87,13 @@ def main() -> None:
         if not told:
             raise
         sys.exit(f"{rank}error: {error}")
+
+
+def _say_interrupted(command: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on it ends the process without a word
+    if os.environ.get("RANK", "0") == "0":
+        kept = f"{KEPT[command]}, and the same command goes on" if command in KEPT else "start the same command again"
+        print(f"\ninterrupted: {kept}", file=sys.stderr, flush=True)
 
 
 def _at_home(argument: str) -> str:

@@ -70,6 +70,8 @@ def main(argv: list[str]) -> None:
     run("export", "--run", str(FOLDER), "--out", str(FOLDER / "export"))
     trained = evaluate(FOLDER / "export", heldout, FOLDER / "evaluation.json", MAX_NEW_TOKENS)
 
+    from dflash_dist.training.metrics import read_course, seconds_in_steps  # slow to import
+
     curves = [json.loads(line) for line in (FOLDER / "metrics.jsonl").read_text().splitlines()]
     draw(curves, untrained, trained)
     report = {
@@ -85,7 +87,7 @@ def main(argv: list[str]) -> None:
         "plain_tokens_per_s": trained["plain_tokens_per_s"],
         "speed_up": trained["speed_up"],
         "train_steps": curves[-1]["step"],
-        "train_seconds": seconds_in_steps(curves),
+        "train_seconds": seconds_in_steps(read_course(FOLDER)),
         "total_seconds": time.perf_counter() - begun,
     }
     (FOLDER / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -239,13 +241,6 @@ def fast_dtypes() -> list[str]:
 
     slow = bfloat16_slowdown(torch.device("cpu")) > TOO_SLOW
     return ["target.dtype=float32", "train.precision=float32"] if slow else []
-
-
-def seconds_in_steps(curves: list[dict[str, Any]]) -> float:
-    """Time spent in training steps, also those before an interruption."""
-    logged = [row for row in curves if "perf/step_s" in row]
-    begins = [0, *(row["step"] for row in logged)]
-    return sum(row["perf/step_s"] * (row["step"] - begin) for begin, row in zip(begins, logged))
 
 
 def run(*arguments: str) -> None:

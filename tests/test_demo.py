@@ -34,11 +34,6 @@ def test_answers_that_were_cut_are_not_shipped(tmp_path: Path) -> None:
     assert (tmp_path / "kept.jsonl").read_text() == '{"messages": [{"role": "user", "content": "stop"}]}\n'
 
 
-def test_the_training_time_counts_steps_and_not_what_lies_between_them() -> None:
-    curves = [{"step": 0, "val/tau": 1.0}, {"step": 5, "perf/step_s": 2.0}, {"step": 8, "perf/step_s": 4.0}]
-    assert demo.seconds_in_steps(curves) == pytest.approx(5 * 2.0 + 3 * 4.0)
-
-
 def test_the_pictures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "FOLDER", tmp_path)
     curves = [{"step": s, f"{part}/loss": 1.0, f"{part}/tau": 2.0} for s in (1, 2) for part in ("train", "val")]

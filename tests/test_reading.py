@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import types
 import zipfile
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import dflash_dist.__main__ as program
 from dflash_dist.__main__ import COMMANDS, main
 from dflash_dist.reading import check_fields, damage, is_kind, parse, reading
 
@@ -74,6 +76,26 @@ def test_a_full_disk_is_a_sentence_wherever_it_is_met(run) -> None:
             disk.write(b"x")
 
     assert run(fill) == "error: [Errno 28] No space left on device"
+
+
+@pytest.mark.parametrize("library_swallows", [False, True])
+def test_ctrl_c_ends_a_command_with_a_sentence_and_the_usual_status(run, monkeypatch, capsys, library_swallows) -> None:
+    def action() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            if library_swallows:
+                raise AttributeError("partially initialized module") from error
+            raise
+
+    monkeypatch.setitem(program.KEPT, "check", "all answers stay")
+    assert run(action) == "130" and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert capsys.readouterr().err == "\ninterrupted: all answers stay, and the same command goes on\n"
+
+
+def test_what_each_command_keeps_is_said_of_a_command() -> None:
+    assert program.KEPT.keys() <= COMMANDS.keys()
 
 
 def test_a_librarys_error_that_nobody_expected_is_shown_whole(run) -> None:

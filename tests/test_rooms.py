@@ -18,6 +18,7 @@ FLOORS = {
     "logs": 0,
     "reading": 0,
     "machine": 0,
+    "stopping": 0,
     "options": 1,
     "ranks": 1,
     "data": 1,

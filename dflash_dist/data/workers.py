@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -46,6 +47,10 @@ class Workers:
         if self._pool is None:
             spawn = multiprocessing.get_context("spawn")  # a fork would copy a process full of threads
             self._pool = ProcessPoolExecutor(self.count, spawn, _start_worker, (self.encoder,))
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what starts now never hears of a Ctrl-C
+            for _ in range(self.count):
+                self._pool.submit(os.getpid)  # starts one
+            signal.signal(signal.SIGINT, before)
         waiting: deque[Future[T]] = deque()
         for chunk in chunks:
             waiting.append(self._pool.submit(_in_worker, function, chunk))

@@ -9,9 +9,11 @@ import resource
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -19,6 +21,8 @@ from torch.utils.tensorboard import SummaryWriter
 from dflash_dist.files import whole
 from dflash_dist.logs import or_dash, show_status
 from dflash_dist.reading import parse
+
+METRICS, BOARD = "metrics.jsonl", "tensorboard"  # in the run folder
 
 
 class MetricLog:
@@ -28,7 +32,7 @@ class MetricLog:
     """
 
     def __init__(self, folder: Path, step: int, total_steps: int, config_text: str):
-        self.path, self.board_folder = folder / "metrics.jsonl", folder / "tensorboard"
+        self.path, self.board_folder = folder / METRICS, folder / BOARD
         if step == 0:  # left by a run that ended before its first checkpoint
             self.path.unlink(missing_ok=True)
             shutil.rmtree(self.board_folder, ignore_errors=True)
@@ -91,17 +95,37 @@ class MetricLog:
 def _cut_back(path: Path, step: int) -> None:
     """Keeps the lines up to `step`; a line that an interruption cut short goes too, or a damaged one with
     what follows it."""
-    if not path.is_file():
-        return
-    kept = []
+    if path.is_file():
+        kept = [line + b"\n" for line, row in _lines(path) if row["step"] <= step]
+        with whole(path) as partial:
+            partial.write_bytes(b"".join(kept))
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines up to the first damaged one, with what they say."""
     for line in path.read_bytes().splitlines():
         try:
-            if parse(line)["step"] <= step:
-                kept.append(line + b"\n")
+            row = parse(line)
+            row["step"] + 0
         except (ValueError, TypeError, LookupError):
-            break
-    with whole(path) as partial:
-        partial.write_bytes(b"".join(kept))
+            return
+        yield line, row
+
+
+def read_course(folder: Path) -> dict[str, dict[int, float]]:
+    """What a run has logged so far: by tag, the number of each step."""
+    course = defaultdict[str, dict[int, float]](dict)
+    with contextlib.suppress(FileNotFoundError):
+        for _, row in _lines(folder / METRICS):
+            for tag, value in row.items():
+                course[tag][row["step"]] = value
+    return course
+
+
+def seconds_in_steps(course: dict[str, dict[int, float]]) -> float:
+    """Time spent in training steps, also those before an interruption."""
+    logged = course["perf/step_s"]
+    return sum(seconds * (step - before) for (step, seconds), before in zip(logged.items(), [0, *logged]))
 
 
 class Progress:

@@ -1,8 +1,11 @@
-"""What a run says of itself before its first step."""
+"""What a run says of itself: before its first step, and at its end."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 
@@ -12,8 +15,18 @@ from dflash_dist.draft.base import Draft
 from dflash_dist.ranks import World
 from dflash_dist.target.load import TargetInfo
 from dflash_dist.target.run import LiveTarget
+from dflash_dist.training.checkpoint import BEST, best_step, step_folders
 from dflash_dist.training.context import Source, show_bytes
+from dflash_dist.training.metrics import BOARD, METRICS, read_course, seconds_in_steps
 from dflash_dist.training.workload import Workload
+
+# What is told of a run's course -> its tag, and whether more of it is better.
+TOLD = {
+    "training loss": ("train/loss", False),
+    "held-out loss": ("val/loss", False),
+    "held-out tau": ("val/tau", True),
+    "real tau": ("eval/tau", True),
+}
 
 
 def describe_begin(
@@ -64,3 +77,37 @@ def describe_mask_token(number: int, info: TargetInfo, rows: PackedRows) -> str:
         else f"in none of {of} of the data"
     )
     return f"token {number}, {name!r}, {seen}" if name else f"token {number}, none of the tokenizer's own, {seen}"
+
+
+def describe_end(config: Config, work: Workload) -> Iterator[str]:
+    """How far a finished run has come, where that lies, and what is next."""
+    folder = Path(config.output_dir)
+    course, checkpoints = read_course(folder), folder / "checkpoints"
+    step, newest = max(step_folders(checkpoints).items())
+    training = timedelta(seconds=round(seconds_in_steps(course)))
+    yield f"done        {step:,} steps in {training}, {work.tokens_seen(step):,} tokens seen"
+    yield from describe_course(course)
+    best = best_step(checkpoints)
+    others = f"; the best by real tau is {checkpoints / BEST}, of step {best}" if best else ""
+    yield f"checkpoint  {newest}" + (", the best by real tau" if best == step else others)
+    yield f"curves      {folder / METRICS}; tensorboard --logdir {folder / BOARD}"
+    command = ["export", "--run", str(folder), "--out", f"drafts/{folder.resolve().name}"]
+    command += ["--step", "best"] if best not in (None, step) else []
+    yield f"next        python -m dflash_dist {shlex.join(command)}"
+
+
+def describe_course(course: dict[str, dict[int, float]]) -> Iterator[str]:
+    """What a run learned, as a table; a warning where it knows less than in the beginning."""
+    shown = {name: (course[tag], more) for name, (tag, more) in TOLD.items() if course[tag]}
+    if shown:
+        yield f"{'':<16}{'begin':>9}{'best':>9}{'at step':>9}{'end':>9}"
+    for name, (values, more) in shown.items():
+        best = (max if more else min)(values, key=values.__getitem__)
+        first, *_, last = [*values.values()] * 2
+        yield f"{name:<16}{first:>9.3f}{values[best]:>9.3f}{best:>9}{last:>9.3f}"
+    losses = list(course["val/loss"].values())
+    if losses and losses[-1] > losses[0]:
+        yield (
+            f"WARNING: the held-out loss ends above its start ({losses[0]:.3f} -> {losses[-1]:.3f}), it unlearned:"
+            " lower train.lr, or train on more data"
+        )

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
+import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from dflash_dist.config import Config
 from dflash_dist.logs import LOGS, say_phase, show_status
 from dflash_dist.ranks import World, join_world
+from dflash_dist.stopping import asked_to_stop
 from dflash_dist.target.run import LiveTarget
 from dflash_dist.training import setup
 from dflash_dist.training.acceptance import Evaluation, SharedTarget, find_prompts
@@ -23,7 +22,7 @@ from dflash_dist.training.identity import identity_of, refuse_another, refuse_ch
 from dflash_dist.training.optim import describe_jump, gather_state, restore_hyperparameters
 from dflash_dist.training.sampler import Sampler
 from dflash_dist.training.step import TrainingStep
-from dflash_dist.training.summary import describe_begin
+from dflash_dist.training.summary import describe_begin, describe_end
 from dflash_dist.training.watch import Watch, due
 from dflash_dist.training.workload import Workload
 
@@ -37,9 +36,6 @@ def train(config: Config) -> None:
         setup.stoppable(folder, world),
     ):
         Trainer(config, world).run()
-
-
-ONE_REQUEST = 3.0  # [s] within which several signals are one request to stop
 
 
 class Trainer:
@@ -98,36 +94,46 @@ class Trainer:
             contextlib.closing(self.checkpoints),
             self.world.expects_progress(),
         ):
-            if begin == 0 and self.config.validate.every:
-                self.validate_and_show(0, watch)
-            if self.total_steps == 0:
-                self.save(0)
-            unread, saved = None, begin
-            if begin < self.total_steps:
-                say_phase("the first step" + ", which compiles the draft" * self.config.train.compile)
-            for step in range(begin, self.total_steps):
-                result = self.training.run(step, self.stop_requested)
-                if unread is not None:
-                    watch.read(unread)
-                unread = result
-                if result is None:
-                    if step > saved:
-                        self.save(step)
-                    self.mark_preempted()
-                    watch.say(f"stopped after step {step}; start the same command again to continue")
-                    break
-                to_validate = due(result.step, self.config.validate.every, self.total_steps)
-                to_evaluate = due(result.step, self.config.eval.every, self.total_steps)
-                to_save = due(result.step, self.config.checkpoint.every, self.total_steps)
-                if to_validate or to_evaluate or to_save:
-                    watch.read(result)
-                    unread = None
-                if to_validate:
-                    self.validate_and_show(result.step, watch)
-                tau = self.evaluate_and_show(result.step, watch) if to_evaluate else None
-                if to_save or (tau is not None and self.world.is_main and self.checkpoints.would_be_best(tau)):
-                    self.save(saved := result.step, tau)
+            finished = self.steps(begin, watch)
         self.world.barrier()
+        if finished and self.world.is_main:
+            print("\n".join(describe_end(self.config, self.work)))
+
+    def steps(self, begin: int, watch: Watch) -> bool:
+        """All steps from `begin` on; whether nobody asked to stop before the last one."""
+        if begin == 0 and self.config.validate.every:
+            self.validate_and_show(0, watch)
+        if begin == 0 and self.config.eval.every:
+            self.evaluate_and_show(0, watch)
+        if self.total_steps == 0:
+            self.save(0)
+        unread, saved = None, begin
+        if begin < self.total_steps:
+            say_phase("the first step" + ", which compiles the draft" * self.config.train.compile)
+        for step in range(begin, self.total_steps):
+            result = self.training.run(step, self.stop_requested)
+            if unread is not None:
+                watch.read(unread)
+            unread = result
+            if result is None:
+                if step > saved:
+                    self.save(step)
+                self.mark_preempted()
+                done = f"after step {step}, which is saved" if step else "before the first step"
+                watch.say(f"stopped {done}; start the same command again to continue")
+                return False
+            to_validate = due(result.step, self.config.validate.every, self.total_steps)
+            to_evaluate = due(result.step, self.config.eval.every, self.total_steps)
+            to_save = due(result.step, self.config.checkpoint.every, self.total_steps)
+            if to_validate or to_evaluate or to_save:
+                watch.read(result)
+                unread = None
+            if to_validate:
+                self.validate_and_show(result.step, watch)
+            tau = self.evaluate_and_show(result.step, watch) if to_evaluate else None
+            if to_save or (tau is not None and self.world.is_main and self.checkpoints.would_be_best(tau)):
+                self.save(saved := result.step, tau)
+        return True
 
     def validate_and_show(self, step: int, watch: Watch) -> None:
         show_status(f"step {step}: validating")
@@ -175,32 +181,19 @@ class Trainer:
         if self.world.is_main:
             print(f"resuming from {folders[step]}" + (f", with {'; '.join(changed)}" if changed else ""))
             if step >= self.total_steps:
-                print(
-                    f"nothing is left to do: {step} steps are done, and train.max_steps, or train.epochs where that is"
-                    f" null, asks for {self.total_steps}"
-                )
+                knob = "train.epochs" if self.config.train.max_steps is None else "train.max_steps"
+                print(f"this run is finished: {step} steps are done, of {self.total_steps}; raise {knob} to go on")
             elif step and (jump := describe_jump(rate, step, self.total_steps, self.config.train)):
                 print(jump)
         self.world.barrier()  # all have read the config that rank 0 is about to write anew
         return step
 
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
+    def signals(self) -> contextlib.AbstractContextManager[None]:
         """While running, SIGTERM, SIGINT and SIGUSR1 (what Slurm may send ahead of its time limit) ask for a checkpoint
-        and a clean end after the current step; a second one ends the process at once. Slurm signals every process and
-        torchrun passes the same signal on, so what comes at almost the same time is not a second one."""
-        asked = math.inf
+        and a clean end after the current step."""
+        return asked_to_stop((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), self.ask_to_stop)
 
-        def ask(number: int, _frame: object) -> None:
-            nonlocal asked
-            if self.stop_requested and time.monotonic() - asked > ONE_REQUEST:
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-            self.stop_requested, asked = True, min(asked, time.monotonic())
-
-        before: dict[int, Any] = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def ask_to_stop(self) -> None:
+        self.stop_requested = True
+        if self.world.is_main:
+            os.write(2, b"\nasked to stop: the step is finished and saved first; a second signal ends it at once\n")

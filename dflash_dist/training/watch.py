@@ -11,7 +11,7 @@ from dflash_dist.logs import or_dash
 from dflash_dist.objective.statistics import Statistics
 from dflash_dist.ranks import World
 from dflash_dist.training.acceptance import Acceptance
-from dflash_dist.training.metrics import MetricLog, peak_memory_mib
+from dflash_dist.training.metrics import MetricLog, peak_memory_mib, read_course
 from dflash_dist.training.step import StepResult
 
 
@@ -25,7 +25,8 @@ class Watch:
 
     def __init__(self, config: Config, world: World, begin: int, total_steps: int, config_text: str):
         self.config, self.world, self.total_steps = config, world, total_steps
-        self.log = MetricLog(Path(config.output_dir), begin, total_steps, config_text) if world.is_main else None
+        self.folder = Path(config.output_dir)
+        self.log = MetricLog(self.folder, begin, total_steps, config_text) if world.is_main else None
         self.clock, self.clock_step = time.perf_counter(), begin
 
     def read(self, result: StepResult) -> None:
@@ -70,7 +71,9 @@ class Watch:
             slots = {f"val/accuracy_slot_{k:02d}": accuracy for k, accuracy in enumerate(shown.slot_accuracy, 1)}
             self.log.write(step, {"val/loss": shown.loss, "val/tau": shown.tau, **slots})
             self.log.show_slots(step, "val/slots", "held-out accuracy", shown.slot_accuracy)
-            self.say(f"step {step}: held-out loss {shown.loss:.3f}, tau {or_dash(shown.tau)}")
+            began = next(iter(read_course(self.folder)["val/loss"].values()), shown.loss)
+            above = f"; above the {began:.3f} that it began with" if shown.loss > began else ""
+            self.say(f"step {step}: held-out loss {shown.loss:.3f}, tau {or_dash(shown.tau)}{above}")
 
     def evaluated(self, step: int, shown: Acceptance, seconds: float) -> None:
         """Logs a real decoding, as `validated` does a validation."""
@@ -79,7 +82,13 @@ class Watch:
             slots = {f"eval/acceptance_slot_{k:02d}": share for k, share in enumerate(shown.by_slot, 1)}
             self.log.write(step, {"eval/tau": shown.tau, "eval/seconds": seconds, **slots})
             self.log.show_slots(step, "eval/slots", "acceptance in decoding", shown.by_slot)
-            self.say(f"step {step}: real tau {or_dash(shown.tau)}, decoded in {seconds:.0f} s")
+            so_far = "" if shown.tau is None else self._best_so_far(step)
+            self.say(f"step {step}: real tau {or_dash(shown.tau)}, decoded in {seconds:.0f} s{so_far}")
+
+    def _best_so_far(self, step: int) -> str:
+        taus = read_course(self.folder)["eval/tau"]
+        best = max(taus, key=lambda at: (taus[at], at), default=step)  # the newest of equals, as checkpoints have it
+        return "; the best so far" if best == step else f"; the best so far is {taus[best]:.2f}, of step {best}"
 
     def say(self, text: str) -> None:
         if self.log is not None:

@@ -5,6 +5,7 @@ from tests.mutants import Mutant
 STEP, SAMPLER, OPTIM = (f"dflash_dist/training/{name}.py" for name in ("step", "sampler", "optim"))
 TRAINER, SETUP, CONTEXT = (f"dflash_dist/training/{name}.py" for name in ("trainer", "setup", "context"))
 CAPTURE, PREVIEW = (f"dflash_dist/prepare/{name}.py" for name in ("capture", "preview"))
+STOPPING, MAIN, TEST_READING = "dflash_dist/stopping.py", "dflash_dist/__main__.py", "tests/test_reading.py"
 EVALUATION = "dflash_dist/training/acceptance.py"
 TEST_OPTIM, TEST_SAMPLER = "tests/training/test_optim.py", "tests/training/test_sampler.py"
 TEST_TRAINER, TEST_CAPTURE = "tests/training/test_trainer.py", "tests/prepare/test_capture.py"
@@ -270,8 +271,8 @@ MUTANTS = [
     Mutant(
         "a run that is asked to stop saves",
         TRAINER,
-        "                    if step > saved:\n                        self.save(step)",
-        "                    pass",
+        "                if step > saved:\n                    self.save(step)",
+        "                pass",
         RESUMED,
     ),
     Mutant(
@@ -297,17 +298,31 @@ MUTANTS = [
     ),
     Mutant(
         "a second signal ends the process at once",
-        TRAINER,
+        STOPPING,
         "time.monotonic() - asked > ONE_REQUEST",
         "time.monotonic() - asked > math.inf",
         f"{TEST_TRAINER}::test_a_signal_that_comes_twice_is_one_request_and_a_later_one_ends_the_process",
     ),
     Mutant(
         "signals within 3 s are one request",
-        TRAINER,
-        "if self.stop_requested and time.monotonic() - asked > ONE_REQUEST:",
-        "if self.stop_requested:",
+        STOPPING,
+        "if time.monotonic() - asked > ONE_REQUEST:",
+        "if asked < math.inf:",
         f"{TEST_TRAINER}::test_a_signal_that_comes_twice_is_one_request_and_a_later_one_ends_the_process",
+    ),
+    Mutant(
+        "Ctrl-C ends a command with a sentence, whatever a library made of it",
+        MAIN,
+        "if interrupted:",
+        "if isinstance(error, KeyboardInterrupt):",
+        TEST_READING,
+    ),
+    Mutant(
+        "the first decoding is that of the untrained draft",
+        TRAINER,
+        "if begin == 0 and self.config.eval.every:",
+        "if False:",
+        f"{TEST_EVALUATION}::test_decoding_changes_nothing_in_training",
     ),
     Mutant(
         "the host reads the norm before a save",

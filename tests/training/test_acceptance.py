@@ -121,7 +121,7 @@ def test_decoding_changes_nothing_in_training(debug_config, tmp_path, ranks):
     for config in (with_it, without):
         run(ALONE, config) if ranks == 1 else run_ranks(run, 2, config)
     assert losses(with_it) == losses(without) and len(losses(with_it)) == 5
-    assert list(taus(with_it)) == [2, 4, 5] and not taus(without)
+    assert list(taus(with_it)) == [0, 2, 4, 5] and not taus(without)
 
 
 def taus(config: Config) -> dict[int, float]:
@@ -132,7 +132,7 @@ def taus(config: Config) -> dict[int, float]:
 def test_the_best_by_real_decoding_is_kept_through_pruning_and_resuming_and_exported(
     debug_config, tmp_path, monkeypatch
 ):
-    measured = iter([1.5, 2.5, 2.0, 2.25, 2.5, 1.0])
+    measured = iter([1.0, 1.5, 2.5, 2.0, 2.25, 2.5, 1.0])
     monkeypatch.setattr(Evaluation, "run", lambda self, draft: Acceptance(4.0, 4 * next(measured), [0.0] * 7))
     short = (*SMALL, "log.every=1", "checkpoint.keep=1", "checkpoint.every=3")
     config = debug_config(*short, "train.max_steps=6")
@@ -141,7 +141,7 @@ def test_the_best_by_real_decoding_is_kept_through_pruning_and_resuming_and_expo
     assert list(step_folders(folder)) == [4, 6] and best(folder) == (4, 2.5)
 
     run(ALONE, debug_config(*short, "train.max_steps=9"))
-    assert list(taus(config).values()) == [1.5, 2.5, 2.0, 2.25, 2.5]
+    assert list(taus(config).values()) == [1.0, 1.5, 2.5, 2.0, 2.25, 2.5]
     assert list(step_folders(folder)) == [9] and best(folder) == (9, 2.5)  # the newest of equals
 
     run(ALONE, debug_config(*short, "train.max_steps=10"))
@@ -163,16 +163,20 @@ def test_without_real_decoding_there_is_no_best_to_export(debug_config, tmp_path
 
 
 def stop_while_decoding(world: World, config: Config) -> bool:
-    """A run whose last rank is asked to stop at its third forward of the first evaluation."""
+    """A run whose last rank is asked to stop at its third forward of the first evaluation after a step."""
     trainer = Trainer(config, world)
-    agree, forwards = trainer.evaluation.target._agree, iter(range(1000))
+    agree, sample, forwards = trainer.evaluation.target._agree, trainer.training.sample, iter(range(1000))
 
     def ask(decoding: bool) -> bool:
         if next(forwards) == 3 and world.rank == world.size - 1:
             signal.raise_signal(signal.SIGTERM)
         return agree(decoding)
 
-    trainer.evaluation.target._agree = ask  # type: ignore[method-assign]
+    def sample_and_watch(step: int):
+        trainer.evaluation.target._agree = ask  # type: ignore[method-assign]
+        return sample(step)
+
+    trainer.training.sample = sample_and_watch  # type: ignore[method-assign]
     trainer.run()
     return next(forwards) == 4
 
@@ -181,7 +185,7 @@ def test_a_request_to_stop_ends_the_decoding_of_all_ranks_at_once(debug_config):
     config = debug_config(*SMALL, "train.max_steps=5")
     assert run_ranks(stop_while_decoding, 2, config) == [True, True]
     assert list(step_folders(Path(config.output_dir) / "checkpoints")) == [2]
-    assert (Path(config.output_dir) / PREEMPTED).is_file() and not taus(config)
+    assert (Path(config.output_dir) / PREEMPTED).is_file() and list(taus(config)) == [0]
 
 
 # ---- prompts ----

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from dflash_dist.training.metrics import MetricLog
+from dflash_dist.training.metrics import MetricLog, read_course, seconds_in_steps
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +87,11 @@ def test_a_full_disk_costs_pictures_and_no_line(tmp_path: Path, capsys: pytest.C
     log.close()
     assert [(row["step"], row["train/loss"]) for row in lines(tmp_path)] == [(1, 1.5), (2, 2.5), (3, 3.5)]
     assert board(tmp_path) == [(1, 1.5), (3, 3.5)]
+
+
+def test_the_training_time_counts_steps_and_not_what_lies_between_them(tmp_path: Path) -> None:
+    rows = [{"step": 0, "val/tau": 1.0}, {"step": 5, "perf/step_s": 2.0}, {"step": 8, "perf/step_s": 4.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "val')
+    course = read_course(tmp_path)
+    assert course["val/tau"] == {0: 1.0} and seconds_in_steps(course) == 5 * 2.0 + 3 * 4.0
+    assert seconds_in_steps(read_course(tmp_path / "none")) == 0

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import AutoTokenizer
 
+from dflash_dist import stopping
 from dflash_dist.config import Config, TrainConfig
 from dflash_dist.data.chat import Document
 from dflash_dist.data.packing import global_rows
@@ -240,7 +241,7 @@ def test_a_signal_that_comes_twice_is_one_request_and_a_later_one_ends_the_proce
         signal.raise_signal(signal.SIGTERM)  # from Slurm
         signal.raise_signal(signal.SIGTERM)  # the same, passed on by torchrun
         assert trainer.stop_requested
-        monkeypatch.setattr(module, "ONE_REQUEST", -1.0)
+        monkeypatch.setattr(stopping, "ONE_REQUEST", -1.0)
         ended_by: list[int] = []
         monkeypatch.setattr(signal, "raise_signal", ended_by.append)
         os.kill(os.getpid(), signal.SIGINT)
@@ -335,7 +336,7 @@ def test_a_schedule_that_is_extended_says_how_the_rate_jumps_and_how_to_go_on_wi
     assert "jumps" not in capsys.readouterr().out
     assert [rates(longer)[step] for step in range(7, 13)] == pytest.approx([done] * 6, rel=1e-3)
     run(ALONE, debug_config(*short, "train.max_steps=9", *advice))
-    assert "nothing is left to do: 12 steps are done, and train.max_steps" in capsys.readouterr().out
+    assert "this run is finished: 12 steps are done, of 9; raise train.max_steps to go on" in capsys.readouterr().out
 
 
 def test_an_unchanged_or_hardly_changed_schedule_goes_on_without_a_word() -> None:
@@ -363,12 +364,21 @@ def resume_from_own_disk(world: World, config: Config, empty: str) -> str:
     return str(refusal.value)
 
 
-def test_a_finished_run_started_again_does_nothing(debug_config) -> None:
+def test_a_finished_run_started_again_does_nothing_and_says_the_same_at_its_end(debug_config, capsys) -> None:
     config = debug_config("train.max_steps=2", "log.every=1")
     run(ALONE, config)
-    first = losses(config)
+    first, told = losses(config), capsys.readouterr().out
     assert run(ALONE, config) == []
     assert losses(config) == first
+    end = told[told.index("done ") :]
+    assert capsys.readouterr().out.endswith(f"are done, of 2; raise train.max_steps to go on\n{end}")
+    folder = config.output_dir
+    assert end.splitlines()[0].endswith(", 1,925 tokens seen")
+    assert end.splitlines()[-3:] == [
+        f"checkpoint  {folder}/checkpoints/step-00000002",
+        f"curves      {folder}/metrics.jsonl; tensorboard --logdir {folder}/tensorboard",
+        f"next        python -m dflash_dist export --run {folder} --out drafts/run",
+    ]
 
 
 def test_a_run_of_no_steps_saves_what_it_begins_with(debug_config) -> None:
