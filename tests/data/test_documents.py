@@ -101,13 +101,29 @@ CALLS = CHATML.replace(
 )
 
 
+class Interrupted:
+    """A source during whose reading the worker processes get a Ctrl-C, as a terminal sends it to all of a command."""
+
+    def __init__(self, path: Path):
+        self.file, self.name = FileSource(path), str(path)
+
+    def identity(self) -> str:
+        return self.file.identity()
+
+    def chunks(self, look: Look) -> Iterator[Chunk]:
+        for chunk in self.file.chunks(look):
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGINT)
+            yield chunk
+
+
 def test_worker_processes_make_the_same_entry(tmp_path, short_chunks):
     """Also of nulls, about which only the last row tells."""
     rows = [calling(x="1", y=None), *ROWS, {"messages": []}, *ROWS]  # more chunks than wait at a time
     rows += [calling(x=None, y=None), calling(x="2", y="3")]
     path, encoder = write_rows(tmp_path / "rows.jsonl", rows), make_encoder(chat_template=CALLS)
     made = [
-        open_documents(FileSource(path), encoder, tmp_path / f"{workers} workers", 0, workers) for workers in (1, 2)
+        open_documents(Interrupted(path), encoder, tmp_path / f"{workers} workers", 0, workers) for workers in (1, 2)
     ]
     (alone, summary), (shared, other_summary) = [(told(Documents([entry])), entry[1]) for entry in made]
     assert shared == alone
