@@ -24,6 +24,9 @@ from dflash_dist.typed_yaml import Section, knobs, read
 
 # Decay of the loss weights by block size (arXiv 2602.06036, A.1).
 PUBLISHED_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
+# Peak learning rates: the paper's, and for a draft that is trained already, which the former would first undo. AdamW's
+# moments begin anew for that one, too: its first steps would be the largest.
+PUBLISHED_LR, FINE_TUNING_LR, FINE_TUNING_WARMUP = 6e-4, 6e-5, 20
 LIGHTEST = math.log(1e9)  # a slot that weighs a billionth of the first one would never be learned
 
 
@@ -174,6 +177,11 @@ class DraftConfig(Section):
         """Tokens that a block proposes: all but the anchor."""
         return self.block_size - 1
 
+    @property
+    def begins_trained(self) -> bool:
+        """Whether `init` names a draft to go on training."""
+        return self.init not in ("random", "target")
+
 
 @dataclass
 class LossConfig(Section):
@@ -200,8 +208,20 @@ class TrainConfig(Section):
     seed: int = knob(0, "seed of row order, anchors and initial weights", FIXED, ge=0)
     global_batch_size: int = knob(64, "packed rows a step, over all ranks and micro-batches", FIXED, ge=1)
     micro_batch_size: int = knob(1, "packed rows a rank runs at once", FREE, ge=1)
-    lr: float = knob(6e-4, "peak learning rate", FREE, gt=0)
-    warmup: float = knob(0.04, "share of the steps over which the learning rate rises linearly", FREE, ge=0, lt=1)
+    lr: float | None = knob(
+        None,
+        f"peak learning rate; null: {PUBLISHED_LR:g}, or {FINE_TUNING_LR:g} where draft.init names a draft",
+        FREE,
+        gt=0,
+    )
+    warmup: float = knob(
+        0.04,
+        "share of the steps over which the learning rate rises linearly; above 0, at least"
+        f" {FINE_TUNING_WARMUP} steps where draft.init names a draft",
+        FREE,
+        ge=0,
+        lt=1,
+    )
     final_lr: float = knob(0.1, "learning rate at the end of the cosine, as a share of lr", FREE, ge=0, le=1)
     betas: list[Rate] = knob([0.9, 0.95], "AdamW's two decay rates", FREE, min_length=2, max_length=2)
     weight_decay: float = knob(0.0, "AdamW's decoupled weight decay", FREE, ge=0)
@@ -298,6 +318,11 @@ class Config(Section):
         )
 
     @property
+    def lr(self) -> float:
+        """The peak learning rate in force: the stated one, or what suits the draft's beginning."""
+        return self.train.lr or (FINE_TUNING_LR if self.draft.begins_trained else PUBLISHED_LR)
+
+    @property
     def gamma(self) -> float:
         """The decay in force: the stated one, or the published one for this block size."""
         return self.loss.gamma if self.loss.gamma is not None else PUBLISHED_GAMMA[self.draft.block_size]
@@ -315,6 +340,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = read(Config, _there(path), overrides)
     for why in _impossible(config):
         raise ValueError(why)
+    config.train.lr = config.lr  # so that a run's folder says what it was
     return config
 
 

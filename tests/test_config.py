@@ -68,7 +68,7 @@ def test_an_override_gets_the_knobs_type(load, override, section, name, expected
     [
         ("train.lr=fast", "train.lr must be a valid number, found 'fast'"),
         ("train.lr=true", "train.lr must be a valid number, found 'true'"),
-        ("train.lr=", "train.lr must be a valid number, found nothing"),
+        ("train.warmup=", "train.warmup must be a valid number, found nothing"),
         ("train.seed=1.5", "train.seed must be a valid integer, found '1.5'"),
         ("train.seed=true", "train.seed must be a valid integer, found 'true'"),
         ("train.max_steps=.inf", "train.max_steps must be a valid integer, found '.inf'"),
@@ -212,6 +212,11 @@ def test_gamma_is_the_published_one_of_the_block_size(load, block_size, gamma):
     assert load(f"draft.block_size={block_size}").gamma == gamma
 
 
+def test_the_learning_rate_suits_what_the_draft_begins_as_unless_it_is_stated(load):
+    rates = [load(*of).train.lr for of in ([], ["draft.init=some/draft"], ["draft.init=some/draft", "train.lr=0.5"])]
+    assert rates == [6e-4, 6e-5, 0.5]
+
+
 def test_a_stated_gamma_wins_over_the_published_one(load):
     assert load("draft.block_size=16", "loss.gamma=2.5").gamma == 2.5
 
@@ -228,7 +233,7 @@ def test_describe_gives_every_knob_with_default_and_meaning_by_section_as_wide_a
             name = next(names)
             assert name.endswith(knob) and f"{name} = " in section
             assert KNOBS[name].metadata["description"] in section
-    assert "train.lr = 0.0006: peak learning rate train.warmup = 0.04: " in sections[5]
+    assert "train.lr = null: peak learning rate; null: 0.0006, or 6e-05 where draft.init names a draft" in sections[5]
     assert "train.betas = [0.9, 0.95]: AdamW's two decay rates" in sections[5]
     assert "draft.head_dim = null: " in sections[3]
 

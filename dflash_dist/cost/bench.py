@@ -229,7 +229,7 @@ class Plain:
         config = _for_ranks(trial.config, world.size)
         model = _random_model(AutoModelForCausalLM, trial.target, torch.float32, world.device)
         sampler = Sampler(config, world, _random_rows(config, trial.target.vocab_size), None)
-        self.reference, self.done = ReferenceStep(model, random_draft(trial), sampler, config.train.lr), 0
+        self.reference, self.done = ReferenceStep(model, random_draft(trial), sampler, config.lr), 0
 
     def step(self) -> None:
         self.reference.run(self.done)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dflash_dist.config import TrainConfig
+from dflash_dist.config import FINE_TUNING_WARMUP, Config, TrainConfig
 
 if TYPE_CHECKING:  # its package compiles TorchScript on import, which only a run that shards should wait for
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -20,7 +20,8 @@ NO_JUMP = 0.01  # share by which the rate may differ from that of the schedule, 
 
 
 def make_optimizer(model: nn.Module, train: TrainConfig, ranks: int = 1) -> Optimizer:
-    options: dict[str, Any] = {"lr": train.lr, "betas": tuple(train.betas), "weight_decay": train.weight_decay}
+    """AdamW, whose learning rate is set at each update."""
+    options: dict[str, Any] = {"betas": tuple(train.betas), "weight_decay": train.weight_decay}
     # fused: one pass over the state, and the only form that can skip an update on the device (`found_inf`)
     if train.shard_optimizer and ranks > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -72,26 +73,29 @@ def restore_hyperparameters(optimizer: Optimizer, train: TrainConfig) -> None:
         group.update(betas=tuple(train.betas), weight_decay=train.weight_decay)
 
 
-def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:
+def learning_rate(step: int, total_steps: int, config: Config) -> float:
     """The rate of step `step` (from 0): linear over the first `warmup` share, then a cosine down to `final_lr`."""
+    train = config.train
     warmup_steps = math.ceil(train.warmup * total_steps)
+    if config.draft.begins_trained and train.warmup:
+        warmup_steps = min(max(warmup_steps, FINE_TUNING_WARMUP), total_steps)
     if step < warmup_steps:
-        return train.lr * (step + 1) / warmup_steps
+        return config.lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return train.lr * (train.final_lr + (1 - train.final_lr) * cosine)
+    return config.lr * (train.final_lr + (1 - train.final_lr) * cosine)
 
 
-def describe_jump(done: float, step: int, total_steps: int, train: TrainConfig) -> str | None:
+def describe_jump(done: float, step: int, total_steps: int, config: Config) -> str | None:
     """What to say where a run that goes on after `step` steps meets another schedule than the one that it comes from.
 
     Args:
         done: the rate of the last step.
     """
-    if math.isclose(done, learning_rate(step - 1, total_steps, train), rel_tol=NO_JUMP):
+    if math.isclose(done, learning_rate(step - 1, total_steps, config), rel_tol=NO_JUMP):
         return None
     return (
-        f"the learning rate jumps from {done:.3g} in step {step} to {learning_rate(step, total_steps, train):.3g} in"
+        f"the learning rate jumps from {done:.3g} in step {step} to {learning_rate(step, total_steps, config):.3g} in"
         f" step {step + 1}, where the schedule of {total_steps} steps puts it; to go on at the rate of step {step} set"
         f" train.lr={done:.4g} train.warmup=0 train.final_lr=1"
     )

@@ -335,7 +335,7 @@ def draft_to_begin_from(config: Config) -> Path | None:
         ValueError: there is no such draft.
     """
     init = config.draft.init
-    if init in ("random", "target"):
+    if not config.draft.begins_trained:
         return None
     folder = find_draft(init)
     if not folder.is_dir():

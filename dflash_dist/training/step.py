@@ -84,7 +84,7 @@ class TrainingStep:
                 # DDP averages over ranks; the loss is a mean over all ranks' weights, so undo the former.
                 self.backward(terms.loss * self.world.size / max(total_weight, 1e-30))
             sums.append(terms.sums)
-        lr = learning_rate(step, self.total_steps, self.config.train)
+        lr = learning_rate(step, self.total_steps, self.config)
         return StepResult(step + 1, Sums.add_up(sums), self.update(lr), lr, time.perf_counter())
 
     def sample(self, step: int) -> list[Batch]:

@@ -183,7 +183,7 @@ class Trainer:
             if step >= self.total_steps:
                 knob = "train.epochs" if self.config.train.max_steps is None else "train.max_steps"
                 print(f"this run is finished: {step} steps are done, of {self.total_steps}; raise {knob} to go on")
-            elif step and (jump := describe_jump(rate, step, self.total_steps, self.config.train)):
+            elif step and (jump := describe_jump(rate, step, self.total_steps, self.config)):
                 print(jump)
         self.world.barrier()  # all have read the config that rank 0 is about to write anew
         return step

@@ -28,7 +28,7 @@ def both(tiny_target: Path, world: World, precision: str) -> tuple[TrainingStep,
     shallow.layers = shallow.layers[: max(LAYER_IDS) + 1]
     ends = target.model.embed_tokens.weight, target.lm_head.weight
     training = make_step(config, world, packed_rows(ROWS), copy.deepcopy(draft), shallow, *ends)
-    return training, ReferenceStep(target, draft, training.sampler, config.train.lr)
+    return training, ReferenceStep(target, draft, training.sampler, config.lr)
 
 
 def weights_of(draft: DFlashDraftModel) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dflash_dist.config import TrainConfig
+from dflash_dist.config import Config, DraftConfig, TrainConfig
 from dflash_dist.ranks import World
 from dflash_dist.training.optim import apply_update, gather_state, learning_rate, make_optimizer
 from tests.ranks import run_ranks
@@ -16,16 +16,27 @@ from tests.tiny import lively_target, tiny_shape
 
 
 def test_the_rate_rises_linearly_and_falls_as_a_cosine() -> None:
-    train = TrainConfig(lr=1.0, warmup=0.04, final_lr=0.1)
-    rates = [learning_rate(step, 100, train) for step in range(100)]
+    config = Config(train=TrainConfig(lr=1.0, warmup=0.04, final_lr=0.1))
+    rates = [learning_rate(step, 100, config) for step in range(100)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
     assert rates[52] == pytest.approx(0.55)  # half-way down from 1.0 to 0.1
-    assert learning_rate(100, 100, train) == pytest.approx(0.1)
+    assert learning_rate(100, 100, config) == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
 
 
 def test_one_step_and_no_warmup_use_the_peak() -> None:
-    assert learning_rate(0, 1, TrainConfig(lr=2.0, warmup=0.0)) == 2.0
+    assert learning_rate(0, 1, Config(train=TrainConfig(lr=2.0, warmup=0.0))) == 2.0
+
+
+def test_a_draft_that_goes_on_training_begins_gently() -> None:
+    """Unless the config says otherwise: its knowledge is there, AdamW's moments are not."""
+    trained = Config(draft=DraftConfig(init="some/draft"))
+    assert [learning_rate(step, 100, trained) for step in (0, 19, 20)] == pytest.approx([6e-5 / 20, 6e-5, 6e-5])
+    assert learning_rate(38, 1000, trained) == pytest.approx(6e-5 * 39 / 40), "4 % are more than 20 steps"
+    assert learning_rate(9, 10, trained) == 6e-5, "a run of fewer steps is all warm-up"
+    stated = Config(draft=DraftConfig(init="some/draft"), train=TrainConfig(lr=2.0, warmup=0.0))
+    assert learning_rate(0, 100, stated) == 2.0
+    assert learning_rate(3, 100, Config()) == 6e-4
 
 
 def test_an_update_clips_the_global_norm() -> None:

@@ -19,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from transformers import AutoTokenizer
 
 from dflash_dist import stopping
-from dflash_dist.config import Config, TrainConfig
+from dflash_dist.config import Config
 from dflash_dist.data.chat import Document
 from dflash_dist.data.packing import global_rows
 from dflash_dist.ranks import World
@@ -325,8 +325,7 @@ def test_a_schedule_that_is_extended_says_how_the_rate_jumps_and_how_to_go_on_wi
     assert "jumps" not in capsys.readouterr().out
     longer = debug_config(*short, "train.max_steps=12")
     Trainer(longer, ALONE).resume()
-    train = longer.train
-    done, following = learning_rate(5, 6, train), learning_rate(6, 12, train)
+    done, following = learning_rate(5, 6, longer), learning_rate(6, 12, longer)
     assert following > 2 * done
     told = capsys.readouterr().out
     assert f"jumps from {done:.3g} in step 6 to {following:.3g} in step 7, where the schedule of 12 steps" in told
@@ -341,11 +340,11 @@ def test_a_schedule_that_is_extended_says_how_the_rate_jumps_and_how_to_go_on_wi
 
 def test_an_unchanged_or_hardly_changed_schedule_goes_on_without_a_word() -> None:
     """Steep as it may be: a jump is what the schedule itself would not have done."""
-    train = TrainConfig()
+    config = Config()
     for step in range(1, 40):
-        assert describe_jump(learning_rate(step - 1, 40, train), step, 40, train) is None
-    assert describe_jump(learning_rate(499, 1000, train), 500, 1001, train) is None
-    assert describe_jump(learning_rate(499, 1000, train), 500, 1100, train) is not None
+        assert describe_jump(learning_rate(step - 1, 40, config), step, 40, config) is None
+    assert describe_jump(learning_rate(499, 1000, config), 500, 1001, config) is None
+    assert describe_jump(learning_rate(499, 1000, config), 500, 1100, config) is not None
 
 
 def test_ranks_that_see_different_checkpoints_are_refused_together(debug_config, tmp_path: Path) -> None:
