@@ -285,6 +285,9 @@ class CheckpointConfig(Section):
 @dataclass
 class LogConfig(Section):
     every: int = knob(10, "steps between logged steps", FREE, ge=1)
+    wandb: str | None = knob(
+        None, "project of Weights & Biases that is shown the same numbers, where its package is installed", FREE
+    )
 
 
 @dataclass

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import time
 
 import torch
 
+# Peaks of dense products in bfloat16 [TFLOP/s], from the vendors' data sheets, by what the GPU's name has in it; of
+# several the first counts.
+BFLOAT16_PEAKS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "MI300X": 1307,
+}
 # Times as long as in float32: CPUs with instructions for bfloat16 take less, and those without 3 to 5 times as long.
 TOO_SLOW = 1.5
 
@@ -24,6 +36,16 @@ def matmul_flops_per_s(dtype: torch.dtype, device: torch.device, size: int | Non
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best
+
+
+@functools.cache
+def peak_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
+    """What the device could do at most: by its name, or as products of matrices show within a fraction of a second."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        if peaks := [peak for part, peak in BFLOAT16_PEAKS.items() if part in name]:
+            return peaks[0] * 1e12
+    return matmul_flops_per_s(dtype, device, size=None if device.type == "cuda" else 512, times=5)
 
 
 def bfloat16_slowdown(device: torch.device) -> float:

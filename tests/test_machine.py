@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dflash_dist import demo, machine
-from dflash_dist.machine import bfloat16_slowdown, matmul_flops_per_s
+from dflash_dist.machine import bfloat16_slowdown, matmul_flops_per_s, peak_flops_per_s
 from dflash_dist.training import setup
 
 CPU = torch.device("cpu")
@@ -33,3 +33,19 @@ def test_the_demo_trains_in_the_faster_dtype(monkeypatch, slowdown) -> None:
     monkeypatch.setattr(machine, "bfloat16_slowdown", lambda device: slowdown)
     knobs = ["target.dtype=float32", "train.precision=float32"]
     assert demo.fast_dtypes.__wrapped__() == (knobs if slowdown > 1 else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12)],
+)
+def test_the_peak_of_a_gpu_is_known_by_its_name(monkeypatch, name: str, peak: float) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    peak_flops_per_s.cache_clear()
+    assert peak_flops_per_s(torch.bfloat16, torch.device("cuda", 0)) == peak
+    monkeypatch.setattr(machine, "matmul_flops_per_s", lambda *_, **__: 7.0)
+    assert peak_flops_per_s(torch.float32, torch.device("cuda", 0)) == 7.0, "another unit's, which is tried"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU of tomorrow")
+    peak_flops_per_s.cache_clear()
+    assert peak_flops_per_s(torch.bfloat16, torch.device("cuda", 0)) == 7.0
+    peak_flops_per_s.cache_clear()

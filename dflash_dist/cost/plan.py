@@ -24,6 +24,7 @@ from dflash_dist.config import Config, describe
 from dflash_dist.cost.counter import Collective, Work
 from dflash_dist.cost.rank import FEATURES, OF_TARGET, OWNERS, STAGES, Rank, StepCost, one_rank, with_knobs
 from dflash_dist.cost.shapes import PUBLISHED, target_config
+from dflash_dist.machine import BFLOAT16_PEAKS
 from dflash_dist.options import ConfigOptions, option, parse
 from dflash_dist.ranks import World
 from dflash_dist.target.choices import layers_to_capture
@@ -79,7 +80,9 @@ class PlanOptions(ConfigOptions):
     price: Positive | None = option("of a GPU for an hour [$]", None)
     json: Path | None = option("file for the report", None)
     memory: Positive = option("GiB", 80, GPU)
-    flops: Positive = option("peak of dense bf16 [TFLOP/s]; for a float32 run that of TF32", 989, GPU)
+    flops: Positive = option(
+        "peak of dense bf16 [TFLOP/s]; for a float32 run that of TF32", BFLOAT16_PEAKS["H100"], GPU
+    )
     efficiency: Positive = option("share of that peak which is reached: an assumption", 0.5, GPU)
     memory_bandwidth: Positive = option("GB/s", 3350, GPU)
     bandwidth: Positive = option("between GPUs of a node, each way [GB/s]", 450, GPU)

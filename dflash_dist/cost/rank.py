@@ -273,6 +273,8 @@ class FakeGpu(TorchFunctionMode):
 class _GivenFeatures:
     """Features that are there, as stored ones are once they are read."""
 
+    waited = 0.0
+
     def __init__(self, width: int, dtype: torch.dtype):
         self.width, self.dtype = width, dtype
 

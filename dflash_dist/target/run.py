@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,8 @@ class Output(NamedTuple):
 
 
 class Target(Protocol):
+    waited: float  # seconds that the host has waited for data
+
     def expect(self, batches: Iterable[Batch]) -> None:
         """What will be run from now on, in this order."""
 
@@ -41,6 +44,7 @@ class LiveTarget:
 
     def __init__(self, model: HFDFlashTargetModel, packs: bool = True):
         self.model, self.packs = model, packs
+        self.waited = 0.0
 
     def expect(self, batches: Iterable[Batch]) -> None:
         pass
@@ -68,6 +72,7 @@ class StoredTarget:
     """Reads stored features, and prefetches those of the next micro-batch in a thread."""
 
     def __init__(self, features: FeatureFolder, seq_len: int, device: torch.device):
+        self.waited = 0.0
         cuda = device.type == "cuda"
         # A new thread would pin its memory through GPU 0, whichever GPU this rank has.
         self._reader = ThreadPoolExecutor(1, "features", (lambda: torch.cuda.set_device(device)) if cuda else None)
@@ -82,7 +87,9 @@ class StoredTarget:
     def run(self, batch: Batch, final: bool = False) -> Output:
         assert not final, "load_config refuses stored features where the final state is needed"
         assert self._next and self._coming[0] == batch.place, "batches are run in the order they were sampled in"
+        begun = time.perf_counter()
         features = self._next.result()
+        self.waited += time.perf_counter() - begun
         self._coming.popleft()
         self._prefetch()
         return Output(features.to(batch.input_ids.device, non_blocking=True))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import resource
 import shutil
 import sys
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -17,11 +19,31 @@ from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
+from dflash_dist.config import Config, to_tree, values
 from dflash_dist.files import whole
 from dflash_dist.logs import or_dash, show_status
 from dflash_dist.reading import parse
 
+# How TensorBoard's page of custom scalars is ordered: what it learns, how fast, how.
+LAYOUT = {
+    "what it learns": {
+        "loss": ["Multiline", ["train/loss", "val/loss"]],
+        "tau": ["Multiline", ["train/tau", "val/tau", "eval/tau"]],
+    },
+    "how fast": {
+        "share of the peak": ["Multiline", ["perf/mfu"]],
+        "tokens/s of a GPU": ["Multiline", ["perf/tokens_per_s_per_gpu"]],
+        "share of the time waiting for data": ["Multiline", ["perf/data_wait"]],
+    },
+    "how": {
+        "learning rate": ["Multiline", ["optim/lr"]],
+        "gradient norm": ["Multiline", ["optim/grad_norm"]],
+        "epoch": ["Multiline", ["progress/epoch"]],
+    },
+}
+OUTCOMES = ("val/loss", "val/tau", "eval/tau", "train/loss", "train/tau")  # by which runs are compared
 METRICS, BOARD = "metrics.jsonl", "tensorboard"  # in the run folder
 
 
@@ -31,27 +53,36 @@ class MetricLog:
     While the disk is full, JSON lines wait in memory; TensorBoard goes without.
     """
 
-    def __init__(self, folder: Path, step: int, total_steps: int, config_text: str):
-        self.path, self.board_folder = folder / METRICS, folder / BOARD
+    def __init__(self, folder: Path, step: int, total_steps: int, config_text: str, config: Config):
+        self.path, boards = folder / METRICS, folder / BOARD
         if step == 0:  # left by a run that ended before its first checkpoint
             self.path.unlink(missing_ok=True)
-            shutil.rmtree(self.board_folder, ignore_errors=True)
+            shutil.rmtree(boards, ignore_errors=True)
         _cut_back(self.path, step)
         self._lines, self._waiting = self.path.open("ab", buffering=0), b""
+        # TensorBoard calls a run as its folder; runs of older versions go on where they are.
+        self.board_folder = boards if any(boards.glob("events.*")) else boards / folder.resolve().name
         self._board: SummaryWriter | None = SummaryWriter(str(self.board_folder), purge_step=step + 1)
         self._board.add_text("config", f"```yaml\n{config_text}\n```", step)
+        self._board.add_custom_scalars(LAYOUT)
+        experiment, session, _ = hparams(_plain(config), dict.fromkeys(OUTCOMES, 0.0))
+        for summary in (experiment, session):
+            self._board._get_file_writer().add_summary(summary)
+        self._wandb = join_wandb(config, folder, step) if config.log.wandb else None
         self.progress = Progress(step, total_steps)
 
-    def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """`values`: TensorBoard tag -> number; None where there was nothing to measure, which leaves it out."""
-        values = {tag: value for tag, value in values.items() if value is not None}
-        self._waiting += json.dumps({"step": step, **values}).encode() + b"\n"
+    def write(self, step: int, measured: Mapping[str, float | None]) -> None:
+        """`measured`: TensorBoard tag -> number; None where there was nothing to measure, which leaves it out."""
+        numbers = {tag: value for tag, value in measured.items() if value is not None}
+        self._waiting += json.dumps({"step": step, **numbers}).encode() + b"\n"
         with self._a_full_disk_survived(step):
             self._write_lines()
             self._board = self._board or SummaryWriter(str(self.board_folder))
-            for tag, value in values.items():
+            for tag, value in numbers.items():
                 self._board.add_scalar(tag, value, step)
             self._board.flush()
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
 
     def _write_lines(self) -> None:
         while self._waiting:
@@ -90,6 +121,46 @@ class MetricLog:
         with contextlib.suppress(OSError):
             if self._board:
                 self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _plain(config: Config) -> dict[str, float | str]:
+    """Every knob, for TensorBoard's page of hyperparameters: numbers and truths as they are, others as text."""
+    return {
+        name: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+        for name, value in values(config).items()
+    }
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises a ValueError where a project is to be shown numbers and the package for it is missing."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ValueError("log.wandb is set but its package is missing: pip install wandb, or leave log.wandb out")
+
+
+def join_wandb(config: Config, folder: Path, step: int) -> Any:
+    """The run on Weights & Biases: a new one where it begins, and the same again where it goes on.
+
+    Raises:
+        ValueError: it cannot be reached.
+    """
+    import wandb  # only who asks for it has it
+
+    mark = folder / "wandb-id"
+    if step == 0 or not mark.is_file():
+        mark.write_text(uuid.uuid4().hex)
+    try:
+        return wandb.init(
+            project=config.log.wandb,
+            name=folder.resolve().name,
+            id=mark.read_text(),
+            resume="allow",
+            dir=str(folder),
+            config=to_tree(config),
+        )
+    except Exception as error:
+        raise ValueError(f"log.wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
 
 
 def _cut_back(path: Path, step: int) -> None:

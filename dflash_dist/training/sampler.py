@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 from dflash_dist.batch import Batch, sample_blocks
 from dflash_dist.config import Config
@@ -29,6 +30,7 @@ class Sampler:
 
     def __init__(self, config: Config, world: World, rows: PackedRows, held_out: PackedRows | None):
         self.config, self.world, self.rows, self.held_out_rows = config, world, rows, held_out
+        self.seconds = 0.0  # spent in it
 
     def training(self, step: int) -> list[Batch]:
         """Of a step (from 0), with anchors drawn anew."""
@@ -44,7 +46,7 @@ class Sampler:
         return self._micro_batches(HELD_OUT, self.held_out_rows, list(range(count)), VALIDATION_ANCHORS, 0)
 
     def _micro_batches(self, part: str, source: PackedRows, rows: list[int], stream: int, step: int) -> list[Batch]:
-        config, batches = self.config, []
+        config, batches, begun = self.config, [], time.perf_counter()
         slot_weights = decay_weights(config.draft.proposals, config.gamma)
         numbered = self.world.share(list(enumerate(rows)))
         size = config.train.micro_batch_size
@@ -57,4 +59,5 @@ class Sampler:
                 generators=[random_stream(config.train.seed, stream, step, number) for number, _ in few],
             )
             batches.append(batch)
+        self.seconds += time.perf_counter() - begun
         return batches

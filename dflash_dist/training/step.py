@@ -29,6 +29,7 @@ class StepResult:
     sums: Sums  # this rank's, see `Statistics`
     grad_norm: torch.Tensor
     lr: float
+    waited: float  # of the host for rows and stored features [s], also while the device was busy
     at: float  # when the host had issued it [s of time.perf_counter]; read late, it still tells the step's own time
 
 
@@ -70,7 +71,7 @@ class TrainingStep:
 
     def run(self, step: int, stop: bool = False) -> StepResult | None:
         """Step `step` (from 0). Does nothing and returns None where any rank wants to `stop`."""
-        batches = self.sample(step)
+        waited, batches = self.waited, self.sample(step)
         total_weight, stops = self.world.sum_numbers(sum(batch.weight for batch in batches), stop)
         if stops:
             return None
@@ -85,7 +86,12 @@ class TrainingStep:
                 self.backward(terms.loss * self.world.size / max(total_weight, 1e-30))
             sums.append(terms.sums)
         lr = learning_rate(step, self.total_steps, self.config)
-        return StepResult(step + 1, Sums.add_up(sums), self.update(lr), lr, time.perf_counter())
+        norm = self.update(lr)
+        return StepResult(step + 1, Sums.add_up(sums), norm, lr, self.waited - waited, time.perf_counter())
+
+    @property
+    def waited(self) -> float:
+        return self.sampler.seconds + self.target.waited
 
     def sample(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, on the host."""

@@ -19,6 +19,7 @@ from dflash_dist.training.acceptance import Evaluation, SharedTarget, find_promp
 from dflash_dist.training.checkpoint import Checkpoints, newest_whole, read_state, step_folders
 from dflash_dist.training.context import make_target
 from dflash_dist.training.identity import identity_of, refuse_another, refuse_changed_knobs
+from dflash_dist.training.metrics import check_wandb
 from dflash_dist.training.optim import describe_jump, gather_state, restore_hyperparameters
 from dflash_dist.training.sampler import Sampler
 from dflash_dist.training.step import TrainingStep
@@ -43,6 +44,7 @@ class Trainer:
 
     def __init__(self, config: Config, world: World):
         setup.check_world(config, world)
+        check_wandb(config.log.wandb)
         setup.say_slow_dtypes(config, world)
         config = setup.make_builtins(config, world)
         self.world = world
@@ -85,7 +87,7 @@ class Trainer:
             for line in self.about:
                 print(line)
         config_text = setup.describe_run(self.config) if self.world.is_main else ""
-        watch = Watch(self.config, self.world, begin, self.total_steps, config_text)
+        watch = Watch(self.config, self.world, begin, self.work, config_text)
         # However the run ends, a checkpoint that is being written gets finished, whatever signals come, or its
         # failure reported.
         with (

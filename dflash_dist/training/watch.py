@@ -6,13 +6,17 @@ import math
 import time
 from pathlib import Path
 
+import torch
+
 from dflash_dist.config import Config
 from dflash_dist.logs import or_dash
+from dflash_dist.machine import peak_flops_per_s
 from dflash_dist.objective.statistics import Statistics
 from dflash_dist.ranks import World
 from dflash_dist.training.acceptance import Acceptance
 from dflash_dist.training.metrics import MetricLog, peak_memory_mib, read_course
 from dflash_dist.training.step import StepResult
+from dflash_dist.training.workload import Workload
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -23,11 +27,11 @@ def due(step: int, every: int, last: int) -> bool:
 class Watch:
     """All ranks call it for every step; rank 0 writes."""
 
-    def __init__(self, config: Config, world: World, begin: int, total_steps: int, config_text: str):
-        self.config, self.world, self.total_steps = config, world, total_steps
+    def __init__(self, config: Config, world: World, begin: int, work: Workload, config_text: str):
+        self.config, self.world, self.work, self.total_steps = config, world, work, work.steps
         self.folder = Path(config.output_dir)
-        self.log = MetricLog(self.folder, begin, total_steps, config_text) if world.is_main else None
-        self.clock, self.clock_step = time.perf_counter(), begin
+        self.log = MetricLog(self.folder, begin, self.total_steps, config_text, config) if world.is_main else None
+        self.clock, self.clock_step, self.waited = time.perf_counter(), begin, 0.0
 
     def read(self, result: StepResult) -> None:
         """Waits for the step to finish on the device, and logs it if it is one to log.
@@ -41,6 +45,7 @@ class Watch:
                 f"step {result.step}: the gradient norm is {norm}. No update was applied and nothing was saved since."
                 " Lower train.lr, or look at the rows of this step; the same command resumes from the last checkpoint"
             )
+        self.waited += result.waited
         if self.log is not None:
             self.log.progress.at(result.step)
         if not due(result.step, self.config.log.every, self.total_steps):
@@ -48,18 +53,25 @@ class Watch:
         shown = Statistics.read(result.sums.reduced(self.world.sum_tensor))
         if self.log is None:
             return
-        seconds = (result.at - self.clock) / (result.step - self.clock_step)
-        self.clock, self.clock_step = result.at, result.step
+        steps = result.step - self.clock_step
+        seconds, waited = (result.at - self.clock) / steps, self.waited / steps
+        self.clock, self.clock_step, self.waited = result.at, result.step, 0.0
         tokens_per_s = self.config.train.global_batch_size * self.config.data.seq_len / seconds
+        peak = self.world.size * peak_flops_per_s(getattr(torch, self.config.train.precision), self.world.device)
         values = {
             "train/loss": shown.loss,
             "train/tau": shown.tau,
             "train/accuracy": shown.accuracy,
+            "progress/epoch": self.work.epochs(result.step),
+            "progress/tokens": self.work.tokens_seen(result.step),
+            "perf/mfu": self.work.flops(sum(shown.slot_count)) / seconds / peak,
+            "perf/tokens_per_s_per_gpu": tokens_per_s / self.world.size,
+            "perf/tokens_per_s": tokens_per_s,
+            "perf/step_s": seconds,
+            "perf/data_wait": waited / seconds,
+            "perf/peak_memory_mib": peak_memory_mib(self.world.device),
             "optim/lr": result.lr,
             "optim/grad_norm": norm,
-            "perf/step_s": seconds,
-            "perf/tokens_per_s": tokens_per_s,
-            "perf/peak_memory_mib": peak_memory_mib(self.world.device),
         }
         self.log.write(result.step, values)
         self.log.progress.show(result.step, shown.loss, shown.tau, tokens_per_s)

@@ -6,6 +6,7 @@ STEP, SAMPLER, OPTIM = (f"dflash_dist/training/{name}.py" for name in ("step", "
 TRAINER, SETUP, CONTEXT = (f"dflash_dist/training/{name}.py" for name in ("trainer", "setup", "context"))
 CAPTURE, PREVIEW = (f"dflash_dist/prepare/{name}.py" for name in ("capture", "preview"))
 STOPPING, MAIN, TEST_READING = "dflash_dist/stopping.py", "dflash_dist/__main__.py", "tests/test_reading.py"
+WORKLOAD, TEST_WORKLOAD = "dflash_dist/training/workload.py", "tests/training/test_workload.py"
 EVALUATION = "dflash_dist/training/acceptance.py"
 TEST_OPTIM, TEST_SAMPLER = "tests/training/test_optim.py", "tests/training/test_sampler.py"
 TEST_TRAINER, TEST_CAPTURE = "tests/training/test_trainer.py", "tests/prepare/test_capture.py"
@@ -223,6 +224,28 @@ MUTANTS = [
         "group.update(betas=tuple(train.betas), weight_decay=train.weight_decay)",
         "pass",
         f"{TEST_TRAINER}::test_a_resumed_run_uses_the_hyperparameters_of_its_config",
+    ),
+    # ------------------------------------------------------------------------------------------- what is measured
+    Mutant(
+        "of a token's experts those are counted that it is sent to",
+        WORKLOAD,
+        'share = chosen if "experts" in name.split(".") else 1.0',
+        "share = 1.0",
+        TEST_WORKLOAD,
+    ),
+    Mutant(
+        "features need no gradient",
+        WORKLOAD,
+        "TRAINED * (linear + attention) + of_context",
+        "TRAINED * (linear + attention + of_context)",
+        TEST_WORKLOAD,
+    ),
+    Mutant(
+        "a trained draft begins gently",
+        OPTIM,
+        "if config.draft.begins_trained and train.warmup:",
+        "if False:",
+        TEST_OPTIM,
     ),
     # -------------------------------------------------------------------------------------------------- the run
     Mutant("a run goes on from its checkpoint", TRAINER, "        if step < 0:", "        if True:", RESUMED),

@@ -85,6 +85,7 @@ CHANGES = {
     "checkpoint.every": "7",
     "checkpoint.keep": "3",
     "log.every": "7",
+    "log.wandb": "drafts",
 }
 MAY_CHANGE = set(
     """
@@ -92,6 +93,7 @@ MAY_CHANGE = set(
     loss.chunk train.max_steps train.epochs train.micro_batch_size train.lr train.warmup train.final_lr train.betas
     train.weight_decay train.clip_norm train.shard_optimizer train.gradient_checkpointing train.compile
     train.hang_timeout validate.every eval.every checkpoint.every checkpoint.keep log.every
+    log.wandb
 """.split()  # noqa: SIM905
 )
 # What the first version saved, and nothing else.
