@@ -30,7 +30,7 @@ from dflash_dist.reading import check_fields, read_object, reading
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 FILES = ("draft.safetensors", "optimizer.pt")
-BEST = "best"
+CHECKPOINTS, BEST = "checkpoints", "best"  # in the run folder, and in that
 STATE = {
     "checksums": dict[str, str],
     "identity": dict[str, Any] | None,

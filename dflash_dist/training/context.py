@@ -63,6 +63,22 @@ def make_target(config: Config, info: TargetInfo, data: Data, world: World) -> S
         loaded, packs, told = load_probed(config, info, world)
         data = lay_out(data, packs, told, world)
         return Source(LiveTarget(loaded.model, packs), loaded.embedding, loaded.head, data)
+    features, data = open_features(config, info, data, world)
+    say_phase("loading the target's embedding and LM head")
+    ends = load_ends(info, getattr(torch, config.target.dtype), world.device)
+    if ends.note and world.is_main:
+        print(ends.note)
+    stored = StoredTarget(features, config.data.seq_len, world.device)
+    return Source(stored, ends.embedding, ends.head, data)
+
+
+def open_features(config: Config, info: TargetInfo, data: Data, world: World) -> tuple[FeatureFolder, Data]:
+    """The features that the config names, and `data` in the rows that they are of.
+
+    Raises:
+        ValueError: they are of something else, or not all there.
+    """
+    assert config.target.features, "the target is run"
     folder = Path(config.target.features)
     index = read_index(folder)
     data = lay_out(data, *stored_layout(index, folder, info), world)
@@ -76,12 +92,7 @@ def make_target(config: Config, info: TargetInfo, data: Data, world: World) -> S
         )
     if world.is_main:
         print(f"features: {show_bytes(features.bytes_of(features.shards))} in {folder}; the target is not run")
-    say_phase("loading the target's embedding and LM head")
-    ends = load_ends(info, getattr(torch, config.target.dtype), world.device)
-    if ends.note and world.is_main:
-        print(ends.note)
-    stored = StoredTarget(features, config.data.seq_len, world.device)
-    return Source(stored, ends.embedding, ends.head, data)
+    return features, data
 
 
 def load_probed(config: Config, info: TargetInfo, world: World) -> tuple[LoadedTarget, bool, str]:

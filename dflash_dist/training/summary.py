@@ -15,9 +15,10 @@ from dflash_dist.draft.base import Draft
 from dflash_dist.ranks import World
 from dflash_dist.target.load import TargetInfo
 from dflash_dist.target.run import LiveTarget
-from dflash_dist.training.checkpoint import BEST, best_step, step_folders
+from dflash_dist.training.checkpoint import BEST, CHECKPOINTS, best_step, step_folders
 from dflash_dist.training.context import Source, show_bytes
 from dflash_dist.training.metrics import BOARD, METRICS, read_course, seconds_in_steps
+from dflash_dist.training.setup import planned_steps
 from dflash_dist.training.workload import Workload
 
 # What is told of a run's course -> its tag, and whether more of it is better.
@@ -30,7 +31,7 @@ TOLD = {
 
 
 def describe_begin(
-    config: Config, world: World, info: TargetInfo, source: Source, draft: Draft, begun: list[str], work: Workload
+    config: Config, world: World, info: TargetInfo, source: Source, draft: Draft, begun: list[str]
 ) -> Iterator[str]:
     """What is trained on what, a line a fact.
 
@@ -44,7 +45,7 @@ def describe_begin(
     yield from (f"        {line}" for line in begun)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     yield f"ranks   {world.size} x {device}, the draft computes in {config.train.precision}"
-    yield f"steps   {describe_steps(config, work)}"
+    yield f"steps   {describe_steps(config, source.data.train)}"
     yield f"mask    {describe_mask_token(config.mask_token_id, info, source.data.train)}"
 
 
@@ -59,10 +60,12 @@ def describe_target(config: Config, info: TargetInfo, source: Source) -> str:
     return f"{info.path}: {runs}; {show_bytes(size)} a rank, embedding and LM head included"
 
 
-def describe_steps(config: Config, work: Workload) -> str:
+def describe_steps(config: Config, rows: PackedRows) -> str:
+    steps, batch = planned_steps(config, len(rows)), config.train.global_batch_size
+    epochs = steps * batch / len(rows)
     return (
-        f"{work.steps:,} of {work.rows_a_step} rows of {config.data.seq_len} tokens: {work.tokens_seen(work.steps):,}"
-        f" tokens, {work.epochs(work.steps):.3g} epochs of {work.rows:,} rows"
+        f"{steps:,} steps of {batch} rows of {config.data.seq_len} tokens: {epochs * rows.tokens:,.0f} tokens,"
+        f" {epochs:.3g} epochs of {len(rows):,} rows"
     )
 
 
@@ -82,7 +85,7 @@ def describe_mask_token(number: int, info: TargetInfo, rows: PackedRows) -> str:
 def describe_end(config: Config, work: Workload) -> Iterator[str]:
     """How far a finished run has come, where that lies, and what is next."""
     folder = Path(config.output_dir)
-    course, checkpoints = read_course(folder), folder / "checkpoints"
+    course, checkpoints = read_course(folder), folder / CHECKPOINTS
     step, newest = max(step_folders(checkpoints).items())
     training = timedelta(seconds=round(seconds_in_steps(course)))
     yield f"done        {step:,} steps in {training}, {work.tokens_seen(step):,} tokens seen"

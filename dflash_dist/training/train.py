@@ -13,6 +13,7 @@ from dflash_dist.options import ConfigOptions, option, parse
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(ConfigOptions):
     config: str = option("YAML file, or the name of a shipped one, such as qwen3-8b", "")
+    check: bool = option("do all that comes before the first step and needs no GPU, say what the run would be", False)
     json_schema: bool = option("print the JSON schema of config files, for editors, and end", False)
 
     def __post_init__(self) -> None:
@@ -30,6 +31,6 @@ def main(argv: list[str]) -> None:
     with keep_logs(Path(config.output_dir)):
         show_status("starting")
         # Imported here, since it takes seconds: what is mistyped is told at once.
-        from dflash_dist.training.trainer import train
+        from dflash_dist.training.trainer import check, train
 
-        train(config)
+        (check if options.check else train)(config)

@@ -8,22 +8,25 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from dflash_dist.config import Config
+from dflash_dist.data.rows import Data
 from dflash_dist.logs import LOGS, say_phase, show_status
 from dflash_dist.ranks import World, join_world
 from dflash_dist.stopping import asked_to_stop
+from dflash_dist.target.load import TargetInfo, expects_packing
 from dflash_dist.target.run import LiveTarget
 from dflash_dist.training import setup
 from dflash_dist.training.acceptance import Evaluation, SharedTarget, find_prompts
-from dflash_dist.training.checkpoint import Checkpoints, newest_whole, read_state, step_folders
-from dflash_dist.training.context import make_target
+from dflash_dist.training.checkpoint import CHECKPOINTS, Checkpoints, newest_whole, read_state, step_folders
+from dflash_dist.training.context import make_target, open_features
 from dflash_dist.training.identity import identity_of, refuse_another, refuse_changed_knobs
 from dflash_dist.training.metrics import check_wandb
 from dflash_dist.training.optim import describe_jump, gather_state, restore_hyperparameters
 from dflash_dist.training.sampler import Sampler
 from dflash_dist.training.step import TrainingStep
-from dflash_dist.training.summary import describe_begin, describe_end
+from dflash_dist.training.summary import describe_begin, describe_end, describe_mask_token, describe_steps
 from dflash_dist.training.watch import Watch, due
 from dflash_dist.training.workload import Workload
 
@@ -39,25 +42,71 @@ def train(config: Config) -> None:
         Trainer(config, world).run()
 
 
+class Prepared(NamedTuple):
+    """What a run has before any weights are read."""
+
+    config: Config  # with all that it left open
+    info: TargetInfo
+    data: Data  # one document a row
+    prompts: list[list[int]]  # to decode
+
+
+def prepare(config: Config, world: World) -> Prepared:
+    """Looks at target, data and draft of a run, and tokenises the data.
+
+    Raises:
+        ValueError: something is missing, impossible, or of another run than the one in this folder.
+    """
+    check_wandb(config.log.wandb)
+    config = setup.make_builtins(config, world)
+    folder = Path(config.output_dir)
+    if saved := step_folders(folder / CHECKPOINTS):
+        refuse_changed_knobs(config, folder, saved[max(saved)])
+    config, info = setup.check_target(config, world)
+    setup.check_models(config, info)
+    config = setup.fix_date(config, info, world)
+    data = setup.read_data(config, info, world)
+    data.refuse_unsupervised()
+    return Prepared(config, info, data, find_prompts(config, info, data) if config.eval.every else [])
+
+
+def check(config: Config) -> None:
+    """Everything of a run that needs neither its ranks nor weights in memory; then says what the run would be.
+
+    Raises:
+        ValueError: as the run itself would before its first step.
+    """
+    with join_world(0) as world:
+        if world.size > 1:
+            setup.check_world(config, world)
+        config, info, data, prompts = prepare(config, world)
+        checkpoints = step_folders(Path(config.output_dir) / CHECKPOINTS)
+        newest = max(checkpoints, default=0)
+        saved = (read_state(checkpoints[newest]).get("identity") or {}) if checkpoints else {}
+        if config.target.features:
+            _, data = open_features(config, info, data, world)
+        else:
+            packs = saved["data fingerprint"] != data.train.fingerprint if saved else expects_packing(info.text)
+            data = setup.lay_out(data, packs, "whether rows hold several documents, the run finds out", world)
+        shape = setup.draft_shape(config, info.text, info.path)
+        if saved:
+            ours = identity_of(config, info, data, shape, prompts)
+            refuse_another(saved, ours, config, Path(config.output_dir), checkpoints[newest])
+        if world.is_main:
+            ready = f"go on from step {newest} of" if newest else "begin"
+            print(f"mask    {describe_mask_token(config.mask_token_id, info, data.train)}")
+            print(f"checked: ready to {ready} {describe_steps(config, data.train)}; without --check it starts")
+
+
 class Trainer:
     """One run: builds what it needs, then steps until it is done or asked to stop."""
 
     def __init__(self, config: Config, world: World):
         setup.check_world(config, world)
-        check_wandb(config.log.wandb)
         setup.say_slow_dtypes(config, world)
-        config = setup.make_builtins(config, world)
-        self.world = world
-        self.folder = Path(config.output_dir)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep)
-        if saved := step_folders(self.checkpoints.folder):
-            refuse_changed_knobs(config, self.folder, saved[max(saved)])
-        config, info = setup.check_target(config, world)
-        setup.check_models(config, info)
-        self.config = config = setup.fix_date(config, info, world)
-        data = setup.read_data(config, info, world)
-        data.refuse_unsupervised()
-        prompts = find_prompts(config, info, data) if config.eval.every else []
+        config, info, data, prompts = prepare(config, world)
+        self.config, self.world, self.folder = config, world, Path(config.output_dir)
+        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, config.checkpoint.keep)
         draft, begun = setup.make_draft(config, info)
         draft = draft.to(world.device)
         source = make_target(config, info, data, world)
@@ -65,7 +114,7 @@ class Trainer:
         decoder = target.model.model if isinstance(target, LiveTarget) else None
         self.work = Workload.of(config, data.train, draft, decoder)
         self.total_steps = self.work.steps
-        about = describe_begin(config, world, info, source, draft, begun, self.work)
+        about = describe_begin(config, world, info, source, draft, begun)
         self.about = list(about) if world.is_main else []
         sampler = Sampler(config, world, data.train, data.held_out)
         self.training = TrainingStep(config, world, sampler, draft, target, embedding, head, self.total_steps)

@@ -19,7 +19,7 @@ MUTANTS = [
     Mutant(
         "loading is rehearsed before the data is read",
         "dflash_dist/training/trainer.py",
-        "        setup.check_models(config, info)\n",
+        "    setup.check_models(config, info)\n",
         "",
         TEST_FOLDER,
     ),

@@ -380,6 +380,32 @@ def test_a_finished_run_started_again_does_nothing_and_says_the_same_at_its_end(
     ]
 
 
+def test_a_check_says_what_the_run_would_be_without_loading_anything(debug_config, monkeypatch, capsys) -> None:
+    for name in ("target.load.load_target", "target.load.load_ends", "training.setup.warm_start"):
+        monkeypatch.setattr(f"dflash_dist.{name}", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("dflash_dist.training.context.load_target", lambda *_: pytest.fail("weights were read"))
+    config = debug_config("draft.init=target", "eval.every=2", "target.full_depth=true", "target.replicas=2")
+    module.check(config)  # a login node has not the ranks that replicas need
+    steps = "60 steps of 4 rows of 256 tokens: 57,761 tokens, 3.04 epochs of 79 rows"
+    assert capsys.readouterr().out.endswith(f"checked: ready to begin {steps}; without --check it starts\n")
+    assert [path.name for path in Path(config.output_dir).iterdir()] == ["builtin"]
+    with pytest.raises(ValueError, match=r"data file no-such.jsonl does not exist"):
+        module.check(debug_config("data.path=no-such.jsonl"))
+
+
+def test_a_check_of_a_run_that_is_to_go_on_asks_whether_it_can(debug_config, write_chats, capsys) -> None:
+    chats = write_chats(*[[("user", f"Say {n}."), ("assistant", str(n) * 9)] for n in range(40)])
+    config = debug_config(f"data.path={chats}", "train.max_steps=1", "validate.every=0")
+    run(ALONE, config)
+    capsys.readouterr()
+    module.check(debug_config(f"data.path={chats}", "train.max_steps=2", "validate.every=0"))
+    assert "checked: ready to go on from step 1 of 2 steps of 4 rows" in capsys.readouterr().out
+    with chats.open("a") as file:
+        file.write(chats.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match=r"cannot be resumed. Changed: data fingerprint"):
+        module.check(debug_config(f"data.path={chats}", "train.max_steps=2", "validate.every=0"))
+
+
 def test_a_run_of_no_steps_saves_what_it_begins_with(debug_config) -> None:
     config = debug_config("train.max_steps=0", "validate.every=0")
     assert run(ALONE, config) == []
