@@ -81,9 +81,10 @@ def test_the_debug_preset_trains_exports_and_evaluates(undisturbed: Path, tmp_pa
     assert begin and {
         "draft   dflash of 2 layers, 86,464 parameters, blocks of 8",
         "        the draft begins with random weights",
-        "steps   24 of 4 rows of 256 tokens: 23,104 tokens, 1.22 epochs of 79 rows",
+        "work    24 steps of 4 rows of 256 tokens: 23,104 tokens, 1.22 epochs of 79 rows",
         "mask    token 3, '<mask>', in none of 19,013 tokens of the data",
     } <= set(said)
+    assert said[-1].startswith(f"next        python -m dflash_dist export --run {undisturbed} --out ")
     [target] = [line for line in said if line.startswith("target  ")]
     assert target.endswith(": 5 of 6 layers in float32; 0.77 MiB a rank, embedding and LM head included")
     finish(PROGRAM, "export", "--run", str(undisturbed), "--out", str(tmp_path / "draft"))

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from dflash_dist.files import whole
+from dflash_dist.target.rehearsal import quiet
 
 BUILTIN_TARGET, BUILTIN_CHAT = "builtin:tiny", "builtin:chat"
 
@@ -60,7 +61,7 @@ def make_tiny_target(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Qwen3ForCausalLM(tiny_config(tokenizer))
-    with whole(folder) as partial:
+    with whole(folder) as partial, quiet():
         tokenizer.save_pretrained(partial)
         model.save_pretrained(partial)
 

@@ -45,7 +45,7 @@ def describe_begin(
     yield from (f"        {line}" for line in begun)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     yield f"ranks   {world.size} x {device}, the draft computes in {config.train.precision}"
-    yield f"steps   {describe_steps(config, source.data.train)}"
+    yield f"work    {describe_steps(config, source.data.train)}"
     yield f"mask    {describe_mask_token(config.mask_token_id, info, source.data.train)}"
 
 

@@ -247,6 +247,13 @@ MUTANTS = [
         "if False:",
         TEST_OPTIM,
     ),
+    Mutant(
+        "a draft that unlearns is said",
+        "dflash_dist/training/summary.py",
+        "if losses and losses[-1] > losses[0]:",
+        "if False:",
+        "tests/training/test_summary.py",
+    ),
     # -------------------------------------------------------------------------------------------------- the run
     Mutant("a run goes on from its checkpoint", TRAINER, "        if step < 0:", "        if True:", RESUMED),
     Mutant(
