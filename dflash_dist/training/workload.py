@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,10 @@ from torch import nn
 from dflash_dist.config import Config
 from dflash_dist.data.packing import PackedRows
 from dflash_dist.draft.base import Draft
+from dflash_dist.kernels.mask import Mask
 from dflash_dist.training.setup import planned_steps
 
+TRIED = 400  # tokens
 TRAINED = 3  # times the operations of a forward: backward takes twice as many, for the inputs and for the weights
 
 
@@ -61,8 +64,10 @@ def draft_flops(draft: Draft, rows: PackedRows, anchors: int) -> float:
     weights = {name: weight for name, weight in draft.layers.named_parameters() if weight.dim() == 2}  # type: ignore[attr-defined]
     linear = sum(2 * weight.numel() * seen_by.get(name.split(".")[-2], slots) for name, weight in weights.items())
     blocks = float(np.minimum(rows.anchors, anchors).mean())
-    pairs = blocks * shape.block_size * (mean_context(rows) + shape.block_size)
-    attention = 4 * shape.num_attention_heads * shape.head_dim * pairs * shape.num_layers
+    pairs = blocks * sum(
+        mean_pairs(mask, shape.block_size, rows) * layers for mask, layers in Counter(shape.masks).items()
+    )
+    attention = 4 * shape.num_attention_heads * shape.head_dim * pairs
     of_context = 2 * 2 * draft.fc.weight.numel() * context  # features need no gradient
     return TRAINED * (linear + attention) + of_context
 
@@ -93,3 +98,11 @@ def mean_context(rows: PackedRows) -> float:
     """Tokens before a token in its document, on average over all of the rows' tokens."""
     lengths = rows.lengths.astype(np.float64)
     return float((lengths * (lengths - 1) / 2).sum() / lengths.sum())
+
+
+def mean_pairs(mask: Mask, slots: int, rows: PackedRows) -> float:
+    """Pairs of a slot and what it sees, over the slots of a block whose anchor is any token: the mean of some."""
+    draw, lengths = np.random.default_rng(0), rows.lengths
+    of_token = draw.choice(lengths, TRIED, p=lengths / lengths.sum())
+    contexts = Counter((draw.random(TRIED) * of_token).astype(int).tolist())
+    return sum(int(mask.after_context(n, slots).sum()) * times for n, times in contexts.items()) / TRIED

@@ -11,7 +11,8 @@ import torch
 from dflash_dist.cost.rank import one_rank
 from dflash_dist.cost.shapes import PUBLISHED
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
-from dflash_dist.training.workload import Workload, draft_flops, mean_context, target_flops
+from dflash_dist.kernels.mask import FULL, Mask
+from dflash_dist.training.workload import Workload, draft_flops, mean_context, mean_pairs, target_flops
 from tests.steps import SEQ_LEN, packed_rows, step_config
 from tests.tiny import tiny_shape
 
@@ -45,6 +46,8 @@ def test_rows_are_counted_as_they_are_filled() -> None:
     rows, config = packed_rows(3), step_config(max_steps=6)
     lengths = np.array([96, 50, 30, 14, 50, 30, 14])
     assert mean_context(rows) == pytest.approx(sum(n * (n - 1) / 2 for n in lengths) / lengths.sum())
+    assert mean_pairs(FULL, 8, rows) == pytest.approx(8 * (mean_context(rows) + 8), rel=0.05)
+    assert mean_pairs(Mask(window=1, causal=True), 8, rows) == 8 * 9 / 2
     work = Workload.of(config, rows, DFlashDraftModel(tiny_shape()), None)
     assert (work.steps, work.rows, work.rows_a_step, work.tokens) == (6, 3, 4, lengths.sum())
     assert work.epochs(3) == 4 and work.tokens_seen(3) == 4 * lengths.sum() < 12 * SEQ_LEN
