@@ -19,7 +19,6 @@ from tests.tiny import tiny_shape
 
 def test_a_step_computes_what_is_counted_as_it_runs() -> None:
     """Of a mixture of experts on a thousand tokens, where attention is a good part; each of its parts."""
-    kind, sizes = PUBLISHED["Qwen/Qwen3-30B-A3B"]
     config, anchors, block = step_config("bfloat16", micro_batches=1), 256, 16
     config = dataclasses.replace(
         config,
@@ -28,7 +27,7 @@ def test_a_step_computes_what_is_counted_as_it_runs() -> None:
         draft=dataclasses.replace(config.draft, block_size=block),
         loss=dataclasses.replace(config.loss, anchors=anchors),
     )
-    with one_rank(config, kind(**sizes), 1) as rank:
+    with one_rank(config, PUBLISHED["Qwen/Qwen3-30B-A3B"](), 1) as rank:
         counted = {stage: of.flops for stage, of in rank.step().work.items()}
         rows, count = rank.rows(config), config.train.global_batch_size
         with torch.device("meta"):
