@@ -190,6 +190,12 @@ class LossConfig(Section):
         "loss.gamma",
         gt=0,
     )
+    head_weight: float = knob(
+        1.0,
+        "what the loss of a kind's own scores counts beside the cross-entropy, in kinds that have some",
+        FIXED,
+        ge=0,
+    )
     chunk: int | None = knob(None, "slots whose logits exist at once; null: what suits the device", FREE, ge=1)
 
 

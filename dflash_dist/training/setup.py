@@ -282,11 +282,15 @@ def draft_shape(config: Config, text: Any, path: str) -> DraftShape:
     kind, begun_from = kind_of(draft.kind), None
     if folder:
         of_folder, begun_from = read_kind(folder, text.num_hidden_layers)
-        if of_folder is not kind:
+        if of_folder not in (kind, kind_of("dflash")):  # of which every kind can begin
             raise ValueError(f"draft.init: {draft.init} is of another kind than draft.kind {draft.kind}")
     inherited |= _visibility(draft)
     if begun_from:
         inherited |= {name: getattr(begun_from, name) for name in inherited if name not in VISIBILITY}
+        of_kind = {field.name for field in dataclasses.fields(kind.Shape)} - {
+            field.name for field in dataclasses.fields(DraftShape)
+        }
+        inherited |= {name: getattr(begun_from, name) for name in of_kind if hasattr(begun_from, name)}
     if begun_from and draft.window is None and not draft.causal:  # unless another one is asked for
         inherited |= {name: getattr(begun_from, name) for name in inherited if name in VISIBILITY}
     stated = {name: getattr(draft, name, None) for name in inherited}
@@ -351,7 +355,7 @@ def _refuse_another(shape: DraftShape, begun_from: DraftShape, name: str) -> Non
     others = [
         f"{knobs.get(key, f'draft.{key}')} is {ours[key]}, its own {theirs[key]}"
         for key in ours
-        if ours[key] != theirs[key]
+        if key in theirs and ours[key] != theirs[key]
     ]
     if others:
         raise ValueError(f"draft.init: {name} is another draft than this config describes: {'; '.join(others)}")
@@ -375,7 +379,8 @@ def make_draft(config: Config, info: TargetInfo, world: World) -> Draft:
             print("\n".join(lines))
     elif folder := draft_to_begin_from(config):
         begun_from = read_draft(folder, torch.float32, torch.device("cpu"), shape.num_target_layers)
-        draft.load_state_dict(begun_from.state_dict())
+        # Of a plain draft, the rest stays as it begins: not there, as far as proposals go.
+        draft.load_state_dict(draft.state_dict() | begun_from.state_dict())
     return draft
 
 

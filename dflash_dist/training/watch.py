@@ -52,6 +52,7 @@ class Watch:
             "train/loss": shown.loss,
             "train/tau": shown.tau,
             "train/accuracy": shown.accuracy,
+            **{f"train/{name}": value for name, value in shown.of_kind.items()},
             "optim/lr": result.lr,
             "optim/grad_norm": norm,
             "perf/step_s": seconds,
@@ -66,7 +67,8 @@ class Watch:
         self.clock += seconds
         if self.log is not None:
             slots = {f"val/accuracy_slot_{k:02d}": accuracy for k, accuracy in enumerate(shown.slot_accuracy, 1)}
-            self.log.write(step, {"val/loss": shown.loss, "val/tau": shown.tau, **slots})
+            of_kind = {f"val/{name}": value for name, value in shown.of_kind.items()}
+            self.log.write(step, {"val/loss": shown.loss, "val/tau": shown.tau, **of_kind, **slots})
             self.log.show_slots(step, "val/slots", "held-out accuracy", shown.slot_accuracy)
             self.say(f"step {step}: held-out loss {shown.loss:.3f}, tau {or_dash(shown.tau)}")
 
