@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dflash_dist.config import load_config
-from dflash_dist.contract.folder import read_draft
+from dflash_dist.contract.folder import read_draft, write_draft
 from dflash_dist.decoding.sampling import Sampling
 from dflash_dist.decoding.speculative import Decoder
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
@@ -297,3 +297,14 @@ def test_groups_that_do_not_divide_the_channels_are_refused() -> None:
     with pytest.raises(ValueError, match="conv_group_size 24 does not divide 64 channels"):
         DFlash2DraftModel(shape(conv_group_size=24))
     assert isinstance(lively().candidate_selector, CandidateSelector)
+
+
+def test_the_speculators_layout_has_it(tmp_path) -> None:
+    draft = lively()
+    write_draft(tmp_path, type(draft), draft.shape, draft.state_dict(), "float32", ("org/target", ["Qwen3ForCausalLM"]))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["speculators_model_type"] == config["speculators_config"]["algorithm"] == "dflash2"
+    assert (config["conv_kernel_size"], config["selector_top_k"]) == (3, TOP)
+    read = read_draft(tmp_path, torch.float32, CPU, target_layers=6)
+    assert isinstance(read, DFlash2DraftModel) and read.shape == draft.shape
+    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in draft.state_dict().items())

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from dflash_dist.config import Config, TrainConfig
 from dflash_dist.data.chat import Document
 from dflash_dist.data.packing import global_rows
+from dflash_dist.draft.kinds import KINDS
 from dflash_dist.ranks import World
 from dflash_dist.training import setup
 from dflash_dist.training import step as step_module
@@ -114,6 +115,16 @@ def first_step(
 def test_two_ranks_give_the_loss_and_gradients_of_one(debug_config, micro: int, unsupervised: list[int]) -> None:
     alone_loss, alone = first_step(ALONE, debug_config("train.micro_batch_size=4"), unsupervised)
     for loss, gradients in run_ranks(first_step, 2, debug_config(f"train.micro_batch_size={micro}"), unsupervised):
+        assert loss == pytest.approx(alone_loss, rel=1e-6)
+        for ours, theirs in zip(gradients, alone, strict=True):
+            assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "dflash"])
+def test_so_do_the_scores_of_a_kinds_own(debug_config, kind: str) -> None:
+    knobs = [f"draft.kind={kind}", "loss.objective=decay"]
+    alone_loss, alone = first_step(ALONE, debug_config("train.micro_batch_size=4", *knobs), [0, 1])
+    for loss, gradients in run_ranks(first_step, 2, debug_config("train.micro_batch_size=1", *knobs), [0, 1]):
         assert loss == pytest.approx(alone_loss, rel=1e-6)
         for ours, theirs in zip(gradients, alone, strict=True):
             assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
