@@ -15,9 +15,12 @@ from dflash_dist.decoding.sampling import Sampling
 from dflash_dist.decoding.speculative import Decoder
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.draft.kinds.dflash2 import CandidateSelector, DFlash2DraftModel, DFlash2Shape, GroupedConv
+from dflash_dist.draft.layers import rope_of
 from dflash_dist.export.check import check
 from dflash_dist.export.export import main as export
+from dflash_dist.kernels.attention import OneBlockAttention
 from dflash_dist.kernels.cross_entropy import ChunkedCrossEntropy
+from dflash_dist.kernels.mask import FULL
 from dflash_dist.objective.objective import Objective
 from dflash_dist.objective.statistics import Statistics
 from dflash_dist.objective.weights import dpace_weights
@@ -44,7 +47,8 @@ def lively(**changes) -> DFlash2DraftModel:
     with torch.no_grad():
         for name, parameter in draft.named_parameters():
             if "conv" in name or "selector" in name:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+                scale = 0.8 if "selector" in name else 0.3
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
     return draft
 
 
@@ -109,6 +113,23 @@ def test_slots_see_no_later_slot_through_convolutions_and_no_other_block_at_all(
     for slot, sees in ((K + 3, [K + 1, K + 2, K + 3]), (K + 1, [K, K + 1]), (K, [K])):
         (gradient,) = torch.autograd.grad(conv(slots, conv.kernels(slots)[0])[0, slot].sum(), slots)
         assert gradient[0].abs().sum(dim=-1).nonzero().flatten().tolist() == sees
+
+
+def test_a_layer_convolves_before_and_behind_attention_and_mlp_by_kernels_of_what_it_reads() -> None:
+    layer, generator = lively().layers[0], torch.Generator().manual_seed(1)
+    hidden, context = torch.randn(1, K, 64, generator=generator), torch.randn(1, 5, 64, generator=generator)
+    rope = rope_of(torch.arange(5, 5 + K)[None], 16, 1e4)
+    context = layer.self_attn.key_value(context, rope_of(torch.arange(5)[None], 16, 1e4))
+    attend = OneBlockAttention(5, K, FULL, CPU)
+    with torch.no_grad():
+        x = layer.input_layernorm(hidden)
+        kernels = layer.attention_conv.kernels(x)
+        x = layer.self_attn(layer.attention_conv(x, kernels[0]), rope, context, attend)
+        middle = hidden + layer.attention_conv(x, kernels[1])
+        x = layer.post_attention_layernorm(middle)
+        kernels = layer.mlp_conv.kernels(x)
+        expected = middle + layer.mlp_conv(layer.mlp(layer.mlp_conv(x, kernels[0])), kernels[1])
+        torch.testing.assert_close(layer(hidden, rope, context, attend), expected)
 
 
 # -------------------------------------------------------------------------------------------------------- objective
