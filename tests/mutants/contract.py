@@ -234,7 +234,7 @@ MUTANTS = [
     Mutant(
         "another method of the library is refused",
         SPECULATORS,
-        'if config[METHOD] != "dflash":',
+        'if config[METHOD] not in TYPES:',
         "if False:",
         TEST_SPECULATORS,
     ),

@@ -388,15 +388,15 @@ MUTANTS = [
     Mutant(
         "τ counts the token behind the accepted ones",
         STATISTICS,
-        "accepted = (1 + correct.cumprod(dim=-1).sum(dim=-1)) * full",
-        "accepted = correct.cumprod(dim=-1).sum(dim=-1) * full",
+        "((1 + right.cumprod(dim=-1).sum(dim=-1)) * full).sum()",
+        "(right.cumprod(dim=-1).sum(dim=-1) * full).sum()",
         TEST_OBJECTIVE,
     ),
     Mutant(
         "τ counts the leading run of right slots",
         STATISTICS,
-        "accepted = (1 + correct.cumprod(dim=-1).sum(dim=-1)) * full",
-        "accepted = (1 + correct.sum(dim=-1)) * full",
+        "((1 + right.cumprod(dim=-1).sum(dim=-1)) * full).sum()",
+        "((1 + right.sum(dim=-1)) * full).sum()",
         TEST_OBJECTIVE,
     ),
     Mutant(
