@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from tqdm import tqdm
 
 from dflash_dist.answers.parts import Parts, stored_settings
@@ -32,7 +33,7 @@ from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_differ
 from dflash_dist.evaluate.diagnose import Evidence, Examiner, add_up, judge
 from dflash_dist.evaluate.report import Answer, print_report, summarise, to_tensorboard
 from dflash_dist.evaluate.suites import SUITES, Prompt, read_prompts
-from dflash_dist.files import whole, writing
+from dflash_dist.files import memory_of, whole, writing
 from dflash_dist.options import AnswerOptions, JsonObject, option, parse
 from dflash_dist.ranks import World, join_world
 from dflash_dist.reading import check_fields, reading
@@ -169,9 +170,11 @@ class Evaluation:
         """What the answers depend on; an evaluation continues only under the same."""
         names = (*ANSWERED_WITH, "dtype", "diagnose")
         asked = json.dumps([dataclasses.astuple(prompt) for prompt in prompts])
+        known = stored_settings(answers_file(self.options.json)) if self.options.json else {}
+        of_files = digest_weights(self.folder)  # as older versions named a draft, which a new export changed
         return {name: getattr(self.options, name) for name in names} | {
             "target": name_weights(self.info),
-            "draft": digest_weights(self.folder),
+            "draft": of_files if known.get("draft") == of_files else digest_tensors(self.draft.state_dict()),
             "shape": dataclasses.asdict(self.draft.shape),
             "rendering": self.encoder.identity,
             **({"date": self.encoder.date} if self.encoder.writes_date else {}),
@@ -247,6 +250,15 @@ class Evaluation:
         print_report(report)
         for verdict in verdicts:
             print(verdict)
+
+
+def digest_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """Names weights, whatever files they lie in and whatever else these say."""
+    state = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        state.update(f"{name} {list(tensor.shape)}".encode())
+        state.update(memory_of(tensor.contiguous().cpu()))
+    return f"tensors {state.hexdigest()}"
 
 
 def answers_file(report: Path) -> Path:

@@ -21,7 +21,7 @@ from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.evaluate import evaluate as program
 from dflash_dist.evaluate.evaluate import main
 from dflash_dist.ranks import World
-from dflash_dist.target.load import read_info
+from dflash_dist.target.load import digest_weights, read_info
 from dflash_dist.target.tiny import CHATML
 from tests.data.files import chat, chats, write_rows
 from tests.ranks import run_ranks
@@ -441,6 +441,17 @@ def test_an_evaluation_continues_only_under_the_same_settings(monkeypatch, argum
     monkeypatch.setattr(program.Evaluation, "decode", lambda *_: {"answers": [answer], "evidence": {}})
     argv = begun("--temperature", "1")
     main(argv)  # nothing changed
+    file, config = tmp_path / "draft/model.safetensors", tmp_path / "draft/config.json"
+    written = file.read_bytes()
+    save_file(load_file(file), file, metadata={"exported": "by another version"})
+    main(argv)  # the same weights, in another file
+    settings = Path(argv[argv.index("--json") + 1]).with_suffix(".answers.jsonl.settings.json")
+    stated = settings.read_text()
+    settings.write_text(json.dumps(json.loads(stated) | {"draft": digest_weights(file.parent)}))
+    main(argv)  # as older versions named a draft
+    file.write_bytes(written)
+    assert_refused(argv)
+    settings.write_text(stated)
     changes = ["--dtype bfloat16", "--seed 1", "--temperature 0.5", "--top-p 0.9", "--top-k 5", "--max-new-tokens 12"]
     for change in [*changes, "--rejection", "--limit 2"]:
         assert_refused([*argv, *change.split()])
@@ -451,7 +462,6 @@ def test_an_evaluation_continues_only_under_the_same_settings(monkeypatch, argum
     name = next(iter(weights))
     save_file({**weights, name: weights[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
     assert_refused([*argv, "--target", str(other)])
-    file, config = tmp_path / "draft/model.safetensors", tmp_path / "draft/config.json"
     content, text = file.read_bytes(), config.read_text()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert_refused(argv)

@@ -115,6 +115,15 @@ def test_a_second_export_replaces_the_first(tmp_path):
     _assert_equal(tmp_path / "draft", drafts[20])
 
 
+def test_the_same_checkpoint_gives_the_same_bytes(tmp_path):
+    save_run(tmp_path / "run", [4])
+    exports = []
+    for _ in range(6):  # metadata in random order would be the same once in 32 times
+        main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
+        exports.append({path.name: path.read_bytes() for path in (tmp_path / "draft").iterdir()})
+    assert all(export == exports[0] for export in exports)
+
+
 def test_the_settings_of_the_engines_are_printed(tmp_path, capsys):
     save_run(tmp_path / "run", [4])
     main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])

@@ -101,8 +101,8 @@ MUTANTS = [
     Mutant(
         "weights in bf16",
         FOLDER,
-        "name: tensor.to(getattr(torch, dtype)).contiguous()",
-        "name: tensor.contiguous()",
+        'tensors[name].to("cpu", getattr(torch, dtype))',
+        'tensors[name].to("cpu")',
         TEST_FOLDER,
     ),
     Mutant(

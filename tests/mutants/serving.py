@@ -356,8 +356,8 @@ MUTANTS = [
     Mutant(
         "an evaluation continues only with the same weights of the draft",
         EVALUATE,
-        '            "draft": digest_weights(self.folder),\n',
-        "",
+        "digest_tensors(self.draft.state_dict())",
+        '""',
         CONTINUED,
     ),
     Mutant(

@@ -293,8 +293,8 @@ MUTANTS = [
     Mutant(
         "features: a shard is written under another name",
         FEATURES,
-        ", whole(path) as file:\n            _write_safetensors(file,",
-        ":\n            _write_safetensors(path,",
+        ", whole(path) as file:\n            write_safetensors(file,",
+        ":\n            write_safetensors(path,",
         TEST_FEATURES,
     ),
     Mutant(
