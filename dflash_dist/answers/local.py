@@ -15,7 +15,7 @@ from dflash_dist.answers.turns import answer_turns, as_message
 from dflash_dist.data.account import Account, BadRow
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.conversations import Conversation, read_row
-from dflash_dist.target.load import check_loading_whole, load_whole, read_info
+from dflash_dist.target.load import load_whole, read_info
 
 
 def answer_here(
@@ -31,7 +31,6 @@ def answer_here(
         ValueError: the target cannot be loaded, or has no embedding for what too many prompts hold.
     """
     info = read_info(options.target, trust_remote_code=options.trust_remote_code)
-    check_loading_whole(info)
     if encoder.knows_more:
         _refuse_unknown_tokens(todo, encoder, options)
     model = load_whole(info, getattr(torch, options.dtype), device)

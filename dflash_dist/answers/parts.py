@@ -19,6 +19,14 @@ from dflash_dist.reading import check_fields, parse, read_object, reading, shown
 Row = dict[str, Any]
 
 
+# Settings that are digests: what changed where they did.
+DIGESTS = {
+    "prompts": "what is asked: other files, other rows in them, or another number of these",
+    "rendering": "the chat template or its arguments",
+    "draft": "the draft's weights",
+}
+
+
 class Place(NamedTuple):
     """Where a finished row lies."""
 
@@ -48,25 +56,30 @@ class Parts:
     """The part files of an output: one a rank, whole lines only. A line is a row; or {"row", "turn", "message"}, a turn
     of a row that is not finished, counted from 0.
 
-    The settings lie beside the output and stay there: they tell how it was written, and that it is finished.
+    The settings lie beside the output and stay there: they tell how it was written, and that it is finished. They are
+    written with the first row, so that a start which gave none keeps no other from its place.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]):
         self.out, self.folder, self.advice = out, out.with_name(out.name + ".parts"), _anew(out)
-        described = settings_file(out)
+        self.settings, described = settings, settings_file(out)
         if out.is_file() and not described.is_file():
             raise ValueError(f"{out} exists and was not written by this command: choose another output, or delete it")
         if described.is_file():
+            changed = differences(stored_settings(out), settings, undivided=["template_args"])
+            whys = ((text, DIGESTS.get(text.partition(":")[0])) for text in changed)
             refuse_changed(
                 f"{described} belongs to a run with other prompts or settings",
-                differences(stored_settings(out), settings, undivided=["template_args"]),
+                (f"{text} ({why})" if why else text for text, why in whys),
                 f"choose another output, or delete it with {out} and {self.folder}",
             )
         with writing(out):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not described.is_file():
-                with whole(described) as file:
-                    file.write_text(json.dumps(settings, indent=2))
+
+    def _describe(self) -> None:
+        if not settings_file(self.out).is_file():
+            with whole(settings_file(self.out)) as file:
+                file.write_text(json.dumps(self.settings, indent=2))
 
     def index(self) -> dict[int, Place]:
         """The finished rows, by number."""
@@ -109,6 +122,7 @@ class Parts:
                 nonlocal synced
                 left = json.dumps(row, ensure_ascii=False).encode() + b"\n"
                 with writing(path):
+                    self._describe()
                     while left:
                         left = left[part.write(left) :]
                     if time.monotonic() - synced > 1:
@@ -141,6 +155,7 @@ class Parts:
             if not self.out.is_file():
                 places = self.index()
                 if set(rows) <= places.keys():
+                    self._describe()
                     ordered = [(row, places[row]) for row in rows]
                     with writing(self.out), whole(self.out) as partial, partial.open("wb") as file:
                         file.writelines(_lines([place for _, place in ordered if place.error is None]))

@@ -24,7 +24,7 @@ from dflash_dist.data.conversations import Conversation, read_conversations
 from dflash_dist.data.template import settle_day
 from dflash_dist.options import parse
 from dflash_dist.ranks import World, join_world
-from dflash_dist.target.load import read_info
+from dflash_dist.target.load import check_loading_whole, read_info
 
 
 def main(argv: list[str]) -> None:
@@ -77,10 +77,8 @@ def _encoder(options: RegenerateOptions, world: World) -> ChatEncoder | None:
     """Renders the prompts, on the day on which the output was begun; None where a server does that.
 
     Raises:
-        ValueError: the chat template does not know an argument, or there is no such day.
+        ValueError: the chat template does not know an argument, or the target could not be loaded.
     """
-    if options.endpoint and options.date:
-        raise ValueError(f"--date {options.date}: a server writes the day that its own clock says; leave it out")
     if options.endpoint and not options.template_args:
         return None
     try:
@@ -94,6 +92,7 @@ def _encoder(options: RegenerateOptions, world: World) -> ChatEncoder | None:
     encoder = ChatEncoder(info.tokenizer, info.stop_ids, options.template_args, vocab_size=info.text.vocab_size)
     if options.endpoint:
         return None
+    check_loading_whole(info)
     if encoder.writes_date:
         date = settle_day(world.agree_on_day, options.date, stored_settings(options.out).get("date"))
         encoder = dataclasses.replace(encoder, date=date)

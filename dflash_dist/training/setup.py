@@ -22,6 +22,7 @@ from dflash_dist import __version__
 from dflash_dist.config import Config, DraftConfig, load_written, to_tree
 from dflash_dist.contract.folder import check_draft, find_draft, read_draft, read_kind
 from dflash_dist.data.rows import Data, load_data, make_encoder
+from dflash_dist.data.sources import find_sources
 from dflash_dist.data.template import settle_day
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.kinds import kind_of
@@ -182,10 +183,12 @@ def check_models(config: Config, info: TargetInfo) -> None:
     """Refuses weights of the target and of a draft to begin from that could not be loaded, before the data is read.
 
     Raises:
-        ValueError: as `check_loading`, `draft_shape` and `check_draft`. Where stored features take the target's
-            place, a draft that does not begin as the target needs few of its weights.
+        ValueError: as `check_loading`, `draft_shape`, `check_draft` and `read_index`. Where stored features take the
+            target's place, a draft that does not begin as the target needs few of its weights.
     """
     target = config.target
+    if target.features is not None:
+        read_index(Path(target.features))
     if target.features is None or config.draft.init == "target":
         check_loading(info, target)
     shape = draft_shape(config, info.text, info.path)
@@ -228,6 +231,8 @@ def read_data(config: Config, info: TargetInfo, world: World) -> Data:
     Raises:
         ValueError: as `load_data`; or the ranks read different data.
     """
+    if config.eval.every and config.eval.prompts:
+        find_sources(config.eval.prompts)  # refuses what is not there before hours of tokenising
     encoder = make_encoder(config.data, info.tokenizer, info.stop_ids, info.text.vocab_size)
     data = load_data(config.data, encoder, config.train.seed, pack=False)
     if not world.agrees_on(int(data.train.fingerprint[:12], 16)):

@@ -437,6 +437,13 @@ MUTANTS = [
         TEST_ANSWERS,
     ),
     Mutant(
+        "parts: the settings come with the first row",
+        PARTS,
+        "            self.folder.mkdir(parents=True, exist_ok=True)\n",
+        "            self.folder.mkdir(parents=True, exist_ok=True)\n            self._describe()\n",
+        TEST_ANSWERS,
+    ),
+    Mutant(
         "parts: a file of somebody else is not taken for the output",
         PARTS,
         "        if out.is_file() and not described.is_file():\n",

@@ -611,3 +611,22 @@ def test_a_draft_that_cannot_be_is_refused_before_data_is_read(debug_config, mon
     monkeypatch.setattr(setup, "read_data", lambda *_: pytest.fail("data was read"))
     with pytest.raises(ValueError, match="must be a multiple of"):
         Trainer(debug_config("draft.num_attention_heads=3"), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("data.val_path=no-such.jsonl", "data file no-such.jsonl does not exist"),
+        (
+            "data.val_conversations=2 eval.every=1 target.full_depth=true eval.prompts=no-such.jsonl",
+            "no-such.jsonl does not",
+        ),
+        ("target.features=nowhere", "nowhere holds no features"),
+    ],
+)
+def test_a_file_that_is_not_there_is_refused_before_data_is_tokenised(
+    debug_config, monkeypatch, overrides, message
+) -> None:
+    monkeypatch.setattr("dflash_dist.data.rows.open_documents", lambda *_: pytest.fail("data was tokenised"))
+    with pytest.raises(ValueError, match=message):
+        Trainer(debug_config("data.val_conversations=0", "validate.every=0", *overrides.split()), ALONE)
