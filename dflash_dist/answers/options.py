@@ -27,6 +27,7 @@ class RegenerateOptions(AnswerOptions):
     )
     endpoint: str | None = option("URL of an OpenAI-compatible server, such as http://localhost:8000/v1", None, SERVER)
     concurrency: int = option("requests in flight", 64, SERVER)
+    wait: float = option("how long to wait for a server that does not answer yet [s]", 900.0, SERVER)
     timeout: float = option("longest wait for one answer [s]", 600.0, SERVER)
     retries: int = option("how often a failed request is sent again", 8, SERVER)
     give_up: bool = option("leave out rows that every retry failed to answer", False, SERVER)

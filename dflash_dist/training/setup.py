@@ -21,6 +21,7 @@ import yaml
 from dflash_dist import __version__
 from dflash_dist.config import Config, DraftConfig, load_written, to_tree
 from dflash_dist.contract.folder import check_draft, find_draft, read_draft, read_kind
+from dflash_dist.data import regenerated
 from dflash_dist.data.rows import Data, load_data, make_encoder
 from dflash_dist.data.sources import find_sources
 from dflash_dist.data.template import settle_day
@@ -234,6 +235,9 @@ def read_data(config: Config, info: TargetInfo, world: World) -> Data:
     if config.eval.every and config.eval.prompts:
         find_sources(config.eval.prompts)  # refuses what is not there before hours of tokenising
     encoder = make_encoder(config.data, info.tokenizer, info.stop_ids, info.text.vocab_size)
+    if world.is_main:
+        for line in regenerated.warnings(config):
+            print(line)
     data = load_data(config.data, encoder, config.train.seed, pack=False)
     if not world.agrees_on(int(data.train.fingerprint[:12], 16)):
         raise ValueError("the ranks read different data: every node must see the same files under data.path")

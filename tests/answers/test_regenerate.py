@@ -139,9 +139,9 @@ def _regenerate(world: World, args: RegenerateOptions) -> list[str]:
     """Regenerates as one of many ranks; returns the questions that this one answered."""
     asked, write_answers = [], local.write_answers
 
-    def watched(model, encoder, conversations, args):
+    def watched(model, encoder, conversations, *rest):
         asked.extend(conversation.messages[0]["content"] for conversation in conversations)
-        return write_answers(model, encoder, conversations, args)
+        return write_answers(model, encoder, conversations, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "write_answers", watched)

@@ -411,8 +411,8 @@ MUTANTS = [
     Mutant(
         "parts: the output is in row order",
         PARTS,
-        "ordered = [(row, places[row]) for row in rows]",
-        "ordered = list(places.items())",
+        "merged = {row: places[row] for row in rows}",
+        "merged = places",
         TEST_ANSWERS,
     ),
     Mutant(
@@ -449,6 +449,14 @@ MUTANTS = [
         "        if out.is_file() and not described.is_file():\n",
         "        if False:\n",
         TEST_ANSWERS,
+    ),
+    Mutant("many cut answers are a warning", ANSWERS, "    if share > MANY_CUT:\n", "    if False:\n", TEST_ENDPOINT),
+    Mutant(
+        "endpoint: a server that loads its model is waited for",
+        ENDPOINT,
+        "if error.status_code not in LOADING:",
+        "if True:",
+        TEST_ENDPOINT,
     ),
     Mutant(
         "endpoint: a row that a server refuses is recorded",
