@@ -166,7 +166,7 @@ async def _wait_for(client: openai.AsyncOpenAI, options: RegenerateOptions, says
     """Returns once the server answers anything: one that has just been started loads its model first."""
     once, until = client.with_options(max_retries=0, timeout=10.0), time.monotonic() + options.wait
     line = f"waiting for {options.endpoint} to answer, at most {options.wait:g} s"
-    with tqdm(bar_format=line + ": {elapsed}", disable=None if says else True, delay=POLL) as bar:
+    with tqdm(bar_format=line + ": {elapsed}", disable=None if says else True, delay=POLL, leave=False) as bar:
         while True:
             try:
                 await once.models.list()

@@ -42,6 +42,7 @@ RECORD = {
     "chat_template": str | None,
     "drop_reasoning": bool | None,
     "step": int | None,
+    "tau_curve": list[list[float]] | None,
 }
 # Tensors are listed by layer, and their sizes multiplied; what rules of their own are about may be any number.
 MOST = {"num_layers": 1000, "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1}

@@ -30,8 +30,8 @@ from dflash_dist.data.conversations import Conversation, read_row
 from dflash_dist.data.template import settle_day, today
 from dflash_dist.decoding.sampling import Sampling
 from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_difference
-from dflash_dist.evaluate.diagnose import Evidence, Examiner, add_up, judge
-from dflash_dist.evaluate.report import Answer, print_report, summarise, to_tensorboard
+from dflash_dist.evaluate.diagnose import Evidence, Examiner, add_up, conclude, judge
+from dflash_dist.evaluate.report import Answer, in_short, print_report, summarise, to_tensorboard
 from dflash_dist.evaluate.suites import SUITES, Prompt, read_prompts
 from dflash_dist.files import memory_of, whole, writing
 from dflash_dist.options import AnswerOptions, JsonObject, option, parse
@@ -248,8 +248,11 @@ class Evaluation:
                 f"note: the draft was trained with the template arguments {json.dumps(self.trained['template_args'])}"
             )
         print_report(report)
+        print(in_short(report))
         for verdict in verdicts:
             print(verdict)
+        if verdicts:
+            print(conclude(verdicts, self.trained.get("step"), self.trained.get("tau_curve") or []))
 
 
 def digest_tensors(tensors: dict[str, torch.Tensor]) -> str:

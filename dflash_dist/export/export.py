@@ -24,6 +24,7 @@ from dflash_dist.reading import check_fields, reading
 from dflash_dist.reading import parse as parse_json
 from dflash_dist.target.load import looks_like_hub_id, read_info
 from dflash_dist.training.checkpoint import BEST, best_step, damage, read_state, step_folders
+from dflash_dist.training.curves import tau_curve
 from dflash_dist.training.setup import CHAT_TEMPLATE, CONFIG
 
 CARD = "README.md"
@@ -71,7 +72,7 @@ def export(options: ExportOptions) -> None:
     base_model = options.base_model or config.target.path
     speculators_of = (base_model, architectures(config)) if options.format == "speculators" else None
 
-    record = how_trained(run, config) | {"step": step}
+    record = how_trained(run, config) | {"step": step, "tau_curve": tau_curve(run, step)}
     card = Card(
         name=out.resolve().name,
         target=shown(base_model),
