@@ -31,7 +31,7 @@ from dflash_dist.data.template import settle_day, today
 from dflash_dist.decoding.sampling import Sampling
 from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_difference
 from dflash_dist.evaluate.diagnose import Evidence, Examiner, add_up, conclude, judge
-from dflash_dist.evaluate.report import Answer, in_short, print_report, summarise, to_tensorboard
+from dflash_dist.evaluate.report import Answer, examples, in_short, print_report, summarise, to_tensorboard
 from dflash_dist.evaluate.suites import SUITES, Prompt, read_prompts
 from dflash_dist.files import memory_of, whole, writing
 from dflash_dist.options import AnswerOptions, JsonObject, option, parse
@@ -117,7 +117,7 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
                     append(evaluation.decode(row, prompts[row]) | {"row": row})
                     bar.update()
         if parts.merge(list(prompts)) is not None or (world.is_main and parts.out.is_file()):
-            evaluation.report(read_answers(parts))
+            evaluation.report(read_answers(parts), list(prompts.values()))
 
 
 def read_answers(parts: Parts) -> list[tuple[list[Answer], Evidence]]:
@@ -222,7 +222,7 @@ class Evaluation:
             asked = dataclasses.replace(asked, messages=[*asked.messages, answer])
         return {"answers": [dataclasses.asdict(answer) for answer in answers], "evidence": add_up(evidence)}
 
-    def report(self, rows: list[tuple[list[Answer], Evidence]]) -> None:
+    def report(self, rows: list[tuple[list[Answer], Evidence]], prompts: list[Prompt]) -> None:
         """Writes and prints what the answers and the evidence of all rows show."""
         options = self.options
         answers = [answer for of_row, _ in rows for answer in of_row]
@@ -232,6 +232,7 @@ class Evaluation:
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             **{name: getattr(options, name) for name in ANSWERED_WITH},
             "template_args": self.encoder.template_args,
+            "examples": examples(answers, {(p.suite, p.number): p.question for p in prompts}, self.encoder.tokenizer),
         }
         verdicts = []
         if options.diagnose:

@@ -15,6 +15,7 @@ from dflash_dist.logs import or_dash
 from dflash_dist.reading import check_fields
 
 DECODED = ("plain", "fast")
+EXAMPLES, EXAMPLE_TOKENS = 3, 160  # answers of a suite that a report shows, and their longest beginning
 RESAMPLES = 2000  # of the prompts, for the confidence interval
 
 
@@ -111,6 +112,34 @@ def tau_interval(emitted: np.ndarray, passes: np.ndarray) -> list[float] | None:
     drawn = np.random.default_rng(0).multinomial(len(passes), np.full(len(passes), 1 / len(passes)), RESAMPLES)
     drawn = drawn[drawn @ passes > 0]
     return np.quantile((drawn @ emitted) / (drawn @ passes), [0.025, 0.975]).tolist()
+
+
+def examples(answers: Sequence[Answer], asked: dict[tuple[str, int], str], tokenizer: Any) -> list[dict[str, Any]]:
+    """The beginnings of a few answers of each suite, pass by pass: the text of the proposals that were accepted, and of
+    the target's own token after them.
+
+    Args:
+        asked: the question by suite and prompt.
+    """
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for answer in answers:
+        of_suite = shown.setdefault(answer.suite, [])
+        if answer.turn or not answer.fast.passes or len(of_suite) >= EXAMPLES:
+            continue
+        tokens, fast = answer.fast.tokens[:EXAMPLE_TOKENS], answer.fast
+        texts = [
+            tokenizer.decode(tokens[:end]) for end in range(len(tokens) + 1)
+        ]  # a character may take several tokens
+        begins = np.cumsum([1, *fast.emitted]).tolist()
+        blocks = [{"accepted": 0, "text": "", "own": texts[min(1, len(tokens))]}]  # the first token is the prefill's
+        for begin, accepted, end in zip(begins, fast.accepted, begins[1:]):
+            if end <= len(tokens):
+                before, between, after = (texts[at] for at in (begin, begin + accepted, end))
+                text, own = between[len(before) :], after[len(between) :]
+                blocks.append({"accepted": accepted, "text": text, "own": own})
+        question = asked.get((answer.suite, answer.prompt), "")
+        of_suite.append({"suite": answer.suite, "question": question, "blocks": blocks})
+    return [example for of_suite in shown.values() for example in of_suite]
 
 
 # ---------------------------------------------------------------------------------------------------- for people

@@ -35,7 +35,12 @@ def tau_curve(run: Path, last: int) -> Curve:
     """The teacher-forced tau up to a step, in at most `POINTS` means: on held-out rows, or else on those trained on."""
     curves = read_curves(run)
     points = [(step, tau) for step, tau in curves.get("val/tau") or curves.get("train/tau", []) if 0 < step <= last]
-    parts = np.array_split(np.array(points).reshape(-1, 2), min(POINTS, max(len(points), 1)))
+    return thinned(points, POINTS)
+
+
+def thinned(curve: Curve, count: int) -> Curve:
+    """The means of at most `count` parts, each at its last step."""
+    parts = np.array_split(np.array(curve).reshape(-1, 2), min(count, max(len(curve), 1)))
     return [(int(part[:, 0].max()), float(part[:, 1].mean())) for part in parts if len(part)]
 
 

@@ -222,7 +222,9 @@ def test_bfloat16_is_decoded_too(evaluate):
 
 @pytest.mark.usefixtures("two_right")
 def test_the_report_is_printed(evaluate, capsys):
-    evaluate()
+    shown = evaluate()["examples"]
+    assert [example["question"] for example in shown] == QUESTIONS
+    assert [block["accepted"] for block in shown[0]["blocks"]] == [0, 2, 2, 2, 2]
     printed = capsys.readouterr().out
     assert "float32 on cpu\n" in printed
     lines = {line[:22].rstrip(): line[22:].split() for line in printed.splitlines()}

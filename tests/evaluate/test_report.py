@@ -102,7 +102,12 @@ def test_the_table_has_a_column_for_each_suite_and_one_for_all():
         ["all", "33%", "0%", "33%", "33%"],
     ]
     *above, head, s, t, both = above
-    assert head.split() == ["accepted", "up", "to", "slot", "1", "2", "3"] and both.split() == ["all", "67%", "67%", "33%"]
+    assert head.split() == ["accepted", "up", "to", "slot", "1", "2", "3"] and both.split() == [
+        "all",
+        "67%",
+        "67%",
+        "33%",
+    ]
     lines = {line[:22].rstrip(): line[22:].split() for line in above}
     assert lines[""] == ["s", "t", "all"]
     assert lines["acceptance length"] == ["4.00", "2.00", "2.67"]

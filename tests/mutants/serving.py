@@ -537,6 +537,20 @@ MUTANTS = [
         TEST_REPORT,
     ),
     Mutant(
+        "a page shows text as text",
+        "dflash_dist/evaluate/page.py",
+        "return html.escape(str(text))",
+        "return str(text)",
+        "tests/evaluate/test_page.py",
+    ),
+    Mutant(
+        "an example tells accepted proposals from the target's own token",
+        REPORT,
+        "(begin, begin + accepted, end)",
+        "(begin, end, end)",
+        "tests/evaluate/test_page.py",
+    ),
+    Mutant(
         "what a longer training may give is told from the curve",
         "dflash_dist/training/curves.py",
         "if step * 8 >= curve[-1][0]]",
