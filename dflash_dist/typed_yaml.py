@@ -302,7 +302,7 @@ def _unknown(dotted: str, value: Any, known: Collection[str], synonyms: Mapping[
         name, value = next(iter(value.items()))
         dotted = f"{dotted}.{name}"
         meant = _nearest(dotted, known, synonyms, is_section=isinstance(value, dict))
-    if meant and not all(name in known or "." not in name for name in meant):
+    if meant and " " in meant[0]:  # a sentence
         return f"unknown key {dotted!r}: {meant[0]}"
     if meant:
         return f"unknown key {dotted!r}; did you mean {' or '.join(map(repr, meant))}?"

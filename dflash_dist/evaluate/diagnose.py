@@ -192,7 +192,7 @@ def conclude(verdicts: Sequence[Verdict], step: int | None, curve: Curve) -> str
         return "so: nothing broken was found, but no answer is longer than a block: ask for longer ones"
     told = (
         f"so: nothing is broken, since the training's forward accepts as much ({numbers['tau_teacher_forced']:.2f}) as"
-        f" decoding ({numbers['tau']:.2f}): what lifts tau is training longer"
+        f" decoding ({numbers['tau']:.2f}). What lifts tau is training longer"
     )
     gain = gain_of_doubling(curve) if curve else None
     if gain is None or not step:

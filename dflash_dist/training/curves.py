@@ -45,8 +45,8 @@ def thinned(curve: Curve, count: int) -> Curve:
 
 
 def gain_of_doubling(curve: Curve) -> float | None:
-    """By how much tau rose with each doubling of the steps, over the last three of them; None of too few points."""
-    late = [(np.log2(step), tau) for step, tau in curve if step * 8 >= curve[-1][0]]
+    """By how much tau rose with each doubling of the steps, over the last two of them; None of too few points."""
+    late = [(np.log2(step), tau) for step, tau in curve if step * 4 >= curve[-1][0]]
     if len(late) < 3:
         return None
     doublings, taus = np.array(late).T

@@ -553,7 +553,7 @@ MUTANTS = [
     Mutant(
         "what a longer training may give is told from the curve",
         "dflash_dist/training/curves.py",
-        "if step * 8 >= curve[-1][0]]",
+        "if step * 4 >= curve[-1][0]]",
         "]",
         "tests/training/test_curves.py",
     ),

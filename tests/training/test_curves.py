@@ -29,15 +29,15 @@ def test_held_out_tau_is_what_counts_and_of_many_points_their_means(tmp_path: Pa
     assert tau_curve(tmp_path / "nowhere", 9) == []
 
 
-def test_a_doubling_gains_what_the_last_three_did() -> None:
-    assert gain_of_doubling([(1, 9.0), (8, 2.0), (16, 2.5), (32, 3.0), (64, 3.5)]) == pytest.approx(0.5)
+def test_a_doubling_gains_what_the_last_two_did() -> None:
+    assert gain_of_doubling([(1, 9.0), (8, 0.0), (16, 2.5), (32, 3.0), (64, 3.5)]) == pytest.approx(0.5)
     assert gain_of_doubling([(32, 3.0), (64, 3.5)]) is None
 
 
 @pytest.mark.parametrize(
     ("step", "curve", "told"),
     [
-        (None, [], "what lifts tau is training longer; how much longer, the draft does not tell"),
+        (None, [], "What lifts tau is training longer; how much longer, the draft does not tell"),
         (64, [[64, 3.5]], "the draft does not tell"),
         (64, [[8, 3.0], [16, 3.01], [32, 3.0], [64, 3.01]], "but its curve is flat at step 64: rather train on more"),
         (
