@@ -44,7 +44,7 @@ def whole(path: Path) -> Iterator[Path]:
     """Gives a free name beside `path`, for a file, a folder or a link, which gets the name `path` once all of it is on
     the disk. Whoever looks there finds all or what was there before, also after a power failure, and however many
     processes on however many hosts write it at once; in place of an older folder, for a moment, nothing. Who may read
-    it, the umask says, also where a library made its files for their owner alone.
+    it, the umask says, also where a library made files of a folder for their owner alone.
 
     If the writing fails, nothing of it stays; a process that is killed leaves what `remove_leftovers` takes away.
 
@@ -57,7 +57,8 @@ def whole(path: Path) -> Iterator[Path]:
         yield partial
         if not partial.is_symlink():
             for written in (*partial.rglob("*"), partial):
-                _open_as_usual(written)
+                if partial.is_dir():
+                    _open_like(written, partial)
                 sync(written)
         if path.is_dir() and not path.is_symlink():
             remove_folder(path)
@@ -114,14 +115,11 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
-def _open_as_usual(path: Path) -> None:
-    """Gives a file that only its owner may read the mode of a new one. To ask for the umask is to set it, for all
-    threads: a new file tells it."""
-    if path.is_file() and not path.stat().st_mode & 0o077:
-        new = _partial(path)
-        new.touch()
-        path.chmod(new.stat().st_mode)
-        new.unlink()
+def _open_like(file: Path, folder: Path) -> None:
+    """Lets those read a file that only its owner may who may read the folder that we made for it: to ask for the umask
+    itself is to set it, for all threads."""
+    if file.is_file() and not file.stat().st_mode & 0o077:
+        file.chmod(folder.stat().st_mode & 0o666)
 
 
 def _partial(path: Path) -> Path:
