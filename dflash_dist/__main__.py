@@ -26,6 +26,7 @@ COMMANDS = {
     "export": ("dflash_dist.export.export", "write a run's draft as serving engines load it"),
     "check": ("dflash_dist.export.check", "look for what serving engines would do wrong with a draft folder"),
     "evaluate": ("dflash_dist.evaluate.evaluate", "decode speculatively and plainly; report acceptance and speed"),
+    "report": ("dflash_dist.evaluate.page", "write a run as one page for a browser: curves, slots, examples, config"),
     "bench": (
         "dflash_dist.cost.bench",
         "time training steps at any shape, against a plain implementation and the peak",

@@ -198,6 +198,12 @@ class LossConfig(Section):
         "loss.gamma",
         gt=0,
     )
+    head_weight: float = knob(
+        1.0,
+        "what the loss of a kind's own scores counts beside the cross-entropy, in kinds that have some",
+        FIXED,
+        ge=0,
+    )
     chunk: int | None = knob(None, "slots whose logits exist at once; null: what suits the device", FREE, ge=1)
 
 
@@ -332,6 +338,41 @@ class Config(Section):
 
 
 KNOBS = knobs(Config)  # by dotted name
+# What other trainers call these, and what follows from several.
+SYNONYMS = {
+    synonym: name
+    for name, synonyms in {
+        "output_dir": "run_dir out_dir save_dir save_path",
+        "target.path": "model model_name model_path model_name_or_path base_model target_model verifier",
+        "target.layer_ids": "target_layer_ids aux_layers aux_hidden_state_layer_ids",
+        "data.path": "dataset datasets dataset_path data_path train_path train_file train_files",
+        "data.val_path": "val_data val_file eval_dataset eval_path eval_data_path validation_file",
+        "data.seq_len": "max_length max_len max_seq_len max_seq_length sequence_len sequence_length cutoff_len",
+        "draft.mask_token_id": "mask_token",
+        "draft.num_layers": "num_hidden_layers num_draft_layers draft_layers",
+        "loss.anchors": "num_anchors max_anchors",
+        "loss.gamma": "decay_gamma loss_decay_gamma",
+        "train.max_steps": "steps num_steps total_steps train_steps training_steps",
+        "train.epochs": "num_epochs num_train_epochs max_epochs",
+        "train.global_batch_size": "batch_size train_batch_size total_batch_size",
+        "train.micro_batch_size": "per_device_batch_size per_device_train_batch_size local_batch_size",
+        "train.lr": "learning_rate max_lr peak_lr",
+        "train.final_lr": "min_lr min_lr_ratio min_lr_factor",
+        "train.warmup": "warmup_ratio warmup_steps num_warmup_steps lr_warmup_steps",
+        "train.betas": "beta1 beta2 adam_beta1 adam_beta2",
+        "train.clip_norm": "max_norm max_grad_norm grad_clip gradient_clipping gradient_clip_val",
+        "train.precision": "bf16 fp16 mixed_precision",
+        "train.gradient_checkpointing": "activation_checkpointing activation_checkpoint",
+        "checkpoint.every": "save_steps save_every save_interval save_freq",
+        "checkpoint.keep": "save_total_limit keep_latest_k",
+        "log.every": "logging_steps log_freq log_interval",
+        "validate.every": "eval_steps eval_interval val_steps val_every",
+        "it is train.global_batch_size / (ranks x train.micro_batch_size), so set these": (
+            "accumulation_steps gradient_accumulation gradient_accumulation_steps grad_accum accumulate_grad_batches"
+        ),
+    }.items()
+    for synonym in synonyms.split()
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -340,7 +381,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: naming the file and the key, and what to write instead.
     """
-    config = read(Config, _there(path), overrides)
+    config = read(Config, _there(path), overrides, synonyms=SYNONYMS)
     for why in _impossible(config):
         raise ValueError(why)
     config.train.lr = config.lr  # so that a run's folder says what it was

@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
     run("export", "--run", str(FOLDER), "--out", str(FOLDER / "export"))
     trained = evaluate(FOLDER / "export", heldout, FOLDER / "evaluation.json", MAX_NEW_TOKENS)
 
-    from dflash_dist.training.metrics import read_course, seconds_in_steps  # slow to import
+    from dflash_dist.training.curves import read_curves, seconds_in_steps  # slow to import
 
     curves = [json.loads(line) for line in (FOLDER / "metrics.jsonl").read_text().splitlines()]
     draw(curves, untrained, trained)
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
         "plain_tokens_per_s": trained["plain_tokens_per_s"],
         "speed_up": trained["speed_up"],
         "train_steps": curves[-1]["step"],
-        "train_seconds": seconds_in_steps(read_course(FOLDER)),
+        "train_seconds": seconds_in_steps(read_curves(FOLDER)),
         "total_seconds": time.perf_counter() - begun,
     }
     (FOLDER / "report.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
+import json
 import os
 import platform
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+if TYPE_CHECKING:  # takes seconds, and logs, which need this file, come first
+    import torch
+
 PARTIAL = ".partial"  # ends the name of what is not whole yet, or not any more
+DTYPE_NAMES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}  # as safetensors has them
 
 
 @contextlib.contextmanager
@@ -37,7 +43,8 @@ def writing(what: object, advice: str = "make room, or choose another place") ->
 def whole(path: Path) -> Iterator[Path]:
     """Gives a free name beside `path`, for a file, a folder or a link, which gets the name `path` once all of it is on
     the disk. Whoever looks there finds all or what was there before, also after a power failure, and however many
-    processes on however many hosts write it at once; in place of an older folder, for a moment, nothing.
+    processes on however many hosts write it at once; in place of an older folder, for a moment, nothing. Who may read
+    it, the umask says, also where a library made files of a folder for their owner alone.
 
     If the writing fails, nothing of it stays; a process that is killed leaves what `remove_leftovers` takes away.
 
@@ -50,6 +57,8 @@ def whole(path: Path) -> Iterator[Path]:
         yield partial
         if not partial.is_symlink():
             for written in (*partial.rglob("*"), partial):
+                if partial.is_dir():
+                    _open_like(written, partial)
                 sync(written)
         if path.is_dir() and not path.is_symlink():
             remove_folder(path)
@@ -82,6 +91,35 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes tensors on the host, contiguous and of `DTYPE_NAMES`, in their order: the same bytes each time, where the
+    library writes metadata in random order."""
+    ends = itertools.accumulate((tensor.nbytes for tensor in tensors.values()), initial=0)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    for (name, tensor), span in zip(tensors.items(), itertools.pairwise(ends)):
+        header[name] = {"dtype": DTYPE_NAMES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": span}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(memory_of(tensor))
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the host, to read or to overwrite."""
+    import torch
+
+    return tensor.view(torch.uint8).numpy().data.cast("B")
+
+
+def _open_like(file: Path, folder: Path) -> None:
+    """Lets those read a file that only its owner may who may read the folder that we made for it: to ask for the umask
+    itself is to set it, for all threads."""
+    if file.is_file() and not file.stat().st_mode & 0o077:
+        file.chmod(folder.stat().st_mode & 0o666)
 
 
 def _partial(path: Path) -> Path:

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -43,14 +43,21 @@ class Section:
         return _at_home(value) if field.metadata.get("path") else _as_meant(value, _kind(field.type))
 
 
-def read(cls: type[T], path: Path, overrides: Sequence[str] = (), unknown: list[str] | None = None) -> T:
+def read(
+    cls: type[T],
+    path: Path,
+    overrides: Sequence[str] = (),
+    unknown: list[str] | None = None,
+    synonyms: Mapping[str, str] | None = None,
+) -> T:
     """Reads a dataclass whose sections are dataclasses too.
 
     Args:
         unknown: takes the names of keys that are no field, which are left out; without it they are refused.
+        synonyms: to what others call a field, without its section: its dotted name, or a sentence.
 
     Raises:
-        ValueError: naming file and key, and what to write instead.
+        ValueError: naming file or override and key, and what to write instead.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -66,7 +73,10 @@ def read(cls: type[T], path: Path, overrides: Sequence[str] = (), unknown: list[
     try:
         return TypeAdapter(cls).validate_python(tree or {})
     except ValidationError as error:
-        raise ValueError(f"{path}: {_in_words(error, tree, known)}") from error
+        key, told = _in_words(error, tree, known, synonyms or {})
+        names = {override.partition("=")[0]: override for override in overrides}
+        by = next((name for name in names if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")), None)
+        raise ValueError(f"{f'override {names[by]!r}' if by else path}: {told}") from error
 
 
 def knobs(cls: type) -> dict[str, dataclasses.Field[Any]]:
@@ -251,8 +261,10 @@ def _at_home(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------- refusals
 
 
-def _in_words(error: ValidationError, tree: Any, known: Collection[str]) -> str:
-    """What pydantic found in one sentence, with the key, and the value as it was typed."""
+def _in_words(
+    error: ValidationError, tree: Any, known: Collection[str], synonyms: Mapping[str, str]
+) -> tuple[str, str]:
+    """The key that pydantic found fault with, and why in one sentence, with the value as it was typed."""
     # Of a union every type says what it found: the one that got deepest was meant.
     found = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
     keys: list[str] = []
@@ -262,12 +274,12 @@ def _in_words(error: ValidationError, tree: Any, known: Collection[str]) -> str:
             keys += [part] if isinstance(part, str) else []
     dotted, message = ".".join(keys), found["msg"]
     if found["type"] == "unexpected_keyword_argument":
-        return f"unknown key {dotted!r}{_nearest(known, '.'.join(keys[:-1]), keys[-1])}"
+        return dotted, _unknown(dotted, tree, known, synonyms)
     if found["type"] == "value_error":  # of our own
-        return dotted + message.removeprefix("Value error, ")
+        return dotted, dotted + message.removeprefix("Value error, ")
     for pydantics, ours in WORDS.items():
         message = re.sub(pydantics, ours, message)
-    return dotted + message + ("" if ", not " in message else f", found {_shown(tree)}")
+    return dotted, dotted + message + ("" if ", not " in message else f", found {_shown(tree)}")
 
 
 WORDS = {
@@ -280,21 +292,39 @@ WORDS = {
 }
 
 
-def _nearest(known: Collection[str], section: str, key: str) -> str:
-    """What may be meant by an unknown key: a name that exists, written as it would have to be."""
-    inner, _, leaf = key.rpartition(".")
-    if inner and key in known:
-        return f": in a file, {leaf!r} stands below {inner + ':'!r}"
-    section, key = section or inner, leaf.lower()
+def _unknown(dotted: str, value: Any, known: Collection[str], synonyms: Mapping[str, str]) -> str:
+    """Refuses a key, with what may be meant by it: written as it would have to be."""
+    section, _, leaf = dotted.rpartition(".")
+    if dotted in known:
+        return f"unknown key {dotted!r}: in a file, {leaf!r} stands below {section + ':'!r}"
+    meant = _nearest(dotted, known, synonyms, is_section=isinstance(value, dict))
+    while not meant and isinstance(value, dict) and value:  # somebody else's section: what is meant by the first in it?
+        name, value = next(iter(value.items()))
+        dotted = f"{dotted}.{name}"
+        meant = _nearest(dotted, known, synonyms, is_section=isinstance(value, dict))
+    if meant and " " in meant[0]:  # a sentence
+        return f"unknown key {dotted!r}: {meant[0]}"
+    if meant:
+        return f"unknown key {dotted!r}; did you mean {' or '.join(map(repr, meant))}?"
+    if below := [name.rpartition(".")[2] for name in known if section and name.startswith(f"{section}.")]:
+        return f"unknown key {dotted!r}; {section} has {', '.join(below)}"
+    return f"unknown key {dotted!r}; sections are {', '.join(sorted({name.split('.')[0] for name in known}))}"
+
+
+def _nearest(name: str, known: Collection[str], synonyms: Mapping[str, str], is_section: bool) -> list[str]:
+    """What may be meant by an unknown name: names that exist, or a sentence."""
+    section, _, key = name.lower().rpartition(".")
+    if key in synonyms:
+        return [synonyms[key]]
     leaves = {name: name.rpartition(".")[2] for name in known}
     sections = {name: name for name in (name.split(".")[0] for name in known)}
     below = {name: leaf for name, leaf in leaves.items() if section and name.startswith(f"{section}.")}
     same = {name: leaf for name, leaf in leaves.items() if leaf == key}
-    for among in (same, below or sections, leaves):
+    for among in [{} if section else sections] if is_section else [same, below or sections, leaves]:
         close = difflib.get_close_matches(key, among.values(), n=1)
         if meant := [name for name, leaf in among.items() if leaf in close]:
-            return f"; did you mean {' or '.join(map(repr, meant))}?"
-    return f"; {section} has {', '.join(below.values())}" if below else f"; sections are {', '.join(sorted(sections))}"
+            return meant
+    return []
 
 
 def _shown(value: Any) -> str:

@@ -262,4 +262,5 @@ def naive_statistics(hidden: torch.Tensor, head: torch.Tensor, blocks: Batch) ->
         "full_blocks": float(full_blocks),
         "slot_correct": slot_correct,
         "slot_count": slot_count,
+        "more": {},
     }

@@ -191,7 +191,9 @@ def test_slurms_signal_in_set_up_ends_all_ranks_as_a_run_that_is_to_go_on(tmp_pa
 def test_a_users_mistake_is_one_clear_line_before_anything_slow_is_imported(tmp_path: Path) -> None:
     without_torch = "import sys; sys.modules['torch'] = None; from dflash_dist.__main__ import main; main()"
     output = finish([sys.executable, "-c", without_torch], *debug(tmp_path), "train.max_step=3", status=1)
-    assert output == "error: configs/debug.yaml: unknown key 'train.max_step'; did you mean 'train.max_steps'?\n"
+    assert (
+        output == "error: override 'train.max_step=3': unknown key 'train.max_step'; did you mean 'train.max_steps'?\n"
+    )
 
 
 def test_help_names_every_command_and_every_knob() -> None:

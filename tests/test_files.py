@@ -3,12 +3,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from dflash_dist.answers.parts import Parts
+from dflash_dist.export.export import main as export
 from dflash_dist.files import differences, locked, refuse_changed, remove_folder, remove_leftovers, whole, writing
 from tests.disk import watch_disk
+from tests.export.test_export import save_run
+from tests.target.test_features import make as make_features
 
 
 def write_folder(path: Path, text: str = "new") -> None:
@@ -125,6 +132,26 @@ def test_a_folder_that_is_cut_off_while_it_is_removed_has_no_name(tmp_path, monk
     assert not (tmp_path / "step").exists()
     remove_leftovers(tmp_path)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_umask_says_who_may_read_what_is_written(tmp_path, umask) -> None:
+    before = os.umask(umask)
+    try:
+        save_run(tmp_path / "run", [4])
+        export(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
+        make_features(tmp_path / "features")
+        parts = Parts(tmp_path / "answers/answers.jsonl", {"target": "t"})
+        with parts.append(0) as append:
+            append({"row": 1, "messages": []})
+        parts.merge([1])
+        with whole(tmp_path / "model") as folder:
+            folder.mkdir()
+            save_file({"x": torch.ones(2)}, folder / "model.safetensors")
+    finally:
+        os.umask(before)
+    modes = {str(path): stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) == 3 + 2 + 4 + 5 + 2 + 1 and set(modes.values()) == {0o666 & ~umask}, modes
 
 
 def test_a_full_disk_is_named_with_what_to_do() -> None:

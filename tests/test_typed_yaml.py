@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dflash_dist import __main__ as program
-from dflash_dist.config import KNOBS, Config, load_config, to_tree, values
+from dflash_dist.config import KNOBS, SYNONYMS, Config, load_config, to_tree, values
 from tests.conftest import MINIMAL
 
 
@@ -164,9 +164,8 @@ def test_what_is_no_number_or_truth_is_refused_as_typed(refusal, override, messa
 @pytest.mark.parametrize("number", [".inf", "-.inf", "inf", "nan", ".NaN", "1e999"])
 @pytest.mark.parametrize("knob", [n for n, default in values(Config()).items() if isinstance(default, (int, float))])
 def test_no_number_is_infinite(refusal, knob, number) -> None:
-    assert knob in (told := refusal(f"{knob}={number}")) and (
-        "number" in told or "integer" in told or "true or false" in told
-    )
+    told = refusal(f"{knob}={number}").partition(f": {knob} must be ")[2]
+    assert any(word in told for word in ("number", "integer", "true or false", "at most"))
 
 
 def test_numbers_in_lists_and_mappings_are_finite_too(refusal) -> None:
@@ -280,10 +279,37 @@ def test_an_override_of_a_section_would_lose_what_the_file_says_in_it(refusal, v
         ("train.LR=1", "did you mean 'train.lr'?"),
         ("loss.path=1", "did you mean 'target.path' or 'data.path'?"),
         ("train.xyzzy=1", "; train has max_steps, epochs, seed, "),
+        ("train.learning_rate=1", "unknown key 'train.learning_rate'; did you mean 'train.lr'?"),
+        ("batch_size=1", "did you mean 'train.global_batch_size'?"),
+        ("model=x", "did you mean 'target.path'?"),
+        ("dataset.path=x", "did you mean 'data.path'?"),
+        ("optimizer.lr=1", "unknown key 'optimizer.lr'; did you mean 'train.lr'?"),
+        ("scheduler.args.Warmup_Ratio=1", "unknown key 'scheduler.args.Warmup_Ratio'; did you mean 'train.warmup'?"),
+        ("data.tokenizer.max_length=1", "unknown key 'data.tokenizer.max_length'; did you mean 'data.seq_len'?"),
+        (
+            "train.gradient_accumulation_steps=4",
+            ": it is train.global_batch_size / (ranks x train.micro_batch_size), so set these",
+        ),
+        ("xyzzy.plugh=1", "unknown key 'xyzzy.plugh'; sections are checkpoint, "),
     ],
 )
 def test_the_suggestion_is_what_is_meant(refusal, override, suggested) -> None:
     assert suggested in refusal(override)
+
+
+def test_synonyms_are_of_knobs_and_are_none() -> None:
+    assert {name for name in SYNONYMS.values() if " " not in name} <= KNOBS.keys()
+    assert not SYNONYMS.keys() & {name.rpartition(".")[2] for name in KNOBS}
+
+
+@pytest.mark.parametrize("override", ["train.lr=fast", "train.lrr=1", "trian.lr=1", "data.path={a: inf}", "model=x"])
+def test_a_mistake_in_an_override_is_not_blamed_on_the_file(refusal, override) -> None:
+    told = refusal("train.seed=1", override)
+    assert told.startswith(f"override {override!r}: ") and "run.yaml" not in told
+
+
+def test_a_mistake_in_the_file_is_not_blamed_on_an_override(refusal) -> None:
+    assert "/run.yaml: loss.alpha must be " in refusal("loss.anchors=1", text=MINIMAL + "loss: {alpha: much}\n")
 
 
 @given(st.from_regex(r"([a-z_]{1,12}\.)?[a-z_.]{1,16}", fullmatch=True))

@@ -9,20 +9,30 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import openai
+from tqdm import tqdm
 
 from dflash_dist.answers.options import RegenerateOptions
 from dflash_dist.answers.parts import Row
-from dflash_dist.answers.turns import answer_turns, split_reasoning
+from dflash_dist.answers.turns import Pace, answer_turns, split_reasoning
 from dflash_dist.data.conversations import Conversation, Message
 from dflash_dist.data.keys import REASONING_KEYS
+from dflash_dist.reading import is_kind
 
 FIRST_BACK_OFF, LONGEST_BACK_OFF = 0.5, 8.0  # [s], as the client's own
-MOST_CONNECTIONS = 1000  # that the client opens
+POLL = 1.0  # [s] between two looks whether a server answers
+LOADING = (502, 503, 504)  # of a server, or a proxy before it, that is not ready yet
+
+
+class Answered(NamedTuple):
+    message: Message
+    finished: bool  # by the target
+    tokens: int  # as the server counts them; 0 where it does not
 
 
 class _Failed(Exception):
@@ -38,27 +48,20 @@ def answer_from_server(
     begun: dict[int, list[Message]],
     options: RegenerateOptions,
     write: Callable[[Row], None],
-) -> None:
+    says: bool,
+) -> Pace:
     """Writes a row for each conversation as soon as it is answered, in any order; refused ones as {"error": ...}. Turns
     before the last are written as they come, so that only requests in flight can be lost.
 
     Args:
         begun: by row, the turns that an earlier start was answered already.
+        says: that a server is waited for.
 
     Raises:
-        ValueError: a wrong URL, key or model; or rows stayed unanswered, since the server failed or is gone.
+        ValueError: no server answers; a wrong key or model; or rows stayed unanswered, since the server failed or is
+            gone.
     """
-    if not (options.endpoint or "").startswith(("http://", "https://")):
-        raise ValueError(f"--endpoint {options.endpoint} is no URL: expected one such as http://localhost:8000/v1")
-    if not 1 <= options.concurrency <= MOST_CONNECTIONS:
-        raise ValueError(
-            f"--concurrency {options.concurrency}: between 1 and {MOST_CONNECTIONS}; more by further ranks"
-        )
-    if options.retries < 0 or options.timeout <= 0:
-        raise ValueError(
-            f"--retries {options.retries} and --timeout {options.timeout:g} must not be below 0, nor --timeout 0"
-        )
-    asyncio.run(_answer_all(todo, begun, options, write))
+    return asyncio.run(_answer_all(todo, begun, options, write, says))
 
 
 @dataclass
@@ -110,7 +113,8 @@ async def _answer_all(
     begun: dict[int, list[Message]],
     options: RegenerateOptions,
     write: Callable[[Row], None],
-) -> None:
+    says: bool,
+) -> Pace:
     queue = iter(todo.items())  # shared: every worker takes the next row
     progress = _Progress(write, patience=max(10, options.concurrency))
     client = openai.AsyncOpenAI(
@@ -123,9 +127,8 @@ async def _answer_all(
     async def work() -> None:
         for row, asked in queue:
             try:
-                progress.settle(
-                    {**await _answer_row(client, options, row, asked, begun.get(row, []), write), "row": row}
-                )
+                answer = await _answer_row(client, options, row, asked, begun.get(row, []), write, pace)
+                progress.settle({**answer, "row": row})
             except _Refused as error:
                 progress.settle({"error": str(error), "row": row})
             except _Failed as error:
@@ -134,6 +137,8 @@ async def _answer_all(
                     raise
 
     async with client:
+        await _wait_for(client, options, says)
+        pace = Pace()
         workers = [asyncio.create_task(work()) for _ in range(min(options.concurrency, len(todo)))]
         try:
             await asyncio.gather(*workers)
@@ -154,6 +159,36 @@ async def _answer_all(
             f"{gone}{unanswered} of {len(todo)} rows are unanswered, the first cause: row {first['row']}:"
             f" {first['error']}; start the same command again to continue, with --give-up to leave out what fails again"
         )
+    return pace
+
+
+async def _wait_for(client: openai.AsyncOpenAI, options: RegenerateOptions, says: bool) -> None:
+    """Returns once the server answers anything: one that has just been started loads its model first."""
+    once, until = client.with_options(max_retries=0, timeout=10.0), time.monotonic() + options.wait
+    line = f"waiting for {options.endpoint} to answer, at most {options.wait:g} s"
+    with tqdm(bar_format=line + ": {elapsed}", disable=None if says else True, delay=POLL, leave=False) as bar:
+        while True:
+            try:
+                await once.models.list()
+                return
+            except openai.APIConnectionError as error:
+                cause = f"{error} {error.__cause__ or ''}".strip()
+            except openai.APIStatusError as error:
+                if error.status_code not in LOADING:
+                    return
+                cause = str(error)[:1000]
+            except (openai.OpenAIError, ValueError, TypeError, AttributeError):
+                return
+            if time.monotonic() >= until:
+                raise ValueError(
+                    f"no server answers at {options.endpoint} within --wait {options.wait:g} s ({cause}): start it, or"
+                    " correct --endpoint"
+                )
+            if says and bar.disable:
+                print(line, flush=True)
+                says = False
+            await asyncio.sleep(POLL)
+            bar.refresh()
 
 
 async def _answer_row(
@@ -163,6 +198,7 @@ async def _answer_row(
     asked: Conversation,
     begun: list[Message],
     write: Callable[[Row], None],
+    pace: Pace,
 ) -> Row:
     turns = answer_turns(asked)
     messages = next(turns)
@@ -171,7 +207,8 @@ async def _answer_row(
             messages = turns.send((message, True))
         turn = len(begun)
         while True:
-            message, finished = await _ask(client, options, _request(options, row, messages, asked))
+            message, finished, tokens = await _ask(client, options, _request(options, row, messages, asked))
+            pace.tokens += tokens
             messages = turns.send((message, finished))
             write({"row": row, "turn": turn, "message": message})
             turn += 1
@@ -205,8 +242,7 @@ def _request(options: RegenerateOptions, row: int, messages: list[Message], aske
     return {name: value for name, value in (fields | options.extra_body).items() if value is not None}
 
 
-async def _ask(client: openai.AsyncOpenAI, options: RegenerateOptions, request: dict[str, Any]) -> tuple[Message, bool]:
-    """One answer, and whether the target finished it."""
+async def _ask(client: openai.AsyncOpenAI, options: RegenerateOptions, request: dict[str, Any]) -> Answered:
     for attempt in range(options.retries + 1):
         if attempt:
             await asyncio.sleep(min(FIRST_BACK_OFF * 2 ** (attempt - 1), LONGEST_BACK_OFF))
@@ -238,7 +274,7 @@ async def _models(client: openai.AsyncOpenAI) -> str:
         return ", or does not end in /v1"
 
 
-def _read_answer(body: Any) -> tuple[Message, bool]:
+def _read_answer(body: Any) -> Answered:
     choice = body["choices"][0]
     if choice["finish_reason"] in ("abort", "error"):
         raise ValueError("the server broke off")
@@ -251,7 +287,8 @@ def _read_answer(body: Any) -> tuple[Message, bool]:
             {"id": call.get("id") or f"call_{n}", "type": "function", "function": _named(call["function"])}
             for n, call in enumerate(said["tool_calls"])
         ]
-    return message, finished
+    tokens = (body.get("usage") or {}).get("completion_tokens", 0)
+    return Answered(message, finished, tokens if is_kind(tokens, int) else 0)
 
 
 def _named(function: dict[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import torch
 
 from dflash_dist.answers.options import RegenerateOptions
 from dflash_dist.answers.parts import Row
-from dflash_dist.answers.turns import answer_turns, as_message
+from dflash_dist.answers.turns import Pace, answer_turns, as_message
 from dflash_dist.data.account import Account, BadRow
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.conversations import Conversation, read_row
-from dflash_dist.target.load import check_loading_whole, load_whole, read_info
+from dflash_dist.target.load import load_whole, read_info
 
 
 def answer_here(
@@ -24,23 +24,23 @@ def answer_here(
     options: RegenerateOptions,
     device: torch.device,
     write: Callable[[Row], None],
-) -> None:
+) -> Pace:
     """Writes a row for each conversation, in batches.
 
     Raises:
         ValueError: the target cannot be loaded, or has no embedding for what too many prompts hold.
     """
     info = read_info(options.target, trust_remote_code=options.trust_remote_code)
-    check_loading_whole(info)
     if encoder.knows_more:
         _refuse_unknown_tokens(todo, encoder, options)
     model = load_whole(info, getattr(torch, options.dtype), device)
-    rows = list(todo)
+    rows, pace = list(todo), Pace()
     for start in range(0, len(rows), options.batch_size):
         batch = rows[start : start + options.batch_size]
         torch.manual_seed(options.seed * 1_000_003 + batch[0])
-        for row, answer in zip(batch, write_answers(model, encoder, [todo[row] for row in batch], options)):
+        for row, answer in zip(batch, write_answers(model, encoder, [todo[row] for row in batch], options, pace)):
             write({**answer, "row": row})
+    return pace
 
 
 def _refuse_unknown_tokens(todo: dict[int, Conversation], encoder: ChatEncoder, options: RegenerateOptions) -> None:
@@ -55,7 +55,7 @@ def _refuse_unknown_tokens(todo: dict[int, Conversation], encoder: ChatEncoder, 
 
 
 def write_answers(
-    model: Any, encoder: ChatEncoder, conversations: list[Conversation], options: RegenerateOptions
+    model: Any, encoder: ChatEncoder, conversations: list[Conversation], options: RegenerateOptions, pace: Pace
 ) -> list[Row]:
     """The rows of the conversations, answered together turn by turn; {"error": ...} where that cannot be."""
     rows: list[Row] = [{} for _ in conversations]
@@ -85,7 +85,7 @@ def write_answers(
         for i, text, finished in (
             (i, *answer)
             for group, limit in groups
-            for i, answer in zip(group, _generate(model, encoder, [prompts[i] for i in group], limit, options))
+            for i, answer in zip(group, _generate(model, encoder, [prompts[i] for i in group], limit, options, pace))
         ):
             try:
                 waiting[i] = turns[i].send((as_message(encoder, prompts[i], text, finished), finished))
@@ -95,7 +95,12 @@ def write_answers(
 
 
 def _generate(
-    model: Any, encoder: ChatEncoder, prompts: list[list[int]], max_new_tokens: int, options: RegenerateOptions
+    model: Any,
+    encoder: ChatEncoder,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    options: RegenerateOptions,
+    pace: Pace,
 ) -> Iterator[tuple[str, bool]]:
     """The text of each answer, and whether the target finished it."""
     if not prompts:
@@ -118,4 +123,5 @@ def _generate(
     )
     for ids in output[:, width:].tolist():
         end = next((i for i, token in enumerate(ids) if token in encoder.stop_ids), None)
+        pace.tokens += len(ids) if end is None else end + 1
         yield encoder.tokenizer.decode(ids[:end], skip_special_tokens=False), end is not None

@@ -12,11 +12,20 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dflash_dist.data.regenerated import RESULT, settings_file
 from dflash_dist.data.template import check_day
 from dflash_dist.files import differences, locked, refuse_changed, whole, writing
 from dflash_dist.reading import check_fields, parse, read_object, reading, shown
 
 Row = dict[str, Any]
+
+
+# Settings that are digests: what changed where they did.
+DIGESTS = {
+    "prompts": "what is asked: other files, other rows in them, or another number of these",
+    "rendering": "the chat template or its arguments",
+    "draft": "the draft's weights",
+}
 
 
 class Place(NamedTuple):
@@ -26,16 +35,14 @@ class Place(NamedTuple):
     offset: int  # [bytes]
     length: int
     error: str | None  # why there is no answer
-
-
-def settings_file(out: Path) -> Path:
-    return out.with_name(out.name + ".settings.json")
+    cut: bool  # by the length limit
 
 
 def stored_settings(out: Path) -> dict[str, Any]:
     """Those that an output was begun under; none where nothing was begun."""
     file = settings_file(out)
     settings = read_object(file, _anew(out)) if file.is_file() else {}
+    settings.pop(RESULT, None)
     check_day(settings, "date", str(file), _anew(out))
     return settings
 
@@ -48,25 +55,30 @@ class Parts:
     """The part files of an output: one a rank, whole lines only. A line is a row; or {"row", "turn", "message"}, a turn
     of a row that is not finished, counted from 0.
 
-    The settings lie beside the output and stay there: they tell how it was written, and that it is finished.
+    The settings lie beside the output and stay there: they tell how it was written, and that it is finished. They are
+    written with the first row, so that a start which gave none keeps no other from its place.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]):
         self.out, self.folder, self.advice = out, out.with_name(out.name + ".parts"), _anew(out)
-        described = settings_file(out)
+        self.settings, described = settings, settings_file(out)
         if out.is_file() and not described.is_file():
             raise ValueError(f"{out} exists and was not written by this command: choose another output, or delete it")
         if described.is_file():
+            changed = differences(stored_settings(out), settings, undivided=["template_args"])
+            whys = ((text, DIGESTS.get(text.partition(":")[0])) for text in changed)
             refuse_changed(
                 f"{described} belongs to a run with other prompts or settings",
-                differences(stored_settings(out), settings, undivided=["template_args"]),
+                (f"{text} ({why})" if why else text for text, why in whys),
                 f"choose another output, or delete it with {out} and {self.folder}",
             )
         with writing(out):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not described.is_file():
-                with whole(described) as file:
-                    file.write_text(json.dumps(settings, indent=2))
+
+    def _describe(self, result: dict[str, int] | None = None) -> None:
+        if result or not settings_file(self.out).is_file():
+            with whole(settings_file(self.out)) as file:
+                file.write_text(json.dumps(self.settings | ({RESULT: result} if result else {}), indent=2))
 
     def index(self) -> dict[int, Place]:
         """The finished rows, by number."""
@@ -89,7 +101,10 @@ class Parts:
             with contextlib.suppress(FileNotFoundError), path.open("rb") as part:  # another rank may just have merged
                 for line in part:
                     if (row := _parsed(line, path)) is not None:
-                        yield row, Place(path, offset, len(line), row.get("error"))
+                        yield (
+                            row,
+                            Place(path, offset, len(line), row.get("error"), row.get("finish_reason") == "length"),
+                        )
                     offset += len(line)
 
     @contextlib.contextmanager
@@ -109,6 +124,7 @@ class Parts:
                 nonlocal synced
                 left = json.dumps(row, ensure_ascii=False).encode() + b"\n"
                 with writing(path):
+                    self._describe()
                     while left:
                         left = left[part.write(left) :]
                     if time.monotonic() - synced > 1:
@@ -130,25 +146,27 @@ class Parts:
         with reading(str(self.out), self.advice):
             return [parse(line) for line in self.out.read_bytes().splitlines()]
 
-    def merge(self, rows: list[int]) -> list[str] | None:
-        """Writes the output in row order and removes the parts, if all rows are there and nobody else did; returns what
-        was left out, else None.
+    def merge(self, rows: list[int]) -> dict[int, Place] | None:
+        """Writes the output in row order and removes the parts, if all rows are there and nobody else did; returns
+        what became of the rows, else None.
 
         No rank waits for another: whichever finishes last finds everything.
         """
-        refused, lock = None, self.folder.with_name(f"{self.folder.name}.lock")
+        merged, lock = None, self.folder.with_name(f"{self.folder.name}.lock")
         with locked(lock):
             if not self.out.is_file():
                 places = self.index()
                 if set(rows) <= places.keys():
-                    ordered = [(row, places[row]) for row in rows]
-                    with writing(self.out), whole(self.out) as partial, partial.open("wb") as file:
-                        file.writelines(_lines([place for _, place in ordered if place.error is None]))
-                    refused = [f"row {row}: {place.error}" for row, place in ordered if place.error is not None]
+                    merged = {row: places[row] for row in rows}
+                    written = [place for place in merged.values() if place.error is None]
+                    with writing(self.out):
+                        self._describe({"rows": len(written), "cut": sum(place.cut for place in written)})
+                        with whole(self.out) as partial, partial.open("wb") as file:
+                            file.writelines(_lines(written))
             if self.out.is_file():
                 shutil.rmtree(self.folder, ignore_errors=True)
                 lock.unlink(missing_ok=True)
-        return refused
+        return merged
 
 
 def _parsed(line: bytes, path: Path) -> Row | None:

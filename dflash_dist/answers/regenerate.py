@@ -9,22 +9,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 from dflash_dist.answers.local import answer_here
 from dflash_dist.answers.options import RegenerateOptions
-from dflash_dist.answers.parts import Parts, Row, stored_settings
+from dflash_dist.answers.parts import Parts, Place, Row, stored_settings
 from dflash_dist.answers.turns import answer_turns
 from dflash_dist.config import TrainConfig
 from dflash_dist.data.account import Account, BadRow
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.conversations import Conversation, read_conversations
+from dflash_dist.data.regenerated import MANY_CUT
 from dflash_dist.data.template import settle_day
 from dflash_dist.options import parse
 from dflash_dist.ranks import World, join_world
-from dflash_dist.target.load import read_info
+from dflash_dist.target.load import check_loading_whole, read_info
 
 
 def main(argv: list[str]) -> None:
@@ -61,26 +63,43 @@ def regenerate(options: RegenerateOptions, world: World) -> None:
             if encoder is None:
                 from dflash_dist.answers.endpoint import answer_from_server  # slow to import, and only needed here
 
-                answer_from_server(todo, parts.turns(todo), options, write)
+                pace = answer_from_server(todo, parts.turns(todo), options, write, world.is_main)
             else:
-                answer_here(todo, encoder, options, world.device, write)
+                pace = answer_here(todo, encoder, options, world.device, write)
+        if pace.tokens:
+            print(f"{f'[rank {world.rank}] ' * (world.size > 1)}wrote {pace}")
     elif finished and world.is_main:
         print(f"{parts.out} is finished already")
-    refused = parts.merge(rows)
-    if refused is not None:
-        print(f"[rank {world.rank}] wrote {len(rows) - len(refused)} rows to {parts.out}")
-        if refused:
-            print(f"[rank {world.rank}] left out {len(refused)} rows, the first: {refused[0]}")
+    if (merged := parts.merge(rows)) is not None:
+        for line in _describe(merged, options):
+            print(line)
+
+
+def _describe(rows: dict[int, Place], options: RegenerateOptions) -> Iterator[str]:
+    """What became of all rows, a line a fact."""
+    refused = {row: place.error for row, place in rows.items() if place.error is not None}
+    written, cut = len(rows) - len(refused), sum(place.cut for place in rows.values())
+    share = cut / max(written, 1)
+    yield (
+        f"wrote {written:,} rows to {options.out}; {cut:,} of them ({share:.1%}) end with an answer that was cut at"
+        f" --max-new-tokens {options.max_new_tokens}"
+    )
+    if share > MANY_CUT:
+        yield (
+            f"warning: that is more than {MANY_CUT:.0%}, and a draft never learns how a cut answer ends: write them"
+            " again with a larger --max-new-tokens, to another --out"
+        )
+    if refused:
+        row, error = next(iter(refused.items()))
+        yield f"left out {len(refused):,} rows, the first: row {row}: {error}"
 
 
 def _encoder(options: RegenerateOptions, world: World) -> ChatEncoder | None:
     """Renders the prompts, on the day on which the output was begun; None where a server does that.
 
     Raises:
-        ValueError: the chat template does not know an argument, or there is no such day.
+        ValueError: the chat template does not know an argument, or the target could not be loaded.
     """
-    if options.endpoint and options.date:
-        raise ValueError(f"--date {options.date}: a server writes the day that its own clock says; leave it out")
     if options.endpoint and not options.template_args:
         return None
     try:
@@ -94,6 +113,7 @@ def _encoder(options: RegenerateOptions, world: World) -> ChatEncoder | None:
     encoder = ChatEncoder(info.tokenizer, info.stop_ids, options.template_args, vocab_size=info.text.vocab_size)
     if options.endpoint:
         return None
+    check_loading_whole(info)
     if encoder.writes_date:
         date = settle_day(world.agree_on_day, options.date, stored_settings(options.out).get("date"))
         encoder = dataclasses.replace(encoder, date=date)

@@ -6,13 +6,27 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
 from collections.abc import Generator
+from dataclasses import dataclass, field
 from typing import Any
 
 from dflash_dist.answers.parts import Row
 from dflash_dist.data.account import BadRow
 from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.conversations import Conversation, Message, is_context, read_row
+
+
+@dataclass
+class Pace:
+    """Tokens that the target has written in this start, and since when it could."""
+
+    tokens: int = 0
+    begun: float = field(default_factory=time.perf_counter)
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self.begun
+        return f"{self.tokens:,} tokens in {seconds:,.0f} s: {self.tokens / seconds:,.0f} tokens/s"
 
 
 def answer_turns(asked: Conversation) -> Generator[list[Message], tuple[Message, bool], Row]:

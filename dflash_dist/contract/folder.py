@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dflash_dist.contract.speculators import METHOD, from_speculators, to_speculators
 from dflash_dist.data.template import check_day
@@ -25,6 +25,7 @@ from dflash_dist.draft.base import Draft
 from dflash_dist.draft.kinds import KINDS
 from dflash_dist.draft.shape import DraftShape
 from dflash_dist.draft.visibility import VISIBILITY, from_keys
+from dflash_dist.files import remove_leftovers, whole, write_safetensors
 from dflash_dist.reading import check_fields, parse, read_object, read_shards, reading, shown
 from dflash_dist.target.folder import looks_like_hub_id
 
@@ -41,6 +42,7 @@ RECORD = {
     "chat_template": str | None,
     "drop_reasoning": bool | None,
     "step": int | None,
+    "tau_curve": list[list[float]] | None,
 }
 # Tensors are listed by layer, and their sizes multiplied; what rules of their own are about may be any number.
 MOST = {"num_layers": 1000, "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1}
@@ -166,20 +168,22 @@ def write_draft(
     dtype: str,
     speculators_of: tuple[str, list[str]] | None = None,
 ) -> None:
-    """Writes config.json and the weights; checks them first.
+    """Writes config.json and the weights, the same bytes each time; checks them first.
 
     Args:
         speculators_of: name and architectures of the target, to write the speculators library's layout.
     """
     refuse_mismatch(tensors, kind, shape, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", SHAPE: json.dumps(dataclasses.asdict(shape))}
-    save_file(weights, folder / WEIGHTS, metadata=metadata)
+    remove_leftovers(folder)
+    weights = {name: tensors[name].to("cpu", getattr(torch, dtype)).contiguous() for name in sorted(tensors)}
+    with whole(folder / WEIGHTS) as file:
+        write_safetensors(file, weights, {"format": "pt", SHAPE: json.dumps(dataclasses.asdict(shape))})
     config = kind.to_config(shape, dtype)
     if speculators_of:
         config = to_speculators(config, *speculators_of)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    with whole(folder / CONFIG) as file:
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def find_draft(name: str) -> Path:

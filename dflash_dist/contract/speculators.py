@@ -17,6 +17,10 @@ from typing import Any
 
 VERSION = "0.9.0"
 METHOD = "speculators_model_type"  # the key by which a config of this layout is known
+# Its types of drafts that train here, with the class that engines know each by, and the keys that stand at the
+# top level instead of in `dflash_config`.
+TYPES = {"dflash": "DFlashDraftModel", "dflash2": "DFlash2DraftModel"}
+OF_TYPE = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 OUTSIDE = ("architectures", "dtype", "block_size", "num_target_layers")  # of the decoder's config, at the top level
 
 
@@ -28,8 +32,12 @@ def to_speculators(config: dict[str, Any], target: str, architectures: list[str]
         architectures: the target's, from its own config.
 
     Raises:
-        ValueError: some layers are causal and not all of them slide, which this layout cannot say.
+        ValueError: the library has no such draft; or some layers are causal and not all of them slide, which this
+            layout cannot say.
     """
+    types = [name for name, architecture in TYPES.items() if config["architectures"] == [architecture]]
+    if not types:
+        raise ValueError(f"the speculators library has no {config['architectures'][0]}: write --format dflash")
     causal = config.get("is_causal", True)  # without the key, sliding layers are
     if causal and ("is_causal" not in config or "full_attention" in config["layer_types"]):
         raise ValueError(
@@ -40,10 +48,10 @@ def to_speculators(config: dict[str, Any], target: str, architectures: list[str]
     decoder = {key: value for key, value in config.items() if key not in (*OUTSIDE, "dflash_config", "is_causal")}
     return {
         **{key: config[key] for key in OUTSIDE},  # vLLM knows the layout by the absence of model_type
-        METHOD: "dflash",
+        METHOD: types[0],
         "speculators_version": VERSION,
         "speculators_config": {
-            "algorithm": "dflash",
+            "algorithm": types[0],
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": config["block_size"] - 1}],
             "default_proposal_method": "greedy",
             "verifier": {"name_or_path": target, "architectures": architectures},
@@ -55,6 +63,7 @@ def to_speculators(config: dict[str, Any], target: str, architectures: list[str]
         "sample_from_anchor": False,
         "sliding_window_non_causal": not causal,
         "tie_word_embeddings": False,
+        **{key: inner[key] for key in OF_TYPE if key in inner},
     }
 
 
@@ -66,8 +75,10 @@ def from_speculators(config: dict[str, Any], where: str = "a draft's config.json
     Raises:
         ValueError: it describes no DFlash draft.
     """
-    if config[METHOD] != "dflash":
-        raise ValueError(f"the draft of {where} is a speculator of type {config[METHOD]!r}, not 'dflash'")
+    if config[METHOD] not in TYPES:
+        raise ValueError(
+            f"the draft of {where} is a speculator of type {config[METHOD]!r}, not {' or '.join(map(repr, TYPES))}"
+        )
     decoder, ids = config.get("transformer_layer_config"), config.get("aux_hidden_state_layer_ids")
     if not isinstance(decoder, dict) or not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise ValueError(
@@ -75,7 +86,7 @@ def from_speculators(config: dict[str, Any], where: str = "a draft's config.json
             " of whole numbers"
         )
     inner: dict[str, Any] = {"target_layer_ids": [i - 1 for i in ids]}
-    inner |= {key: config[key] for key in ("mask_token_id", "block_size") if key in config}
+    inner |= {key: config[key] for key in ("mask_token_id", "block_size", *OF_TYPE) if key in config}
     if config.get("sample_from_anchor"):
         inner["sample_from_anchor"] = True
     if config.get("draft_vocab_size", decoder.get("vocab_size")) != decoder.get("vocab_size"):
@@ -83,4 +94,4 @@ def from_speculators(config: dict[str, Any], where: str = "a draft's config.json
     if "sliding_attention" in (decoder.get("layer_types") or ()):
         inner["causal"] = not config.get("sliding_window_non_causal", True)
     stated = {key: config[key] for key in (*OUTSIDE, "sliding_window_non_causal") if key in config}
-    return decoder | stated | {"architectures": ["DFlashDraftModel"], "dflash_config": inner}  # as vLLM names its class
+    return decoder | stated | {"architectures": [TYPES[config[METHOD]]], "dflash_config": inner}

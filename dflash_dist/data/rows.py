@@ -91,6 +91,9 @@ def load_data(config: DataConfig, encoder: ChatEncoder, seed: int, pack: bool) -
     """
     paths = config.path if isinstance(config.path, dict) else {config.path: 1.0}
     passed_over: list[Path] = []
+    for named in (*paths, config.val_path):
+        if named:
+            find_sources(named)  # refuses what is not there before the first is tokenised
     documents, path, learnable = _load(list(paths), config, encoder, passed_over)
     read = [(documents, learnable)]
 

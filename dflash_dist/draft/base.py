@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,14 @@ from dflash_dist.draft.shape import DraftShape
 
 # Chooses tokens for the next slots from their logits [N, V]; the second argument says how many slots come before.
 Choose = Callable[[torch.Tensor, int], list[int]]
+
+
+class Judgement(NamedTuple):
+    """What a kind that chooses among candidates says of slots with labels, each [N] float32."""
+
+    loss: torch.Tensor  # of its own scores, with gradient
+    correct: torch.Tensor  # 1 where its choice, given the label before, is the label
+    shown: dict[str, torch.Tensor]  # other shares, by name
 
 
 class Draft(nn.Module):
@@ -33,6 +41,7 @@ class Draft(nn.Module):
     norm: RMSNorm  # of the last layer's hidden states
 
     architecture: ClassVar[str]  # in config.json
+    candidates: int = 0  # the likeliest tokens of a slot, among which a kind's own scores choose; 0: it has none
     Shape: ClassVar[type[DraftShape]] = DraftShape  # a kind with more to tell has a shape of its own
     shape: DraftShape
 
@@ -64,6 +73,26 @@ class Draft(nn.Module):
 
         Returns:
             [B, A*K, H] hidden states.
+        """
+        raise NotImplementedError
+
+    def judge(
+        self,
+        states: torch.Tensor,
+        labels: torch.Tensor,
+        previous: torch.Tensor,
+        ids: torch.Tensor,
+        logits: torch.Tensor,
+    ) -> Judgement:
+        """What training shows a kind with `candidates`, in the order of decoding: each slot's choice behind the label
+        before it.
+
+        Args:
+            states: [N, H], hidden states of slots.
+            labels: [N].
+            previous: [N], the token before each.
+            ids: [N, candidates + 1], the likeliest tokens, the first one likeliest, and behind them the label.
+            logits: [N, candidates + 1], theirs in float32, with gradient.
         """
         raise NotImplementedError
 

@@ -45,6 +45,9 @@ class ContextCache:
 
 
 class DraftLayer(nn.Module):
+    # Modules that a kind adds, which begin as if they were not there: a target's layer has none.
+    added: tuple[str, ...] = ()
+
     def __init__(self, shape: DraftShape):
         super().__init__()
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)

@@ -25,11 +25,13 @@ from dflash_dist.logs import or_dash
 from dflash_dist.target.capture import capture_layers
 from dflash_dist.target.choices import check_mask_token
 from dflash_dist.target.load import TargetInfo
+from dflash_dist.training.curves import Curve, gain_of_doubling
 
 # Verdicts. The two forwards round ties differently, in bfloat16 in a few passes of a hundred. What a target writes is
 # its likeliest token but for ties, or three times in four where it was sampled; in other people's text, about every
 # second one is. A guess at the commonest token is right in about one slot of twenty.
 DECODING_DIFFERS, OFF_POLICY, UNLEARNED = 0.05, 0.75, 0.05
+FLAT = 0.05  # tau that doubling the steps brought, below which it is not worth them
 SEEN_ENOUGH = 20  # anchors that reached a slot, below which the slot is judged by all anchors
 
 Evidence = dict[str, list[float]]  # sums by name; see `Examiner`
@@ -174,6 +176,33 @@ def judge(
         mask_token(evidence, info, shape),
         slots(evidence),
     ]
+
+
+def conclude(verdicts: Sequence[Verdict], step: int | None, curve: Curve) -> str:
+    """What to do, in a sentence.
+
+    Args:
+        step: that the draft was exported from, if it says so.
+        curve: the teacher-forced tau of its training up to there; empty where the draft does not tell.
+    """
+    if causes := [verdict.cause for verdict in verdicts if verdict.found]:
+        return f"so: first see to {', '.join(causes)}, as said above; longer training would not repair that"
+    numbers = next(verdict.numbers for verdict in verdicts if verdict.cause == "decoding")
+    if numbers["tau"] is None:
+        return "so: nothing broken was found, but no answer is longer than a block: ask for longer ones"
+    told = (
+        f"so: nothing is broken, since the training's forward accepts as much ({numbers['tau_teacher_forced']:.2f}) as"
+        f" decoding ({numbers['tau']:.2f}). What lifts tau is training longer"
+    )
+    gain = gain_of_doubling(curve) if curve else None
+    if gain is None or not step:
+        return f"{told}; how much longer, the draft does not tell: its run logged too few steps, or it came without one"
+    if gain < FLAT:
+        return f"{told}, but its curve is flat at step {step:,}: rather train on more data, or a draft of more layers"
+    return (
+        f"{told}: teacher-forced tau rose by {gain:.2f} with each doubling of its steps, so {2 * step:,} steps may give"
+        f" about {curve[-1][1] + gain:.1f} after {curve[-1][1]:.1f} (train.max_steps or train.epochs)"
+    )
 
 
 def decoding(evidence: Evidence) -> Verdict:

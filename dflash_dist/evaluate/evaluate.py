@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from tqdm import tqdm
 
 from dflash_dist.answers.parts import Parts, stored_settings
@@ -29,10 +30,10 @@ from dflash_dist.data.conversations import Conversation, read_row
 from dflash_dist.data.template import settle_day, today
 from dflash_dist.decoding.sampling import Sampling
 from dflash_dist.decoding.speculative import TIE, Decoded, Decoder, first_difference
-from dflash_dist.evaluate.diagnose import Evidence, Examiner, add_up, judge
-from dflash_dist.evaluate.report import Answer, print_report, summarise, to_tensorboard
+from dflash_dist.evaluate.diagnose import Evidence, Examiner, add_up, conclude, judge
+from dflash_dist.evaluate.report import Answer, examples, in_short, print_report, summarise, to_tensorboard
 from dflash_dist.evaluate.suites import SUITES, Prompt, read_prompts
-from dflash_dist.files import whole, writing
+from dflash_dist.files import memory_of, whole, writing
 from dflash_dist.options import AnswerOptions, JsonObject, option, parse
 from dflash_dist.ranks import World, join_world
 from dflash_dist.reading import check_fields, reading
@@ -116,7 +117,7 @@ def evaluate(options: EvaluateOptions, world: World) -> None:
                     append(evaluation.decode(row, prompts[row]) | {"row": row})
                     bar.update()
         if parts.merge(list(prompts)) is not None or (world.is_main and parts.out.is_file()):
-            evaluation.report(read_answers(parts))
+            evaluation.report(read_answers(parts), list(prompts.values()))
 
 
 def read_answers(parts: Parts) -> list[tuple[list[Answer], Evidence]]:
@@ -169,9 +170,11 @@ class Evaluation:
         """What the answers depend on; an evaluation continues only under the same."""
         names = (*ANSWERED_WITH, "dtype", "diagnose")
         asked = json.dumps([dataclasses.astuple(prompt) for prompt in prompts])
+        known = stored_settings(answers_file(self.options.json)) if self.options.json else {}
+        of_files = digest_weights(self.folder)  # as older versions named a draft, which a new export changed
         return {name: getattr(self.options, name) for name in names} | {
             "target": name_weights(self.info),
-            "draft": digest_weights(self.folder),
+            "draft": of_files if known.get("draft") == of_files else digest_tensors(self.draft.state_dict()),
             "shape": dataclasses.asdict(self.draft.shape),
             "rendering": self.encoder.identity,
             **({"date": self.encoder.date} if self.encoder.writes_date else {}),
@@ -219,7 +222,7 @@ class Evaluation:
             asked = dataclasses.replace(asked, messages=[*asked.messages, answer])
         return {"answers": [dataclasses.asdict(answer) for answer in answers], "evidence": add_up(evidence)}
 
-    def report(self, rows: list[tuple[list[Answer], Evidence]]) -> None:
+    def report(self, rows: list[tuple[list[Answer], Evidence]], prompts: list[Prompt]) -> None:
         """Writes and prints what the answers and the evidence of all rows show."""
         options = self.options
         answers = [answer for of_row, _ in rows for answer in of_row]
@@ -229,6 +232,7 @@ class Evaluation:
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             **{name: getattr(options, name) for name in ANSWERED_WITH},
             "template_args": self.encoder.template_args,
+            "examples": examples(answers, {(p.suite, p.number): p.question for p in prompts}, self.encoder.tokenizer),
         }
         verdicts = []
         if options.diagnose:
@@ -245,8 +249,20 @@ class Evaluation:
                 f"note: the draft was trained with the template arguments {json.dumps(self.trained['template_args'])}"
             )
         print_report(report)
+        print(in_short(report))
         for verdict in verdicts:
             print(verdict)
+        if verdicts:
+            print(conclude(verdicts, self.trained.get("step"), self.trained.get("tau_curve") or []))
+
+
+def digest_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """Names weights, whatever files they lie in and whatever else these say."""
+    state = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        state.update(f"{name} {list(tensor.shape)}".encode())
+        state.update(memory_of(tensor.contiguous().cpu()))
+    return f"tensors {state.hexdigest()}"
 
 
 def answers_file(report: Path) -> Path:

@@ -15,6 +15,7 @@ from dflash_dist.logs import or_dash
 from dflash_dist.reading import check_fields
 
 DECODED = ("plain", "fast")
+EXAMPLES, EXAMPLE_TOKENS = 3, 160  # answers of a suite that a report shows, and their longest beginning
 RESAMPLES = 2000  # of the prompts, for the confidence interval
 
 
@@ -113,15 +114,44 @@ def tau_interval(emitted: np.ndarray, passes: np.ndarray) -> list[float] | None:
     return np.quantile((drawn @ emitted) / (drawn @ passes), [0.025, 0.975]).tolist()
 
 
+def examples(answers: Sequence[Answer], asked: dict[tuple[str, int], str], tokenizer: Any) -> list[dict[str, Any]]:
+    """The beginnings of a few answers of each suite, pass by pass: the text of the proposals that were accepted, and of
+    the target's own token after them.
+
+    Args:
+        asked: the question by suite and prompt.
+    """
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for answer in answers:
+        of_suite = shown.setdefault(answer.suite, [])
+        if answer.turn or not answer.fast.passes or len(of_suite) >= EXAMPLES:
+            continue
+        tokens, fast = answer.fast.tokens[:EXAMPLE_TOKENS], answer.fast
+        texts = [
+            tokenizer.decode(tokens[:end]) for end in range(len(tokens) + 1)
+        ]  # a character may take several tokens
+        begins = np.cumsum([1, *fast.emitted]).tolist()
+        blocks = [{"accepted": 0, "text": "", "own": texts[min(1, len(tokens))]}]  # the first token is the prefill's
+        for begin, accepted, end in zip(begins, fast.accepted, begins[1:]):
+            if end <= len(tokens):
+                before, between, after = (texts[at] for at in (begin, begin + accepted, end))
+                text, own = between[len(before) :], after[len(between) :]
+                blocks.append({"accepted": accepted, "text": text, "own": own})
+        question = asked.get((answer.suite, answer.prompt), "")
+        of_suite.append({"suite": answer.suite, "question": question, "blocks": blocks})
+    return [example for of_suite in shown.values() for example in of_suite]
+
+
 # ---------------------------------------------------------------------------------------------------- for people
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """The lines of a table: a column a suite, and one for all where there are several."""
+    """The lines of a table: a column a suite, and one for all where there are several; below it what has a number for
+    each slot, a row a suite."""
     columns = dict(report["suites"])
     if len(columns) > 1:
         columns["all"] = report
-    slots = range(1, len(report["acceptance_by_slot"]) + 1)
+    proposals = len(report["acceptance_by_slot"])
     rows = {
         "": list(columns),
         "prompts": [f"{c['prompts']:,}" for c in columns.values()],
@@ -134,25 +164,44 @@ def table(report: dict[str, Any]) -> list[str]:
         "speed-up": [f"{c['speed_up']:.2f}x" for c in columns.values()],
         "equal outputs": [or_dash(c["equal_outputs"], f"{{}} of {c['answers']}") for c in columns.values()],
         "lossless": [or_dash(c["lossless_share"], "{:.1%}") for c in columns.values()],
-        **{
-            f"slot {k} accepted": [or_dash(c["acceptance_by_slot"][k - 1], "{:.3f}") for c in columns.values()]
-            for k in slots
-        },
-        **{
-            f"passes that accept {k}": [_share(c["passes_by_accepted"], k) for c in columns.values()]
-            for k in (0, *slots)
-        },
     }
     width = max(11, *(len(cell) for cells in rows.values() for cell in cells))
-    return [f"{name:<22}" + "".join(f"{cell:>{width + 2}}" for cell in cells) for name, cells in rows.items()]
+    by_slot = {
+        "accepted up to slot": map(str, range(1, proposals + 1)),
+        **{f"  {name}": [or_dash(share, "{:.0%}") for share in c["acceptance_by_slot"]] for name, c in columns.items()},
+    }
+    by_pass = {
+        "passes that accept": map(str, range(proposals + 1)),
+        **{f"  {name}": _shares(c["passes_by_accepted"]) for name, c in columns.items()},
+    }
+    return [
+        *(f"{name:<22}" + "".join(f"{cell:>{width + 2}}" for cell in cells) for name, cells in rows.items()),
+        *(
+            f"{name:<22}" + "".join(f"{cell:>5}" for cell in cells)
+            for part in (by_slot, by_pass)
+            for name, cells in part.items()
+        ),
+    ]
 
 
 def _range(interval: list[float] | None) -> str:
     return f"{interval[0]:.2f}-{interval[1]:.2f}" if interval else "-"
 
 
-def _share(counts: list[int], k: int) -> str:
-    return or_dash(counts[k] / sum(counts) if any(counts) else None, "{:.1%}")
+def _shares(counts: list[int]) -> list[str]:
+    return [or_dash(count / sum(counts) if any(counts) else None, "{:.0%}") for count in counts]
+
+
+def in_short(report: dict[str, Any]) -> str:
+    """What the numbers mean, in a sentence."""
+    tau, proposals = report["tau"], len(report["acceptance_by_slot"])
+    if tau is None:
+        return "in short: every answer ended with its first token, so that nothing was proposed: ask for longer ones"
+    return (
+        f"in short: a pass of the target emits {tau:.2f} tokens, its own one and {tau - 1:.2f} of {proposals} proposed,"
+        f" which is {report['speed_up']:.2f} times as fast as plain decoding here, and up to {tau:.2f} times where a"
+        f" pass over {proposals + 1} tokens costs no more than one over 1"
+    )
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -26,6 +26,11 @@ class Prompt:
     later: Sequence[str] = ()  # further questions, each asked after the target's own answer to the one before
     answered: Conversation | None = None  # as the data has it, with the data's answer
 
+    @property
+    def question(self) -> str:
+        """What it asks first."""
+        return str(self.asked.messages[-1]["content"])
+
 
 Check = Callable[[Prompt], None]
 

@@ -1,7 +1,7 @@
 """Whether serving engines will run a draft folder as it was trained: `python -m dflash_dist check DIR [--target T]`.
 
-Reads config.json and the headers of the weights. One line a rule: `ok`, `FAULT` where an engine would refuse the draft
-or serve another one, `note` where that depends on how the draft was trained.
+Reads config.json and the headers of the weights. A line for each rule that it breaks: `FAULT` where an engine would
+refuse the draft or serve another one, `note` where that depends on how the draft was trained; then how many rules hold.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ class CheckOptions:
     draft: str = argument("draft folder or hub id, exported here or published")
     target: str | None = option("model folder or hub id of the target that it will be served with", None)
     trust_remote_code: bool = option("run Python code that the target brings", False)
+    verbose: bool = option("a line for each rule that holds, too", False)
 
 
 def main(argv: list[str]) -> None:
     options = parse(CheckOptions, "check", __doc__, argv)
     lines = check(find_draft(options.draft), options.target, options.trust_remote_code)
     for line in lines:
-        print(line)
+        if line.found or options.verbose:
+            print(line)
+    held, more = sum(not line.found for line in lines), "" if options.target else "; --target asks for those about it"
+    print(f"{held}{f' of {len(lines)}' * (held < len(lines))} rules hold{more}")
     faults = sum(line.kind == "FAULT" for line in lines)
     if faults:
         sys.exit(f"{options.draft} has {faults} fault{'s' * (faults > 1)}")

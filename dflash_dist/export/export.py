@@ -18,12 +18,13 @@ from dflash_dist.config import Config, Dtype, load_written
 from dflash_dist.contract.folder import TRAINING, write_draft
 from dflash_dist.draft.kinds import kind_of
 from dflash_dist.export.card import Card, shown
-from dflash_dist.files import writing
+from dflash_dist.files import whole, writing
 from dflash_dist.options import option, parse
 from dflash_dist.reading import check_fields, reading
 from dflash_dist.reading import parse as parse_json
 from dflash_dist.target.load import looks_like_hub_id, read_info
 from dflash_dist.training.checkpoint import BEST, best_step, damage, read_state, step_folders
+from dflash_dist.training.curves import tau_curve
 from dflash_dist.training.setup import CHAT_TEMPLATE, CONFIG
 
 CARD = "README.md"
@@ -71,7 +72,7 @@ def export(options: ExportOptions) -> None:
     base_model = options.base_model or config.target.path
     speculators_of = (base_model, architectures(config)) if options.format == "speculators" else None
 
-    record = how_trained(run, config) | {"step": step}
+    record = how_trained(run, config) | {"step": step, "tau_curve": tau_curve(run, step)}
     card = Card(
         name=out.resolve().name,
         target=shown(base_model),
@@ -87,8 +88,9 @@ def export(options: ExportOptions) -> None:
     )
     with writing(out):
         write_draft(out, kind, shape, tensors, options.dtype, speculators_of)
-        (out / TRAINING).write_text(json.dumps(record, indent=2) + "\n")
-        (out / CARD).write_text(card.text())
+        for name, text in {TRAINING: json.dumps(record, indent=2) + "\n", CARD: card.text()}.items():
+            with whole(out / name) as file:
+                file.write_text(text)
     print(f"exported {folder} to {out} ({options.dtype}); serve it with blocks of {shape.proposals + 1} tokens:")
     print(f"  vLLM    num_speculative_tokens={shape.proposals}")
     if options.format == "dflash":

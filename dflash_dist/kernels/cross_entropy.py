@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 from dflash_dist.batch import PADDING
 
@@ -41,10 +42,17 @@ def even_chunk(count: int, chunk: int) -> int:
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, labels, chunk):
-        """Returns nll [N] float32 and correct [N] float32 for hidden [N, H]."""
+    def forward(ctx, hidden, head, labels, chunk, candidates=0):
+        """For hidden [N, H]:
+
+        Returns:
+            nll [N] float32; correct [N] float32; ids [N, candidates + 1] of the likeliest tokens, and behind them the
+            label; their logits in float32, with gradient.
+        """
         count, vocab = len(hidden), len(head)
         nll, correct = (torch.empty(count, device=hidden.device) for _ in range(2))
+        ids = torch.cat([labels.new_empty(count, candidates), labels[:, None]], dim=1)
+        chosen = nll.new_empty(ids.shape)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         size = even_chunk(count, chunk)
         tile, width = suitable_tile(size, vocab, head.is_cuda), vocab if head.is_cuda else CPU_WORDS
@@ -56,26 +64,37 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 some = logits[: part.stop - part.start]
                 for columns, words in zip(some.split(width, dim=1), head.split(width)):
                     torch.mm(rows[part], words.T, out=columns)
-                for few, label, few_nll, few_correct in zip(
-                    *(of.split(tile) for of in (some, labels[part], nll[part], correct[part]))
-                ):
-                    _to_gradient(few, label[:, None], few_nll, few_correct, wide)
+                parts = (of[part].split(tile) for of in (labels[:, None], nll, correct, ids, chosen))
+                for few, label, *filled in zip(some.split(tile), *parts):
+                    _to_gradient(few, label, *filled, wide)  # type: ignore[call-arg]
                 if gradient is not None:
                     gradient[part] = some @ head
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(correct)
-        return nll, correct
+        ctx.save_for_backward(gradient, ids, head)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(correct, ids)
+        return nll, correct, ids, chosen
 
     @staticmethod
-    def backward(ctx, d_nll, _correct):
-        (gradient,) = ctx.saved_tensors
-        return gradient * d_nll[:, None].to(gradient.dtype), None, None, None
+    def backward(ctx, d_nll, _correct, _ids, d_chosen):
+        gradient, ids, head = ctx.saved_tensors
+        result = gradient * d_nll[:, None].to(gradient.dtype)
+        if d_chosen is not None:
+            of_chosen = F.embedding_bag(ids, head, per_sample_weights=d_chosen.to(head.dtype), mode="sum")
+            result += of_chosen.to(result.dtype)
+        return result, None, None, None, None
 
 
 def _to_gradient(
-    logits: torch.Tensor, label: torch.Tensor, nll: torch.Tensor, correct: torch.Tensor, wide: torch.Tensor | None
+    logits: torch.Tensor,
+    label: torch.Tensor,
+    nll: torch.Tensor,
+    correct: torch.Tensor,
+    ids: torch.Tensor,
+    chosen: torch.Tensor,
+    wide: torch.Tensor | None,
 ) -> None:
-    """Turns logits [N, V] into their gradient, softmax - one-hot, in place; fills in nll [N] and correct [N].
+    """Turns logits [N, V] into their gradient, softmax - one-hot, in place; fills in nll and correct [N], ids and their
+    logits [N, candidates + 1].
 
     In float32: `wide` is room for that where the logits are not. The difference too, since a bfloat16 knows nothing
     between 0.996 and 1, where the probability of a label that has been learned lies.
@@ -83,6 +102,9 @@ def _to_gradient(
     exact = logits if wide is None else wide[: len(logits)].copy_(logits)
     peak, best = _first_max(exact)
     label_logit = exact.gather(1, label)
+    if candidates := ids.shape[1] - 1:
+        chosen[:, :-1], ids[:, :-1] = _largest(exact, candidates)
+    chosen[:, -1:] = label_logit
     torch.softmax(exact, -1, out=exact)
     # The most likely token's probability is 1 / Σ exp(logit - peak): exact, where the label's own may be 0.
     torch.sub(peak - label_logit, exact.gather(1, best).log(), out=nll[:, None])
@@ -90,6 +112,16 @@ def _to_gradient(
     exact.scatter_add_(1, label, torch.full_like(peak, -1))
     if wide is not None:
         logits.copy_(exact)
+
+
+def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest along the last dimension, and where they are, both [N, count], in descending order."""
+    if logits.is_cuda or logits.shape[-1] % GROUP or logits.shape[-1] // GROUP <= count:
+        return logits.topk(count)
+    groups = logits.unflatten(-1, (-1, GROUP))
+    among = groups.amax(-1).topk(count).indices  # the others' largest are smaller
+    values, place = groups.gather(1, among[..., None].expand(-1, -1, GROUP)).flatten(1).topk(count)
+    return values, among.gather(1, place // GROUP) * GROUP + place % GROUP
 
 
 def _first_max(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ depend on what the draft got right.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 
 from dflash_dist.batch import Batch
 from dflash_dist.kernels.cross_entropy import ChunkedCrossEntropy, suitable_chunk
-from dflash_dist.objective.statistics import Sums, measure
+from dflash_dist.objective.statistics import BASE, Sums, measure
 from dflash_dist.objective.weights import dpace_weights
 
 
@@ -26,10 +27,13 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """Cross-entropy of the labels, weighted by slot."""
+    """Cross-entropy of the labels, weighted by slot, and with the same weights what a kind's own scores lose."""
 
     dpace_alpha: float | None = None  # weighs slots by `dpace_weights` instead of by those of the batch
     chunk: int | None = None  # slots whose logits exist at once; None: what suits the device
+    candidates: int = 0  # the likeliest tokens that `judge` is given, as `Draft.judge` takes them
+    judge: Callable[..., tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]] | None = None
+    judge_weight: float = 1.0  # of its loss
 
     def __call__(self, hidden: torch.Tensor, head: torch.Tensor, batch: Batch) -> Terms:
         """
@@ -49,15 +53,22 @@ class Objective:
         predicted = batch.weighted + batch.weighted // batch.weights.shape[-1] + 1
         states = hidden.flatten(0, 1).index_select(0, predicted)
         chunk = self.chunk or suitable_chunk(len(head), head.is_cuda)
-        nll, correct = ChunkedCrossEntropy.apply(states, head, labels, chunk)
+        nll, correct, ids, logits = ChunkedCrossEntropy.apply(states, head, labels, chunk, self.candidates)
         real = (weights > 0).float()
 
         def grid(values: torch.Tensor) -> torch.Tensor:  # [N] -> [B*A, K-1], 0 where no label counts
             flat = torch.zeros(batch.weights.numel(), device=values.device)
             return flat.index_add(0, batch.weighted, values * real).view_as(batch.weights).flatten(0, 1)
 
-        sums = measure(grid(nll.detach() * weights), grid(correct), batch.weights.flatten(0, 1))
+        loss, shown = nll, dict[str, torch.Tensor]()
+        if self.judge:
+            previous = batch.previous.flatten()[batch.weighted]
+            own, chosen, shown = self.judge(states, labels, previous, ids, logits)
+            loss = nll + self.judge_weight * own
+            shown, correct = {BASE: correct, **shown}, chosen
+        shares = {name: grid(values) for name, values in shown.items()}
+        sums = measure(grid(nll.detach() * weights), grid(correct), batch.weights.flatten(0, 1), shares)
         if self.dpace_alpha is not None:
             by_learnt = dpace_weights(grid(torch.exp(-nll.detach())), grid(real), self.dpace_alpha)
             weights = by_learnt.flatten()[batch.weighted] * real
-        return Terms((weights * nll).sum(), sums)
+        return Terms((weights * loss).sum(), sums)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
@@ -36,19 +37,35 @@ class Sums:
         return {name: [next(values) for _ in range(size)] for name, size in self.sizes.items()}
 
 
-def measure(loss: torch.Tensor, correct: torch.Tensor, weights: torch.Tensor) -> Sums:
-    """The sums that `Statistics` reads, from [N, K-1] each: the weighted losses, 1 where the most likely token is the
-    label, and the weights, 0 where no label counts."""
+SHARE, ACCEPTED = "share of ", "accepted by "  # before the names of a kind's own sums
+BASE = "base"  # what would be right without a kind's own scores
+
+
+def measure(
+    loss: torch.Tensor,
+    correct: torch.Tensor,
+    weights: torch.Tensor,
+    shares: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> Sums:
+    """The sums that `Statistics` reads, from [N, K-1] each: the weighted losses, 1 where the draft's choice is the
+    label, the weights, 0 where no label counts, and what else a kind shows by slot, 0 where none does."""
     counted = (weights > 0).float()
     full = counted[:, -1]  # labels count only in an unbroken run, so the last one tells
-    accepted = (1 + correct.cumprod(dim=-1).sum(dim=-1)) * full
+
+    def accepted(right: torch.Tensor) -> torch.Tensor:
+        return ((1 + right.cumprod(dim=-1).sum(dim=-1)) * full).sum()
+
+    more = {f"{SHARE}{name}": share.sum() for name, share in shares.items()}
+    if BASE in shares:
+        more[f"{ACCEPTED}{BASE}"] = accepted(shares[BASE])
     return Sums.of(
         loss=loss.sum(),
         weight=weights.sum(),
-        accepted=accepted.sum(),
+        accepted=accepted(correct),
         full_blocks=full.sum(),
         slot_correct=correct.sum(dim=0),
         slot_count=counted.sum(dim=0),
+        **more,
     )
 
 
@@ -66,13 +83,15 @@ class Statistics:
     full_blocks: float
     slot_correct: list[float]  # [K-1]
     slot_count: list[float]  # [K-1]
+    more: dict[str, float] = field(default_factory=dict)  # sums of a kind's own, by name
 
     @staticmethod
     def read(sums: Sums) -> Statistics:
         """Waits for the device."""
         named = sums.read()
         loss, weight, accepted, full = (named[name][0] for name in ("loss", "weight", "accepted", "full_blocks"))
-        return Statistics(loss, weight, accepted, full, named["slot_correct"], named["slot_count"])
+        more = {name: named[name][0] for name in named if name.startswith((SHARE, ACCEPTED))}
+        return Statistics(loss, weight, accepted, full, named["slot_correct"], named["slot_count"], more)
 
     @property
     def loss(self) -> float:
@@ -87,6 +106,19 @@ class Statistics:
     def accuracy(self) -> float | None:
         """Share of all labels that are the most likely token; None without a label."""
         return sum(self.slot_correct) / count if (count := sum(self.slot_count)) else None
+
+    @property
+    def of_kind(self) -> dict[str, float | None]:
+        """What kinds with scores of their own show besides, by name: the acceptance length and the accuracy without
+        these, and shares of the labels."""
+        labels, blocks = sum(self.slot_count), self.full_blocks
+        shown: dict[str, float | None] = {}
+        for name, value in self.more.items():
+            if name.startswith(ACCEPTED):
+                shown[f"{name.removeprefix(ACCEPTED)}_tau"] = value / blocks if blocks else None
+            elif name != f"{SHARE}{BASE}":
+                shown[name.removeprefix(SHARE)] = value / labels if labels else None
+        return shown
 
     @property
     def slot_accuracy(self) -> list[float | None]:

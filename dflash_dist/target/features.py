@@ -10,7 +10,6 @@ the folder is. Padding is not stored, for no token attends to it. Every row has 
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,21 @@ import torch
 import xxhash
 
 from dflash_dist.data.template import check_day
-from dflash_dist.files import differences, refuse_changed, remove_leftovers, whole, writing
+from dflash_dist.files import (
+    DTYPE_NAMES,
+    differences,
+    memory_of,
+    refuse_changed,
+    remove_leftovers,
+    whole,
+    write_safetensors,
+    writing,
+)
 from dflash_dist.reading import check_fields, in_words, parse, read_object
 
 INDEX = "index.json"
 DATE = "data.date"  # its key for the day that the chat template wrote
 EACH = "rows per shard"
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -98,10 +105,10 @@ class FeatureFolder:
         assert list(rows) == list(shard.rows)
         assert all(t.shape == (self.filled[shard.part][row], self.width) for row, t in rows.items())
         assert all(tensor.dtype == self.dtype for tensor in rows.values()), "stored as captured"
-        metadata = {"index": self._digest} | {str(row): _hash(_bytes(tensor)) for row, tensor in rows.items()}
+        metadata = {"index": self._digest} | {str(row): _hash(memory_of(tensor)) for row, tensor in rows.items()}
         path = self.folder / shard.name
         with writing(path, "make room and run the same command again; finished shards stay"), whole(path) as file:
-            _write_safetensors(file, rows, metadata)
+            write_safetensors(file, {str(row): tensor for row, tensor in rows.items()}, metadata)
 
     def read(self, part: str, rows: Sequence[int], seq_len: int, pin: bool = False) -> torch.Tensor:
         """[len(rows), seq_len, L * H] on the host: features, then zeros; a row past the end is all zeros.
@@ -116,7 +123,7 @@ class FeatureFolder:
             filled = int(self.filled[part][row]) if row < len(self.filled[part]) else 0
             features[b, filled:] = 0
             if filled:
-                self._read_row(self._by_place[part, row // self.each], row, _bytes(features[b, :filled]))
+                self._read_row(self._by_place[part, row // self.each], row, memory_of(features[b, :filled]))
         return features
 
     def _read_row(self, shard: Shard, row: int, into: memoryview) -> None:
@@ -150,7 +157,7 @@ class FeatureFolder:
             checksums = header.pop("__metadata__")
             begins = {int(row): data + told["data_offsets"][0] for row, told in header.items()}
             shapes = {int(row): (told["dtype"], told["shape"][0]) for row, told in header.items()}
-            expected = {row: (DTYPE_NAMES[self.dtype], int(self.filled[shard.part][row])) for row in shard.rows}
+            expected = {row: (DTYPE_NAMES[str(self.dtype)], int(self.filled[shard.part][row])) for row in shard.rows}
             if checksums["index"] != self._digest or shapes != expected:
                 raise ValueError("the file belongs to another capture")
         except (LookupError, TypeError, AttributeError) as error:
@@ -189,25 +196,6 @@ def refuse_other(stored: dict[str, Any], ours: dict[str, Any], folder: Path) -> 
     """
     changed = differences({key: stored.get(key) for key in ours}, ours, undivided=ours)
     refuse_changed(f"{folder} holds features of something else", changed, "capture into another folder")
-
-
-def _write_safetensors(path: Path, rows: dict[int, torch.Tensor], metadata: dict[str, str]) -> None:
-    """As the library's `save_file`, which makes files that only their owner may read, under a name of its own first."""
-    ends = itertools.accumulate((tensor.nbytes for tensor in rows.values()), initial=0)
-    header: dict[str, Any] = {"__metadata__": metadata}
-    for (row, tensor), span in zip(rows.items(), itertools.pairwise(ends)):
-        header[str(row)] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in rows.values():
-            file.write(_bytes(tensor))
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous host tensor."""
-    return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
 def _hash(content: bytes | memoryview) -> str:

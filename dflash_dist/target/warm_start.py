@@ -113,7 +113,8 @@ def _refuse_other_sizes(draft: Draft, text: Any, target: DecoderParts, first: in
 
 def _lacking(layer: DraftLayer, theirs: Container[str]) -> list[str]:
     """The tensors that a copy needs, and a layer of the target with the parameters `theirs` has not."""
-    return [name for name, _ in layer.named_parameters() if name not in theirs and name not in HEAD_NORMS]
+    copied = [name for name, _ in layer.named_parameters() if not name.startswith(layer.added)]
+    return [name for name in copied if name not in theirs and name not in HEAD_NORMS]
 
 
 def _copy_layer(layer: DraftLayer, rope: Rope, target: DecoderParts, number: int) -> None:
@@ -122,7 +123,7 @@ def _copy_layer(layer: DraftLayer, rope: Rope, target: DecoderParts, number: int
     if lacking := _lacking(layer, theirs):
         raise ValueError(f"which has no {lacking[0]}")
     has_head_norms = all(name in theirs for name in HEAD_NORMS)
-    wanted = [name for name in ours if has_head_norms or name not in HEAD_NORMS]
+    wanted = [name for name in ours if name in theirs and (has_head_norms or name not in HEAD_NORMS)]
     if other := [name for name in wanted if theirs[name].shape != ours[name].shape]:
         shapes = f"{list(theirs[other[0]].shape)}, not {list(ours[other[0]].shape)}"
         raise ValueError(f"whose {other[0]} is {shapes}")

@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +24,7 @@ from dflash_dist.config import Config, to_tree, values
 from dflash_dist.files import whole
 from dflash_dist.logs import or_dash, show_status
 from dflash_dist.reading import parse
+from dflash_dist.training.curves import METRICS
 
 # How TensorBoard's page of custom scalars is ordered: what it learns, how fast, how.
 LAYOUT = {
@@ -44,7 +44,7 @@ LAYOUT = {
     },
 }
 OUTCOMES = ("val/loss", "val/tau", "eval/tau", "train/loss", "train/tau")  # by which runs are compared
-METRICS, BOARD = "metrics.jsonl", "tensorboard"  # in the run folder
+BOARD = "tensorboard"  # in the run folder
 
 
 class MetricLog:
@@ -166,37 +166,17 @@ def join_wandb(config: Config, folder: Path, step: int) -> Any:
 def _cut_back(path: Path, step: int) -> None:
     """Keeps the lines up to `step`; a line that an interruption cut short goes too, or a damaged one with
     what follows it."""
-    if path.is_file():
-        kept = [line + b"\n" for line, row in _lines(path) if row["step"] <= step]
-        with whole(path) as partial:
-            partial.write_bytes(b"".join(kept))
-
-
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines up to the first damaged one, with what they say."""
+    if not path.is_file():
+        return
+    kept = []
     for line in path.read_bytes().splitlines():
         try:
-            row = parse(line)
-            row["step"] + 0
+            if parse(line)["step"] <= step:
+                kept.append(line + b"\n")
         except (ValueError, TypeError, LookupError):
-            return
-        yield line, row
-
-
-def read_course(folder: Path) -> dict[str, dict[int, float]]:
-    """What a run has logged so far: by tag, the number of each step."""
-    course = defaultdict[str, dict[int, float]](dict)
-    with contextlib.suppress(FileNotFoundError):
-        for _, row in _lines(folder / METRICS):
-            for tag, value in row.items():
-                course[tag][row["step"]] = value
-    return course
-
-
-def seconds_in_steps(course: dict[str, dict[int, float]]) -> float:
-    """Time spent in training steps, also those before an interruption."""
-    logged = course["perf/step_s"]
-    return sum(seconds * (step - before) for (step, seconds), before in zip(logged.items(), [0, *logged]))
+            break
+    with whole(path) as partial:
+        partial.write_bytes(b"".join(kept))
 
 
 class Progress:

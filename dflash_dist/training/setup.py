@@ -21,7 +21,9 @@ import yaml
 from dflash_dist import __version__
 from dflash_dist.config import Config, DraftConfig, load_written, to_tree
 from dflash_dist.contract.folder import check_draft, find_draft, read_draft, read_kind
+from dflash_dist.data import regenerated
 from dflash_dist.data.rows import Data, load_data, make_encoder
+from dflash_dist.data.sources import find_sources
 from dflash_dist.data.template import settle_day
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.kinds import kind_of
@@ -183,10 +185,12 @@ def check_models(config: Config, info: TargetInfo) -> None:
     """Refuses weights of the target and of a draft to begin from that could not be loaded, before the data is read.
 
     Raises:
-        ValueError: as `check_loading`, `draft_shape` and `check_draft`. Where stored features take the target's
-            place, a draft that does not begin as the target needs few of its weights.
+        ValueError: as `check_loading`, `draft_shape`, `check_draft` and `read_index`. Where stored features take the
+            target's place, a draft that does not begin as the target needs few of its weights.
     """
     target = config.target
+    if target.features is not None:
+        read_index(Path(target.features))
     if target.features is None or config.draft.init == "target":
         check_loading(info, target)
     shape = draft_shape(config, info.text, info.path)
@@ -229,8 +233,13 @@ def read_data(config: Config, info: TargetInfo, world: World) -> Data:
     Raises:
         ValueError: as `load_data`; or the ranks read different data.
     """
+    if config.eval.every and config.eval.prompts:
+        find_sources(config.eval.prompts)  # refuses what is not there before hours of tokenising
     say_phase("reading and tokenising the data")
     encoder = make_encoder(config.data, info.tokenizer, info.stop_ids, info.text.vocab_size)
+    if world.is_main:
+        for line in regenerated.warnings(config):
+            print(line)
     data = load_data(config.data, encoder, config.train.seed, pack=False)
     if not world.agrees_on(int(data.train.fingerprint[:12], 16)):
         raise ValueError("the ranks read different data: every node must see the same files under data.path")
@@ -285,11 +294,15 @@ def draft_shape(config: Config, text: Any, path: str) -> DraftShape:
     kind, begun_from = kind_of(draft.kind), None
     if folder:
         of_folder, begun_from = read_kind(folder, text.num_hidden_layers)
-        if of_folder is not kind:
+        if of_folder not in (kind, kind_of("dflash")):  # of which every kind can begin
             raise ValueError(f"draft.init: {draft.init} is of another kind than draft.kind {draft.kind}")
     inherited |= _visibility(draft)
     if begun_from:
         inherited |= {name: getattr(begun_from, name) for name in inherited if name not in VISIBILITY}
+        of_kind = {field.name for field in dataclasses.fields(kind.Shape)} - {
+            field.name for field in dataclasses.fields(DraftShape)
+        }
+        inherited |= {name: getattr(begun_from, name) for name in of_kind if hasattr(begun_from, name)}
     if begun_from and draft.window is None and not draft.causal:  # unless another one is asked for
         inherited |= {name: getattr(begun_from, name) for name in inherited if name in VISIBILITY}
     stated = {name: getattr(draft, name, None) for name in inherited}
@@ -354,7 +367,7 @@ def _refuse_another(shape: DraftShape, begun_from: DraftShape, name: str) -> Non
     others = [
         f"{knobs.get(key, f'draft.{key}')} is {ours[key]}, its own {theirs[key]}"
         for key in ours
-        if ours[key] != theirs[key]
+        if key in theirs and ours[key] != theirs[key]
     ]
     if others:
         raise ValueError(f"draft.init: {name} is another draft than this config describes: {'; '.join(others)}")
@@ -377,7 +390,8 @@ def make_draft(config: Config, info: TargetInfo) -> tuple[Draft, list[str]]:
         return draft, warm_start(draft, info)
     if folder := draft_to_begin_from(config):
         begun_from = read_draft(folder, torch.float32, torch.device("cpu"), shape.num_target_layers)
-        draft.load_state_dict(begun_from.state_dict())
+        # Of a plain draft, the rest stays as it begins: not there, as far as proposals go.
+        draft.load_state_dict(draft.state_dict() | begun_from.state_dict())
         return draft, [f"the draft begins as {config.draft.init}"]
     return draft, ["the draft begins with random weights"]
 

@@ -59,7 +59,13 @@ class TrainingStep:
         self.config, self.world, self.sampler = config, world, sampler
         self.draft, self.target, self.total_steps = draft, target, total_steps
         loss = config.loss
-        self.objective = Objective(loss.alpha if loss.objective == "dpace" else None, loss.chunk)
+        self.objective = Objective(
+            loss.alpha if loss.objective == "dpace" else None,
+            loss.chunk,
+            draft.candidates,
+            draft.judge if draft.candidates else None,
+            loss.head_weight,
+        )
         self.compute_dtype = getattr(torch, config.train.precision)
         self.embedding = embedding.to(self.compute_dtype)
         self.head = self.embedding if head is embedding else head.to(self.compute_dtype)

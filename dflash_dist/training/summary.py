@@ -17,7 +17,8 @@ from dflash_dist.target.load import TargetInfo
 from dflash_dist.target.run import LiveTarget
 from dflash_dist.training.checkpoint import BEST, CHECKPOINTS, best_step, step_folders
 from dflash_dist.training.context import Source, show_bytes
-from dflash_dist.training.metrics import BOARD, METRICS, read_course, seconds_in_steps
+from dflash_dist.training.curves import METRICS, Curve, read_curves, seconds_in_steps
+from dflash_dist.training.metrics import BOARD
 from dflash_dist.training.setup import planned_steps
 from dflash_dist.training.workload import Workload
 
@@ -85,11 +86,11 @@ def describe_mask_token(number: int, info: TargetInfo, rows: PackedRows) -> str:
 def describe_end(config: Config, work: Workload) -> Iterator[str]:
     """How far a finished run has come, where that lies, and what is next."""
     folder = Path(config.output_dir)
-    course, checkpoints = read_course(folder), folder / CHECKPOINTS
+    curves, checkpoints = read_curves(folder), folder / CHECKPOINTS
     step, newest = max(step_folders(checkpoints).items())
-    training = timedelta(seconds=round(seconds_in_steps(course)))
+    training = timedelta(seconds=round(seconds_in_steps(curves)))
     yield f"done        {step:,} steps in {training}, {work.tokens_seen(step):,} tokens seen"
-    yield from describe_course(course)
+    yield from describe_curves(curves)
     best = best_step(checkpoints)
     others = f"; the best by real tau is {checkpoints / BEST}, of step {best}" if best else ""
     yield f"checkpoint  {newest}" + (", the best by real tau" if best == step else others)
@@ -99,16 +100,16 @@ def describe_end(config: Config, work: Workload) -> Iterator[str]:
     yield f"next        python -m dflash_dist {shlex.join(command)}"
 
 
-def describe_course(course: dict[str, dict[int, float]]) -> Iterator[str]:
+def describe_curves(curves: dict[str, Curve]) -> Iterator[str]:
     """What a run learned, as a table; a warning where it knows less than in the beginning."""
-    shown = {name: (course[tag], more) for name, (tag, more) in TOLD.items() if course[tag]}
+    shown = {name: (dict(curves[tag]), more) for name, (tag, more) in TOLD.items() if tag in curves}
     if shown:
         yield f"{'':<16}{'begin':>9}{'best':>9}{'at step':>9}{'end':>9}"
     for name, (values, more) in shown.items():
         best = (max if more else min)(values, key=values.__getitem__)
         first, *_, last = [*values.values()] * 2
         yield f"{name:<16}{first:>9.3f}{values[best]:>9.3f}{best:>9}{last:>9.3f}"
-    losses = list(course["val/loss"].values())
+    losses = [loss for _, loss in curves.get("val/loss", [])]
     if losses and losses[-1] > losses[0]:
         yield (
             f"WARNING: the held-out loss ends above its start ({losses[0]:.3f} -> {losses[-1]:.3f}), it unlearned:"

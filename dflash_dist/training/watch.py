@@ -14,7 +14,8 @@ from dflash_dist.machine import peak_flops_per_s
 from dflash_dist.objective.statistics import Statistics
 from dflash_dist.ranks import World
 from dflash_dist.training.acceptance import Acceptance
-from dflash_dist.training.metrics import MetricLog, peak_memory_mib, read_course
+from dflash_dist.training.curves import read_curves
+from dflash_dist.training.metrics import MetricLog, peak_memory_mib
 from dflash_dist.training.step import StepResult
 from dflash_dist.training.workload import Workload
 
@@ -62,6 +63,7 @@ class Watch:
             "train/loss": shown.loss,
             "train/tau": shown.tau,
             "train/accuracy": shown.accuracy,
+            **{f"train/{name}": value for name, value in shown.of_kind.items()},
             "progress/epoch": self.work.epochs(result.step),
             "progress/tokens": self.work.tokens_seen(result.step),
             "perf/mfu": self.work.flops(sum(shown.slot_count)) / seconds / peak,
@@ -81,9 +83,10 @@ class Watch:
         self.clock += seconds
         if self.log is not None:
             slots = {f"val/accuracy_slot_{k:02d}": accuracy for k, accuracy in enumerate(shown.slot_accuracy, 1)}
-            self.log.write(step, {"val/loss": shown.loss, "val/tau": shown.tau, **slots})
+            of_kind = {f"val/{name}": value for name, value in shown.of_kind.items()}
+            self.log.write(step, {"val/loss": shown.loss, "val/tau": shown.tau, **of_kind, **slots})
             self.log.show_slots(step, "val/slots", "held-out accuracy", shown.slot_accuracy)
-            began = next(iter(read_course(self.folder)["val/loss"].values()), shown.loss)
+            [(_, began), *_] = read_curves(self.folder).get("val/loss") or [(step, shown.loss)]
             above = f"; above the {began:.3f} that it began with" if shown.loss > began else ""
             self.say(f"step {step}: held-out loss {shown.loss:.3f}, tau {or_dash(shown.tau)}{above}")
 
@@ -98,7 +101,7 @@ class Watch:
             self.say(f"step {step}: real tau {or_dash(shown.tau)}, decoded in {seconds:.0f} s{so_far}")
 
     def _best_so_far(self, step: int) -> str:
-        taus = read_course(self.folder)["eval/tau"]
+        taus = dict(read_curves(self.folder).get("eval/tau", []))
         best = max(taus, key=lambda at: (taus[at], at), default=step)  # the newest of equals, as checkpoints have it
         return "; the best so far" if best == step else f"; the best so far is {taus[best]:.2f}, of step {best}"
 

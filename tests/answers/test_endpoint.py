@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai._base_client
@@ -19,9 +21,9 @@ import pytest
 from dflash_dist.answers import endpoint
 from dflash_dist.answers.options import RegenerateOptions
 from dflash_dist.answers.regenerate import main, regenerate
-from dflash_dist.config import DataConfig
-from dflash_dist.data.rows import load_data
+from dflash_dist.config import Config, DataConfig, TargetConfig
 from dflash_dist.ranks import World
+from dflash_dist.training.setup import read_data
 from tests.data.files import chat, make_encoder, write_rows
 from tests.ranks import run_ranks
 from tests.test_commands import ENVIRONMENT, REPOSITORY
@@ -46,6 +48,8 @@ class Server(ThreadingHTTPServer):
         self.trouble: Callable[[Handler, str, int], bool | None] = lambda handler, question, attempt: False
         self.said: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: {}
         self.models = ["right-model"]
+        self.loading: Iterator[int] = iter(())
+        self.loads: Callable[[Handler], bool] = lambda handler: False
 
     @property
     def questions(self) -> list[str]:
@@ -62,6 +66,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         assert self.path == "/v1/models"
+        with self.server.changed:
+            self.server.in_flight += 1
+        if next(self.server.loading, None) is not None:
+            self.server.loads(self)
+            return
         self.reply(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]})
 
     def do_POST(self) -> None:
@@ -82,7 +91,8 @@ class Handler(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": f"new: {body['messages'][-1]['content']}"}
         said = self.server.said(body)
         reason = said.pop("finish_reason", "stop")
-        return {"choices": [{"index": 0, "message": message | said, "finish_reason": reason}]}
+        choice = {"index": 0, "message": message | said, "finish_reason": reason}
+        return {"choices": [choice], "usage": {"completion_tokens": 100}}
 
     def reply(self, status: int, body: Any, **headers: str) -> bool:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -140,6 +150,7 @@ def arguments(tmp_path, server):
             "max_new_tokens": 50,
             "endpoint": server.url,
             "concurrency": 2,
+            "wait": 0.0,
             "timeout": 20.0,
             "retries": 2,
         }
@@ -316,14 +327,20 @@ def test_the_results_of_tools_follow_the_same_calls_only(answer, server):
     assert len(other) == 2
 
 
-def test_what_is_written_can_be_trained_on(answer, server, arguments, tmp_path):
+def test_what_is_written_can_be_trained_on(answer, server, arguments, tmp_path, alone, capsys):
     server.said = lambda body: (
         {"finish_reason": "length", "content": "cut"} if "q1" in str(body["messages"][-1]) else {}
     )
     answer([chat("q1", "old"), chat("q2", "old", "q3", "old"), chat("q4")])
-    data = load_data(
-        DataConfig(path=str(arguments().out), cache_dir=str(tmp_path / "cache")), make_encoder(), 0, pack=True
+    config = DataConfig(path=str(arguments().out), cache_dir=str(tmp_path / "cache"))
+    tokens = make_encoder()
+    target = SimpleNamespace(
+        path="", tokenizer=tokens.tokenizer, stop_ids=[*tokens.stop_ids], text=SimpleNamespace(vocab_size=None)
     )
+    data = read_data(Config(target=TargetConfig(path="by/another"), data=config), target, alone)
+    told = capsys.readouterr().out
+    assert "answers.jsonl was written by right-model, and target.path is by/another" in told
+    assert "warning: 1 of the 3 rows of " in told
     assert data.train.conversations == 3
     # an answer and its end, but no end of the one that was cut
     assert data.train.supervised == len("cut") + 3 * (len("new: q1") + 1)
@@ -444,8 +461,10 @@ def test_a_server_that_is_gone_is_given_up_and_continued_elsewhere(arguments, se
         regenerate(args, alone)
     assert len(server.asked) == 8 + 2 * 10  # not all 30 rows were tried
 
-    with pytest.raises(ValueError, match=r"is gone: 22 of 22 rows"):
-        regenerate(arguments(30, endpoint=free_url()), alone)
+    url = free_url()
+    told = rf"^no server answers at {url} within --wait 0 s \(Connection error.*\): start it, or correct --endpoint$"
+    with pytest.raises(ValueError, match=told):
+        regenerate(arguments(30, endpoint=url), alone)
 
     server.asked.clear()
     server.trouble = lambda *request: False
@@ -480,6 +499,28 @@ def test_impossible_options_are_refused(arguments, alone, wrong):
 
 
 # ------------------------------------------------------------------------------------------------ interruptions, ranks
+
+
+@pytest.mark.parametrize("status", [None, 503])
+def test_a_server_that_still_loads_its_model_is_waited_for(arguments, server, alone, capsys, monkeypatch, status):
+    monkeypatch.setattr(endpoint, "POLL", 0.001)
+    server.loading = iter(range(3))
+    server.loads = lambda handler: handler.refuse(status) if status else handler.hang_up()
+    regenerate(arguments(wait=60.0), alone)
+    told = capsys.readouterr().out
+    assert told.count(f"waiting for {server.url} to answer, at most 60 s\n") == 1
+    assert re.search(r"^wrote 600 tokens in [\d,]+ s: [\d,]+ tokens/s$", told, re.MULTILINE)
+    assert "wrote 6 rows to" in told and next(server.loading, None) is None
+
+
+def test_many_cut_answers_are_a_warning(answer, server, capsys, tmp_path):
+    server.said = lambda body: {"finish_reason": "length"} if body["messages"][-1]["content"] in ("q1", "q2") else {}
+    answer(20)
+    told = capsys.readouterr().out
+    assert "; 2 of them (10.0%) end with an answer that was cut at --max-new-tokens 50\n" in told
+    assert "warning" not in told
+    answer(19, out=tmp_path / "more.jsonl")
+    assert "warning: that is more than 10%, and a draft never learns how a cut answer ends" in capsys.readouterr().out
 
 
 def test_a_killed_run_continues_and_asks_nothing_twice(arguments, server, monkeypatch):

@@ -139,9 +139,9 @@ def _regenerate(world: World, args: RegenerateOptions) -> list[str]:
     """Regenerates as one of many ranks; returns the questions that this one answered."""
     asked, write_answers = [], local.write_answers
 
-    def watched(model, encoder, conversations, args):
+    def watched(model, encoder, conversations, *rest):
         asked.extend(conversation.messages[0]["content"] for conversation in conversations)
-        return write_answers(model, encoder, conversations, args)
+        return write_answers(model, encoder, conversations, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "write_answers", watched)
@@ -600,8 +600,26 @@ def test_left_over_parts_of_other_settings_are_refused(interrupted, arguments, a
 def test_left_over_parts_of_other_prompts_are_refused(interrupted, write_chats, alone):
     # the same file, but for one letter
     write_chats(*[[("user", question.replace("Why", "Who")), ("assistant", "an old answer")] for question in QUESTIONS])
-    with pytest.raises(ValueError, match="other prompts or settings"):
+    told = r"Changed: prompts: '\w+' -> '\w+' \(what is asked: other files, other rows in them, or another number of"
+    with pytest.raises(ValueError, match=told):
         regenerate(interrupted, alone)
+
+
+def test_a_start_that_wrote_no_row_blocks_no_other(arguments, alone, monkeypatch):
+    args = arguments(max_new_tokens=5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(local, "load_whole", _die)
+        regenerate(args, alone)
+    assert [path.name for path in args.out.parent.glob("answers*")] == ["answers.jsonl.parts"]
+    regenerate(arguments(), alone)
+    assert len(_read(args.out)) == len(QUESTIONS)
+
+
+def test_a_target_that_cannot_be_loaded_is_refused_before_the_prompts_are_read(arguments, alone, target, tmp_path):
+    shutil.copytree(target, tmp_path / "cut")
+    (tmp_path / "cut/model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cut/model\.safetensors is empty"):
+        regenerate(arguments(target=str(tmp_path / "cut"), prompts="nowhere.jsonl"), alone)
 
 
 def test_a_run_may_continue_with_another_batch_size(interrupted, arguments, alone, ask):

@@ -82,6 +82,9 @@ def diagnose(folder, tmp_path, capsys):
         found = {cause for cause, verdict in verdicts.items() if verdict["found"]}
         printed = capsys.readouterr().out
         assert found == {cause for cause in verdicts if f"CAUSE  {cause}: " in printed}
+        conclusion = printed.splitlines()[-1]
+        assert conclusion.startswith("so: first see to " if found else "so: nothing is broken, since the training's ")
+        assert all(cause in conclusion for cause in found)
         return verdicts, found
 
     return run

@@ -21,7 +21,7 @@ from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.evaluate import evaluate as program
 from dflash_dist.evaluate.evaluate import main
 from dflash_dist.ranks import World
-from dflash_dist.target.load import read_info
+from dflash_dist.target.load import digest_weights, read_info
 from dflash_dist.target.tiny import CHATML
 from tests.data.files import chat, chats, write_rows
 from tests.ranks import run_ranks
@@ -222,14 +222,16 @@ def test_bfloat16_is_decoded_too(evaluate):
 
 @pytest.mark.usefixtures("two_right")
 def test_the_report_is_printed(evaluate, capsys):
-    evaluate()
+    shown = evaluate()["examples"]
+    assert [example["question"] for example in shown] == QUESTIONS
+    assert [block["accepted"] for block in shown[0]["blocks"]] == [0, 2, 2, 2, 2]
     printed = capsys.readouterr().out
     assert "float32 on cpu\n" in printed
     lines = {line[:22].rstrip(): line[22:].split() for line in printed.splitlines()}
     assert lines[""] == ["chats"]  # the suite is called by its file
     assert (lines["prompts"], lines["tokens"], lines["acceptance length"]) == (["3"], ["39"], ["3.00"])
-    assert [lines[f"slot {k} accepted"] for k in (1, 2, 3)] == [["1.000"], ["1.000"], ["0.000"]]
-    assert [lines[f"passes that accept {k}"] for k in range(4)] == [["0.0%"], ["0.0%"], ["100.0%"], ["0.0%"]]
+    assert re.search(r"\naccepted up to slot +1 +2 +3\n  chats +100% +100% +0%\n", printed)
+    assert re.search(r"\npasses that accept +0 +1 +2 +3\n  chats +0% +0% +100% +0%\nin short: ", printed)
     assert lines["equal outputs"] == ["3", "of", "3"]
 
 
@@ -441,6 +443,17 @@ def test_an_evaluation_continues_only_under_the_same_settings(monkeypatch, argum
     monkeypatch.setattr(program.Evaluation, "decode", lambda *_: {"answers": [answer], "evidence": {}})
     argv = begun("--temperature", "1")
     main(argv)  # nothing changed
+    file, config = tmp_path / "draft/model.safetensors", tmp_path / "draft/config.json"
+    written = file.read_bytes()
+    save_file(load_file(file), file, metadata={"exported": "by another version"})
+    main(argv)  # the same weights, in another file
+    settings = Path(argv[argv.index("--json") + 1]).with_suffix(".answers.jsonl.settings.json")
+    stated = settings.read_text()
+    settings.write_text(json.dumps(json.loads(stated) | {"draft": digest_weights(file.parent)}))
+    main(argv)  # as older versions named a draft
+    file.write_bytes(written)
+    assert_refused(argv)
+    settings.write_text(stated)
     changes = ["--dtype bfloat16", "--seed 1", "--temperature 0.5", "--top-p 0.9", "--top-k 5", "--max-new-tokens 12"]
     for change in [*changes, "--rejection", "--limit 2"]:
         assert_refused([*argv, *change.split()])
@@ -451,7 +464,6 @@ def test_an_evaluation_continues_only_under_the_same_settings(monkeypatch, argum
     name = next(iter(weights))
     save_file({**weights, name: weights[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
     assert_refused([*argv, "--target", str(other)])
-    file, config = tmp_path / "draft/model.safetensors", tmp_path / "draft/config.json"
     content, text = file.read_bytes(), config.read_text()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert_refused(argv)

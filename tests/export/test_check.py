@@ -326,18 +326,23 @@ def run(monkeypatch, *arguments) -> str | int | None:
     return None
 
 
-def test_the_command_prints_a_line_a_rule_and_ends_well(monkeypatch, draft, tiny_target, capsys):
+def test_the_command_says_how_many_rules_hold_and_which_on_request(monkeypatch, draft, tiny_target, capsys):
     assert run(monkeypatch, draft.path, "--target", tiny_target) is None
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(RULES) + len(TARGET_RULES)
-    assert all(line.startswith("ok     ") for line in lines)
+    count = 1 + len(RULES) + len(TARGET_RULES)
+    assert capsys.readouterr().out == f"{count} rules hold\n"
+    assert run(monkeypatch, draft.path) is None
+    assert capsys.readouterr().out == f"{1 + len(RULES)} rules hold; --target asks for those about it\n"
+    assert run(monkeypatch, draft.path, "--target", tiny_target, "--verbose") is None
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == count and all(line.startswith("ok     ") for line in lines) and last == f"{count} rules hold"
 
 
 def test_the_command_fails_on_a_fault(monkeypatch, draft, capsys):
     draft.inner(target_layer_ids=[4, 2, 1])
     assert run(monkeypatch, draft.path) == f"{draft.path} has 2 faults"
-    faults = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAULT")]
-    assert len(faults) == 2 and "vLLM sorts them" in faults[0]
+    *faults, last = capsys.readouterr().out.splitlines()
+    assert len(faults) == 2 and all(line.startswith("FAULT") for line in faults) and "vLLM sorts them" in faults[0]
+    assert last.startswith(f"{len(RULES) - 1} of {1 + len(RULES)} rules hold; ")
 
 
 def test_notes_are_no_failure(monkeypatch, draft, capsys):

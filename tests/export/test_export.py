@@ -115,6 +115,15 @@ def test_a_second_export_replaces_the_first(tmp_path):
     _assert_equal(tmp_path / "draft", drafts[20])
 
 
+def test_the_same_checkpoint_gives_the_same_bytes(tmp_path):
+    save_run(tmp_path / "run", [4])
+    exports = []
+    for _ in range(6):  # metadata in random order would be the same once in 32 times
+        main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
+        exports.append({path.name: path.read_bytes() for path in (tmp_path / "draft").iterdir()})
+    assert all(export == exports[0] for export in exports)
+
+
 def test_the_settings_of_the_engines_are_printed(tmp_path, capsys):
     save_run(tmp_path / "run", [4])
     main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft")])
@@ -167,6 +176,8 @@ def test_the_export_says_how_the_chats_were_rendered(tmp_path):
         output_dir=str(tmp_path / "run"), target=TargetConfig(path="org/Target-8B", revision="abc"), data=data
     )
     save_run(tmp_path / "run", [4, 8], config=config)
+    rows = [{"step": step, "train/tau": 1 + step / 8, "train/loss": 9.0} for step in (2, 4, 6, 8)]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "draft"), "--step", "4"])
     record = json.loads((tmp_path / "draft/training.json").read_text())
     assert record == {
@@ -178,6 +189,7 @@ def test_the_export_says_how_the_chats_were_rendered(tmp_path):
         "drop_reasoning": True,
         "seq_len": 256,
         "step": 4,
+        "tau_curve": [[2, 1.25], [4, 1.5]],  # not beyond the step
     }
 
 

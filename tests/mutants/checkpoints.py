@@ -33,6 +33,7 @@ MUTANTS = [
         TESTS,
     ),
     # ------------------------------------------------------------------------------------------- whole or absent
+    Mutant("the umask says who may read", FILES, "if partial.is_dir():\n", "if False:\n", TEST_FILES),
     Mutant("written, synced, renamed", FILES, "os.fsync(descriptor)", "pass", f"{TEST_FILES} {TESTS}"),
     Mutant("every file is synced", FILES, '(*partial.rglob("*"), partial)', "[partial]", f"{TEST_FILES} {TESTS}"),
     Mutant(

@@ -243,8 +243,8 @@ MUTANTS = [
     Mutant(
         "hidden states of the slots behind the anchor",
         "dflash_dist/draft/kinds/dflash.py",
-        "self.scores(hidden[0, 1:], None, head)",
-        "self.scores(hidden[0, :-1], None, head)",
+        "F.embedding(slots, embedding))[0, 1:]",
+        "F.embedding(slots, embedding))[0, :-1]",
         TEST_SPECULATIVE,
     ),
     Mutant(

@@ -15,6 +15,7 @@ DFLASH, LAYERS, TEST_MODEL = (
 OBJECTIVE, STATISTICS, WEIGHTS = (f"dflash_dist/objective/{name}.py" for name in ("objective", "statistics", "weights"))
 TEST_ATTENTION, TEST_ELEMENTWISE = "tests/kernels/test_attention.py", "tests/kernels/test_elementwise.py"
 TEST_OBJECTIVE = "tests/objective/test_objective.py"
+DFLASH2, TEST_DFLASH2 = "dflash_dist/draft/kinds/dflash2.py", "tests/draft/test_dflash2.py"
 
 MUTANTS = [
     Mutant(
@@ -387,15 +388,15 @@ MUTANTS = [
     Mutant(
         "τ counts the token behind the accepted ones",
         STATISTICS,
-        "accepted = (1 + correct.cumprod(dim=-1).sum(dim=-1)) * full",
-        "accepted = correct.cumprod(dim=-1).sum(dim=-1) * full",
+        "((1 + right.cumprod(dim=-1).sum(dim=-1)) * full).sum()",
+        "(right.cumprod(dim=-1).sum(dim=-1) * full).sum()",
         TEST_OBJECTIVE,
     ),
     Mutant(
         "τ counts the leading run of right slots",
         STATISTICS,
-        "accepted = (1 + correct.cumprod(dim=-1).sum(dim=-1)) * full",
-        "accepted = (1 + correct.sum(dim=-1)) * full",
+        "((1 + right.cumprod(dim=-1).sum(dim=-1)) * full).sum()",
+        "((1 + right.sum(dim=-1)) * full).sum()",
         TEST_OBJECTIVE,
     ),
     Mutant(
@@ -404,5 +405,64 @@ MUTANTS = [
         "torch.cat(list(flat.values())).double()",
         "torch.cat(list(flat.values()))",
         TEST_OBJECTIVE,
+    ),
+    Mutant(
+        "DFlash 2: a slot's convolution stays inside its block", DFLASH2, "place >= back", "place >= 0", TEST_DFLASH2
+    ),
+    Mutant(
+        "DFlash 2: each side of a convolution has a kernel of its own",
+        DFLASH2,
+        "self.mlp(self.mlp_conv(slots, before)), behind)",
+        "self.mlp(self.mlp_conv(slots, before)), before)",
+        TEST_DFLASH2,
+    ),
+    Mutant(
+        "DFlash 2: it begins as the plain draft",
+        DFLASH2,
+        "        self.kernel_projection.weight.zero_()\n",
+        "",
+        TEST_DFLASH2,
+    ),
+    Mutant(
+        "DFlash 2: a label that is no candidate takes the last one's place, in training",
+        DFLASH2,
+        "out = torch.where(recalled, self.candidates, last)[:, None]",
+        "out = torch.where(recalled, self.candidates, 0)[:, None]",
+        TEST_DFLASH2,
+    ),
+    Mutant(
+        "DFlash 2: what is right is asked of the true candidates",
+        DFLASH2,
+        "scores[:, :-1].argmax(dim=1, keepdim=True)",
+        "scores.argmax(dim=1, keepdim=True)",
+        TEST_DFLASH2,
+    ),
+    Mutant(
+        "DFlash 2: a token is chosen behind the one before it",
+        DFLASH2,
+        "previous = torch.tensor(tokens[-1:], device=hidden.device)",
+        "previous = torch.tensor(tokens[:1], device=hidden.device)",
+        TEST_DFLASH2,
+    ),
+    Mutant(
+        "a kind's own scores reach the draft through the logits of its candidates",
+        "dflash_dist/kernels/cross_entropy.py",
+        "            result += of_chosen.to(result.dtype)\n",
+        "",
+        TEST_DFLASH2,
+    ),
+    Mutant(
+        "a kind's own scores weigh as much as they are told to",
+        "dflash_dist/objective/objective.py",
+        "loss = nll + self.judge_weight * own",
+        "loss = nll + own",
+        TEST_DFLASH2,
+    ),
+    Mutant(
+        "the acceptance length without a kind's own scores stands beside it",
+        "dflash_dist/objective/objective.py",
+        "shown, correct = {BASE: correct, **shown}, chosen",
+        "shown = {BASE: correct, **shown}",
+        TEST_DFLASH2,
     ),
 ]

@@ -94,8 +94,8 @@ MUTANTS = [
     Mutant(
         "training.json: the step that it was exported from",
         EXPORT,
-        'how_trained(run, config) | {"step": step}',
-        'how_trained(run, config) | {"step": max(folders)}',
+        'how_trained(run, config) | {"step": step,',
+        'how_trained(run, config) | {"step": 0,',
         TEST_EXPORT,
     ),
     Mutant(
@@ -356,8 +356,8 @@ MUTANTS = [
     Mutant(
         "an evaluation continues only with the same weights of the draft",
         EVALUATE,
-        '            "draft": digest_weights(self.folder),\n',
-        "",
+        "digest_tensors(self.draft.state_dict())",
+        '""',
         CONTINUED,
     ),
     Mutant(
@@ -537,10 +537,31 @@ MUTANTS = [
         TEST_REPORT,
     ),
     Mutant(
+        "a page shows text as text",
+        "dflash_dist/evaluate/page.py",
+        "return html.escape(str(text))",
+        "return str(text)",
+        "tests/evaluate/test_page.py",
+    ),
+    Mutant(
+        "an example tells accepted proposals from the target's own token",
+        REPORT,
+        "(begin, begin + accepted, end)",
+        "(begin, end, end)",
+        "tests/evaluate/test_page.py",
+    ),
+    Mutant(
+        "what a longer training may give is told from the curve",
+        "dflash_dist/training/curves.py",
+        "if step * 4 >= curve[-1][0]]",
+        "]",
+        "tests/training/test_curves.py",
+    ),
+    Mutant(
         "how many passes accepted how much",
         REPORT,
-        '_share(c["passes_by_accepted"], k) for c in columns.values()]\n            for k in (0, *slots)',
-        '_share(c["passes_by_accepted"], k) for c in columns.values()]\n            for k in slots',
+        '_shares(c["passes_by_accepted"]) for',
+        '_shares(c["passes_by_accepted"][1:]) for',
         TEST_REPORT,
     ),
     Mutant(

@@ -77,6 +77,14 @@ MUTANTS = [
         TEST_YAML,
     ),
     Mutant(
+        "a mistake in an override is not blamed on the file",
+        YAML,
+        "{f'override {names[by]!r}' if by else path}",
+        "{path}",
+        TEST_YAML,
+    ),
+    Mutant("what others call a knob is known", YAML, "    if key in synonyms:\n", "    if False:\n", TEST_YAML),
+    Mutant(
         "what a later version dropped does not keep a run from being read",
         CONFIG,
         "return read(Config, _there(path), unknown=[] if unknown is None else unknown)",

@@ -293,8 +293,8 @@ MUTANTS = [
     Mutant(
         "features: a shard is written under another name",
         FEATURES,
-        ", whole(path) as file:\n            _write_safetensors(file,",
-        ":\n            _write_safetensors(path,",
+        ", whole(path) as file:\n            write_safetensors(file,",
+        ":\n            write_safetensors(path,",
         TEST_FEATURES,
     ),
     Mutant(
@@ -411,8 +411,8 @@ MUTANTS = [
     Mutant(
         "parts: the output is in row order",
         PARTS,
-        "ordered = [(row, places[row]) for row in rows]",
-        "ordered = list(places.items())",
+        "merged = {row: places[row] for row in rows}",
+        "merged = places",
         TEST_ANSWERS,
     ),
     Mutant(
@@ -437,11 +437,26 @@ MUTANTS = [
         TEST_ANSWERS,
     ),
     Mutant(
+        "parts: the settings come with the first row",
+        PARTS,
+        "            self.folder.mkdir(parents=True, exist_ok=True)\n",
+        "            self.folder.mkdir(parents=True, exist_ok=True)\n            self._describe()\n",
+        TEST_ANSWERS,
+    ),
+    Mutant(
         "parts: a file of somebody else is not taken for the output",
         PARTS,
         "        if out.is_file() and not described.is_file():\n",
         "        if False:\n",
         TEST_ANSWERS,
+    ),
+    Mutant("many cut answers are a warning", ANSWERS, "    if share > MANY_CUT:\n", "    if False:\n", TEST_ENDPOINT),
+    Mutant(
+        "endpoint: a server that loads its model is waited for",
+        ENDPOINT,
+        "if error.status_code not in LOADING:",
+        "if True:",
+        TEST_ENDPOINT,
     ),
     Mutant(
         "endpoint: a row that a server refuses is recorded",

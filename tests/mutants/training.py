@@ -486,7 +486,7 @@ MUTANTS = [
     Mutant(
         "every weight is the folder's that a draft begins from",
         SETUP,
-        "draft.load_state_dict(begun_from.state_dict())",
+        "draft.load_state_dict(draft.state_dict() | begun_from.state_dict())",
         "pass",
         f"{TEST_INIT}::test_every_weight_is_the_folders",
     ),

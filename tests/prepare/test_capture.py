@@ -232,13 +232,13 @@ def test_a_capture_killed_by_the_system_keeps_its_shards_and_goes_on_with_other_
         "import os, signal, sys\n"
         "from dflash_dist.target import features\n"
         "from dflash_dist.prepare.capture import main\n"
-        "write = features._write_safetensors\n"
+        "write = features.write_safetensors\n"
         "def dies(path, rows, metadata):\n"
         "    write(path, rows, metadata)\n"
         "    if 'train-00003' in path.name:\n"
         "        os.truncate(path, 1000)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "features._write_safetensors = dies\n"
+        "features.write_safetensors = dies\n"
         "main(sys.argv[1:])\n"
     )
     sizes = ["train.global_batch_size=6", "train.micro_batch_size=3"]

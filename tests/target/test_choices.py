@@ -44,6 +44,7 @@ SMOLLM2 = target(
 SHIPPED = {
     "qwen3-4b": (QWEN3, 36),
     "qwen3-8b": (QWEN3, 36),
+    "qwen3-8b-dflash2": (QWEN3, 36),
     "qwen3-8b-window": (QWEN3, 36),
     "qwen3-coder-30b-a3b": (QWEN3, 48),
     "llama-3.1-8b": (LLAMA, 32),

@@ -15,7 +15,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
 from dflash_dist.config import KNOBS, Config, LogConfig
-from dflash_dist.training.metrics import MetricLog, check_wandb, read_course, seconds_in_steps
+from dflash_dist.training.curves import read_curves, seconds_in_steps
+from dflash_dist.training.metrics import MetricLog, check_wandb
 from dflash_dist.training.trainer import Trainer
 
 
@@ -165,6 +166,5 @@ def test_a_full_disk_costs_pictures_and_no_line(tmp_path: Path, capsys: pytest.C
 def test_the_training_time_counts_steps_and_not_what_lies_between_them(tmp_path: Path) -> None:
     rows = [{"step": 0, "val/tau": 1.0}, {"step": 5, "perf/step_s": 2.0}, {"step": 8, "perf/step_s": 4.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "val')
-    course = read_course(tmp_path)
-    assert course["val/tau"] == {0: 1.0} and seconds_in_steps(course) == 5 * 2.0 + 3 * 4.0
-    assert seconds_in_steps(read_course(tmp_path / "none")) == 0
+    assert seconds_in_steps(read_curves(tmp_path)) == 5 * 2.0 + 3 * 4.0
+    assert seconds_in_steps(read_curves(tmp_path / "none")) == 0

@@ -22,6 +22,7 @@ from dflash_dist import stopping
 from dflash_dist.config import Config
 from dflash_dist.data.chat import Document
 from dflash_dist.data.packing import global_rows
+from dflash_dist.draft.kinds import KINDS
 from dflash_dist.ranks import World
 from dflash_dist.training import setup
 from dflash_dist.training import step as step_module
@@ -115,6 +116,16 @@ def first_step(
 def test_two_ranks_give_the_loss_and_gradients_of_one(debug_config, micro: int, unsupervised: list[int]) -> None:
     alone_loss, alone = first_step(ALONE, debug_config("train.micro_batch_size=4"), unsupervised)
     for loss, gradients in run_ranks(first_step, 2, debug_config(f"train.micro_batch_size={micro}"), unsupervised):
+        assert loss == pytest.approx(alone_loss, rel=1e-6)
+        for ours, theirs in zip(gradients, alone, strict=True):
+            assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "dflash"])
+def test_so_do_the_scores_of_a_kinds_own(debug_config, kind: str) -> None:
+    knobs = [f"draft.kind={kind}", "loss.objective=decay"]
+    alone_loss, alone = first_step(ALONE, debug_config("train.micro_batch_size=4", *knobs), [0, 1])
+    for loss, gradients in run_ranks(first_step, 2, debug_config("train.micro_batch_size=1", *knobs), [0, 1]):
         assert loss == pytest.approx(alone_loss, rel=1e-6)
         for ours, theirs in zip(gradients, alone, strict=True):
             assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
@@ -635,3 +646,22 @@ def test_a_draft_that_cannot_be_is_refused_before_data_is_read(debug_config, mon
     monkeypatch.setattr(setup, "read_data", lambda *_: pytest.fail("data was read"))
     with pytest.raises(ValueError, match="must be a multiple of"):
         Trainer(debug_config("draft.num_attention_heads=3"), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("data.val_path=no-such.jsonl", "data file no-such.jsonl does not exist"),
+        (
+            "data.val_conversations=2 eval.every=1 target.full_depth=true eval.prompts=no-such.jsonl",
+            "no-such.jsonl does not",
+        ),
+        ("target.features=nowhere", "nowhere holds no features"),
+    ],
+)
+def test_a_file_that_is_not_there_is_refused_before_data_is_tokenised(
+    debug_config, monkeypatch, overrides, message
+) -> None:
+    monkeypatch.setattr("dflash_dist.data.rows.open_documents", lambda *_: pytest.fail("data was tokenised"))
+    with pytest.raises(ValueError, match=message):
+        Trainer(debug_config("data.val_conversations=0", "validate.every=0", *overrides.split()), ALONE)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
+from dflash_dist.draft.kinds.dflash2 import DFlash2DraftModel
 
-KINDS: dict[str, type[Draft]] = {"dflash": DFlashDraftModel}  # by the name that draft.kind gives them
+# By the name that draft.kind gives them.
+KINDS: dict[str, type[Draft]] = {"dflash": DFlashDraftModel, "dflash2": DFlash2DraftModel}
 
 
 def kind_of(name: str) -> type[Draft]:

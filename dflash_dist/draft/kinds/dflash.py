@@ -29,13 +29,14 @@ class DFlashDraftModel(Draft):
     """All slots of a block are foretold at once."""
 
     architecture = "DFlashDraftModel"
+    Layer: type[DraftLayer] = DraftLayer
 
     def __init__(self, shape: DraftShape, gradient_checkpointing: bool = False):
         super().__init__(shape, gradient_checkpointing)
         hidden, eps = shape.hidden_size, shape.rms_norm_eps
         self.fc = nn.Linear(len(shape.target_layer_ids) * hidden, hidden, bias=False)
         self.hidden_norm = RMSNorm(hidden, eps)
-        layers = nn.ModuleList(DraftLayer(shape) for _ in range(shape.num_layers))
+        layers = nn.ModuleList(self.Layer(shape) for _ in range(shape.num_layers))
         self.layers = cast("Sequence[DraftLayer]", layers)
         self.masks = shape.masks  # in training and in decoding
         self.norm = RMSNorm(hidden, eps)
@@ -133,10 +134,13 @@ class DFlashDraftModel(Draft):
     def propose(
         self, cache: ContextCache, anchor: int, embedding: torch.Tensor, head: torch.Tensor, choose: Choose
     ) -> list[int]:
+        return choose(self.scores(self.block_behind(cache, anchor, embedding), None, head), 0)
+
+    def block_behind(self, cache: ContextCache, anchor: int, embedding: torch.Tensor) -> torch.Tensor:
+        """The hidden states [K-1, H] of the slots behind `anchor`."""
         masked = [self.shape.mask_token_id] * self.shape.proposals
         slots = torch.tensor([[anchor, *masked]], device=embedding.device)
-        hidden = self.foresee(cache, F.embedding(slots, embedding))
-        return choose(self.scores(hidden[0, 1:], None, head), 0)
+        return self.foresee(cache, F.embedding(slots, embedding))[0, 1:]
 
     def foresee(self, cache: ContextCache, slots: torch.Tensor) -> torch.Tensor:
         """The hidden states [1, K, H] of one block of embeddings after the cached context, its anchor at the next
