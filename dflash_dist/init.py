@@ -237,7 +237,6 @@ def decide_batch(knobs: Knobs, options: InitOptions, info: TargetInfo, sample: S
         steps = planned_steps(config, math.ceil(rows))
         told = f"{steps:,} steps, {steps * batch * sample.tokens / rows:.3g} tokens in all"
     knobs.decide("train.epochs", knobs["train.epochs"], told)
-    knobs.decide("train.lr", knobs["train.lr"])
     every = min(500, max(steps // 10, 1))
     if knobs["data.val_path"] or knobs["data.val_conversations"]:
         knobs.decide("validate.every", every)

@@ -58,6 +58,7 @@ CHANGES = {
     "draft.init": "target",
     "loss.anchors": "32",
     "loss.objective": "decay",
+    "loss.head_weight": "0.5",
     "loss.alpha": "0.25",
     "loss.gamma": "3",
     "loss.chunk": "64",
