@@ -303,5 +303,4 @@ report       {FOLDER / "report.json"}, pictures {FOLDER / "demo.png"}
 checkpoints  {FOLDER / "checkpoints"}
 export       {FOLDER / "export"}, as vLLM, SGLang and transformers load it
 TensorBoard  make tensorboard
-next         a draft for your own model: copy configs/qwen3-8b.yaml, set target.path and data.path, and run
-             torchrun --nproc_per_node 8 -m dflash_dist train --config your.yaml""")
+next         a draft for your own model: python -m dflash_dist init YOUR_MODEL --gpus 8, which says how to go on""")
