@@ -60,6 +60,7 @@ def _day(text: str) -> str:
 
 
 Dtype = Literal["float32", "bfloat16"]
+DistanceName = Literal["ce", "kl", "tv", "lk"]
 Day = Annotated[str, AfterValidator(_day)]
 Id = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(gt=0)]
@@ -189,6 +190,13 @@ class LossConfig(Section):
     objective: Literal["decay", "dpace"] = knob(
         "dpace",
         "weights of a block's slots: a fixed decay, or by what the draft already gets right (arXiv 2605.18810)",
+        FIXED,
+    )
+    distance: DistanceName | dict[DistanceName, Weight] = knob(
+        "ce",
+        "what a slot's loss is: ce, cross-entropy of the data's token; or how far the draft is from all that the target"
+        " foresees there, by KL divergence (kl), total variation (tv), or from the former to the latter as they overlap"
+        " (lk, arXiv 2602.23881); several as a mapping of name to weight. All but ce run the target to its end",
         FIXED,
     )
     alpha: float = knob(0.5, "dpace: what a slot counts behind one that is never right, from 0 to 1", FIXED, ge=0, le=1)
@@ -327,6 +335,17 @@ class Config(Section):
         )
 
     @property
+    def distances(self) -> dict[str, float]:
+        """Weights by name."""
+        told = self.loss.distance
+        return {told: 1.0} if isinstance(told, str) else {name: weight for name, weight in told.items()}
+
+    @property
+    def needs_final(self) -> bool:
+        """Whether the loss asks for what the target itself foresees: its state before the LM head."""
+        return any(name != "ce" for name in self.distances)
+
+    @property
     def lr(self) -> float:
         """The peak learning rate in force: the stated one, or what suits the draft's beginning."""
         return self.train.lr or (FINE_TUNING_LR if self.draft.begins_trained else PUBLISHED_LR)
@@ -385,6 +404,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for why in _impossible(config):
         raise ValueError(why)
     config.train.lr = config.lr  # so that a run's folder says what it was
+    config.target.full_depth |= config.needs_final
     return config
 
 
@@ -463,6 +483,8 @@ def _impossible(config: Config) -> Iterator[str]:
         yield f"draft.window {draft.window} is below draft.block_size {draft.block_size}: a slot must see its anchor"
     if any(layer >= draft.num_layers for layer in draft.full_layers):
         yield f"draft.full_layers {draft.full_layers}: the draft has layers 0 to {draft.num_layers - 1}"
+    if not config.distances:
+        yield "loss.distance names nothing to learn from: ce, kl, tv, lk, or several with weights"
     if loss.gamma is None and draft.block_size not in PUBLISHED_GAMMA:
         yield (
             f"loss.gamma has no published value for draft.block_size {draft.block_size}: set it (16 was trained with"

@@ -222,7 +222,7 @@ def decide_batch(knobs: Knobs, options: InitOptions, info: TargetInfo, sample: S
     rows, batch = math.inf, 64
     if sample:
         rows = math.ceil(sample.tokens / row) if packs else len(sample.documents) * sample.rows / sample.account.rows
-        while batch > 1 and rows * knobs["train.epochs"] / batch < ENOUGH_STEPS:
+        while batch > 2 and rows * knobs["train.epochs"] / batch < ENOUGH_STEPS:
             batch //= 2
     while micro > 1 and ranks * micro > batch:
         micro = knobs.decide("train.micro_batch_size", micro // 2)

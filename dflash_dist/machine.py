@@ -56,6 +56,15 @@ def bfloat16_slowdown(device: torch.device) -> float:
     return of_float32 / of_bfloat16
 
 
+def say_slow_bfloat16(device: torch.device, faster: str) -> None:
+    """Says it where this machine's CPU computes slowly in bfloat16, and what is `faster`."""
+    if device.type == "cpu" and (slowdown := bfloat16_slowdown(device)) > TOO_SLOW:
+        print(
+            f"bfloat16 takes {slowdown:.1f} times as long as float32 on this CPU, which has no instructions for it:"
+            f" {faster} is faster"
+        )
+
+
 def keep_freed_memory() -> None:
     """Has glibc keep the tensors' memory that a step frees for the next one, which would fault in every page anew.
 

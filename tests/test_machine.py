@@ -5,7 +5,7 @@ import torch
 
 from dflash_dist import demo, machine
 from dflash_dist.machine import bfloat16_slowdown, matmul_flops_per_s, peak_flops_per_s
-from dflash_dist.training import setup
+from dflash_dist.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -18,14 +18,14 @@ def test_a_product_of_half_the_speed_is_twice_as_slow(monkeypatch) -> None:
 
 @pytest.mark.parametrize("slowdown", [0.2, 4.25])
 def test_a_run_in_bfloat16_says_where_float32_is_faster(debug_config, alone, monkeypatch, capsys, slowdown) -> None:
-    monkeypatch.setattr(setup, "bfloat16_slowdown", lambda device: slowdown)
+    monkeypatch.setattr(machine, "bfloat16_slowdown", lambda device: slowdown)
     knobs = "target.dtype=float32 train.precision=float32"
-    for config in (debug_config("train.precision=bfloat16"), debug_config("target.dtype=bfloat16")):
-        setup.say_slow_dtypes(config, alone)
-        assert ("4.2 times as long as float32 on this CPU" in (said := capsys.readouterr().out)) == (slowdown > 1)
-        assert said.endswith(f"{knobs} is the faster run\n") == (slowdown > 1)
-    setup.say_slow_dtypes(debug_config(*knobs.split()), alone)
-    assert not capsys.readouterr().out
+    for told in (["train.precision=bfloat16"], ["target.dtype=bfloat16"], knobs.split()):
+        # Ends where nothing has been loaded yet.
+        with pytest.raises(ValueError, match="does not exist"):
+            Trainer(debug_config(*told, "target.path=nowhere"), alone)
+        said, slow = capsys.readouterr().out, slowdown > 1 and told != knobs.split()
+        assert ("4.2 times as long as float32 on this CPU" in said) == (f"{knobs} is faster" in said) == slow
 
 
 @pytest.mark.parametrize("slowdown", [0.2, 4.25])

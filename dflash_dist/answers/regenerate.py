@@ -24,6 +24,7 @@ from dflash_dist.data.chat import ChatEncoder
 from dflash_dist.data.conversations import Conversation, read_conversations
 from dflash_dist.data.regenerated import MANY_CUT
 from dflash_dist.data.template import settle_day
+from dflash_dist.machine import say_slow_bfloat16
 from dflash_dist.options import parse
 from dflash_dist.ranks import World, join_world
 from dflash_dist.target.load import check_loading_whole, read_info
@@ -65,6 +66,8 @@ def regenerate(options: RegenerateOptions, world: World) -> None:
 
                 pace = answer_from_server(todo, parts.turns(todo), options, write, world.is_main)
             else:
+                if world.is_main and options.dtype == "bfloat16":
+                    say_slow_bfloat16(world.device, "--dtype float32")
                 pace = answer_here(todo, encoder, options, world.device, write)
         if pace.tokens:
             print(f"{f'[rank {world.rank}] ' * (world.size > 1)}wrote {pace}")

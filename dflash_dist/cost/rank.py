@@ -222,7 +222,7 @@ class Rank:
 
     def _training(self, config: Config, counter: StepCounter, world: World, run_target: bool) -> TrainingStep:
         """The step before it has run, with its memory counted."""
-        target: Target = _GivenFeatures(len(config.layer_ids) * self.text.hidden_size, self.dtype)
+        target: Target = _GivenFeatures(len(config.layer_ids), self.text.hidden_size, self.dtype)
         if self.target and run_target:
             target = LiveTarget(HFDFlashTargetModel(self.target, config.layer_ids), expects_packing(self.text))
         sampler = Sampler(config, world, self.rows(config), None)
@@ -275,14 +275,16 @@ class _GivenFeatures:
 
     waited = 0.0
 
-    def __init__(self, width: int, dtype: torch.dtype):
-        self.width, self.dtype = width, dtype
+    def __init__(self, layers: int, hidden_size: int, dtype: torch.dtype):
+        self.layers, self.hidden_size, self.dtype = layers, hidden_size, dtype
 
     def expect(self, batches: Iterable[Batch]) -> None:
         pass
 
     def run(self, batch: Batch, final: bool = False) -> Output:
-        return Output(torch.empty(*batch.input_ids.shape, self.width, dtype=self.dtype))
+        rows = batch.input_ids.shape
+        states = torch.empty(*rows, self.hidden_size, dtype=self.dtype) if final else None
+        return Output(torch.empty(*rows, self.layers * self.hidden_size, dtype=self.dtype), states)
 
 
 def telling_world(ranks: int, agreed: Callable[[], Any], device: str = "cpu") -> World:

@@ -1,4 +1,4 @@
-"""Cross-entropy through a frozen LM head, fused and in chunks.
+"""The distance to a label, or to what the target foresees, through a frozen LM head, fused and in chunks.
 
 Full logits [N, V] never exist. For each chunk of slots the probabilities, the loss and the gradient with respect to the
 slots' hidden states are computed at once, in one scratch buffer, so backward only scales what forward kept.
@@ -6,7 +6,10 @@ slots' hidden states are computed at once, in one scratch buffer, so backward on
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +22,27 @@ GPU_CHUNK, CPU_CHUNK, CPU_CHUNK_BYTES = 2048, 256, 64 * 2**20
 # A CPU multiplies with so many rows of the head at once, for with all of them it waits for memory; and its passes over
 # the logits go by as many of these as stay in the cache [elements].
 CPU_WORDS, CPU_TILE = 1024, 2**19
+# A distance to the target's probabilities takes several passes, over as many slots at once, on a GPU too.
+TEACHER_TILE = 256
 # A CPU finds a maximum at once among so many neighbours, but its index one by one.
 GROUP = 256
+
+
+class Distance(NamedTuple):
+    """What a slot's loss is made of, by weight: q are the draft's probabilities, p the target's at the same place."""
+
+    ce: float = 0.0  # -log q of the label
+    kl: float = 0.0  # KL(p || q)
+    tv: float = 0.0  # total variation, half of sum |q - p|: what rejection sampling rejects
+    lk: float = 0.0  # KL where p and q overlap little, total variation where they overlap (arXiv 2602.23881)
+
+    @property
+    def needs_target(self) -> bool:
+        return any(self[1:])
+
+
+CROSS_ENTROPY = Distance(ce=1.0)
+LK_DECAY = 3.0  # of lk's share of KL, with the overlap
 
 
 def suitable_chunk(vocab: int, on_gpu: bool) -> int:
@@ -42,59 +64,109 @@ def even_chunk(count: int, chunk: int) -> int:
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, labels, chunk, candidates=0):
-        """For hidden [N, H]:
+    def forward(ctx, hidden, head, labels, chunk, candidates=0, distance=CROSS_ENTROPY, theirs=None):
+        """For hidden [N, H], and `theirs` [N, H], what the target's LM head reads where it foresees the labels, if the
+        distance needs that:
 
         Returns:
-            nll [N] float32; correct [N] float32; ids [N, candidates + 1] of the likeliest tokens, and behind them the
-            label; their logits in float32, with gradient.
+            loss [N] float32, the distance, with gradient; nll [N] float32 of the label; correct [N] float32; ids
+            [N, candidates + 1] of the likeliest tokens, and behind them the label; their logits in float32, with
+            gradient.
         """
         count, vocab = len(hidden), len(head)
-        nll, correct = (torch.empty(count, device=hidden.device) for _ in range(2))
+        loss, nll, correct = (torch.empty(count, device=hidden.device) for _ in range(3))
         ids = torch.cat([labels.new_empty(count, candidates), labels[:, None]], dim=1)
         chosen = nll.new_empty(ids.shape)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         size = even_chunk(count, chunk)
         tile, width = suitable_tile(size, vocab, head.is_cuda), vocab if head.is_cuda else CPU_WORDS
+        tile = tile if theirs is None else min(tile, TEACHER_TILE)
         with torch.autocast(hidden.device.type, enabled=False):
             rows = hidden.to(head.dtype)
             logits = head.new_empty(size, vocab)
             wide = None if head.dtype == torch.float32 else head.new_empty(tile, vocab, dtype=torch.float32)
+            told = _Teacher(theirs.to(head.dtype), head, distance, size, tile) if theirs is not None else None
             for part in (slice(start, min(start + size, count)) for start in range(0, count, max(size, 1))):
                 some = logits[: part.stop - part.start]
-                for columns, words in zip(some.split(width, dim=1), head.split(width)):
-                    torch.mm(rows[part], words.T, out=columns)
-                parts = (of[part].split(tile) for of in (labels[:, None], nll, correct, ids, chosen))
-                for few, label, *filled in zip(some.split(tile), *parts):
-                    _to_gradient(few, label, *filled, wide)  # type: ignore[call-arg]
+                _multiply(rows[part], head, width, out=some)
+                if told:
+                    told.look_at(part, width)
+                parts = (of[part].split(tile) for of in (labels[:, None], loss, nll, correct, ids, chosen))
+                for number, (few, label, *filled) in enumerate(zip(some.split(tile), *parts)):
+                    _to_gradient(few, label, *filled, wide, told and told.tile(number))  # type: ignore[call-arg]
                 if gradient is not None:
                     gradient[part] = some @ head
         ctx.save_for_backward(gradient, ids, head)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(correct, ids)
-        return nll, correct, ids, chosen
+        ctx.mark_non_differentiable(nll, correct, ids)
+        return loss, nll, correct, ids, chosen
 
     @staticmethod
-    def backward(ctx, d_nll, _correct, _ids, d_chosen):
+    def backward(ctx, d_loss, _nll, _correct, _ids, d_chosen):
         gradient, ids, head = ctx.saved_tensors
-        result = gradient * d_nll[:, None].to(gradient.dtype)
+        result = gradient * d_loss[:, None].to(gradient.dtype)
         if d_chosen is not None:
             of_chosen = F.embedding_bag(ids, head, per_sample_weights=d_chosen.to(head.dtype), mode="sum")
             result += of_chosen.to(result.dtype)
-        return result, None, None, None, None
+        return result, *[None] * 6
+
+
+def _multiply(rows: torch.Tensor, head: torch.Tensor, width: int, out: torch.Tensor) -> None:
+    """Logits [N, V], by as many words at once."""
+    for columns, words in zip(out.split(width, dim=1), head.split(width)):
+        torch.mm(rows, words.T, out=columns)
+
+
+class _Teacher:
+    """What the target foresees at the slots of a chunk, tile by tile."""
+
+    def __init__(self, states: torch.Tensor, head: torch.Tensor, distance: Distance, size: int, tile: int):
+        self.states, self.head, self.distance, self.size = states, head, distance, tile
+        self._logits = head.new_empty(size, len(head))
+        self._wide = head.new_empty(tile, len(head), dtype=torch.float32)
+
+    def look_at(self, part: slice, width: int) -> None:
+        self._some = self._logits[: part.stop - part.start]
+        _multiply(self.states[part], self.head, width, out=self._some)
+
+    def tile(self, number: int) -> Callable[..., None]:
+        few = self._some.split(self.size)[number]
+        return functools.partial(self._to_gradient, self._wide[: len(few)].copy_(few))
+
+    def _to_gradient(
+        self, theirs: torch.Tensor, logits: torch.Tensor, label: torch.Tensor, loss: torch.Tensor, nll: torch.Tensor
+    ) -> None:
+        """Turns logits [N, V] in float32 into the gradient of the distance to `theirs`, in place, and fills in loss."""
+        ce, kl, tv, lk = self.distance
+        of_both = logits.logsumexp(-1) - theirs.logsumexp(-1)
+        p = theirs.softmax(-1)
+        divergence = (p * theirs.sub_(logits)).sum(-1) + of_both
+        q = torch.softmax(logits, -1, out=logits)
+        difference = q - p
+        apart = difference.abs().sum(-1) / 2
+        share = torch.exp(-LK_DECAY * (1 - apart))
+        of_kl, of_tv = kl + lk * share, tv + lk * (1 - share)
+        loss.copy_(ce * nll + of_kl * divergence + of_tv * apart)
+        sign = difference.sign()
+        sign -= (q * sign).sum(-1, keepdim=True)
+        of_apart = (sign * q).mul_(of_tv[:, None] / 2)
+        logits.mul_(ce).add_(difference.mul_(of_kl[:, None])).add_(of_apart)
+        logits.scatter_add_(1, label, torch.full_like(label, -ce, dtype=logits.dtype))
 
 
 def _to_gradient(
     logits: torch.Tensor,
     label: torch.Tensor,
+    loss: torch.Tensor,
     nll: torch.Tensor,
     correct: torch.Tensor,
     ids: torch.Tensor,
     chosen: torch.Tensor,
     wide: torch.Tensor | None,
+    told: Callable[..., None] | None,
 ) -> None:
-    """Turns logits [N, V] into their gradient, softmax - one-hot, in place; fills in nll and correct [N], ids and their
-    logits [N, candidates + 1].
+    """Turns logits [N, V] into their gradient, softmax - one-hot unless `told` otherwise, in place; fills in loss, nll
+    and correct [N], ids and their logits [N, candidates + 1].
 
     In float32: `wide` is room for that where the logits are not. The difference too, since a bfloat16 knows nothing
     between 0.996 and 1, where the probability of a label that has been learned lies.
@@ -105,11 +177,16 @@ def _to_gradient(
     if candidates := ids.shape[1] - 1:
         chosen[:, :-1], ids[:, :-1] = _largest(exact, candidates)
     chosen[:, -1:] = label_logit
-    torch.softmax(exact, -1, out=exact)
-    # The most likely token's probability is 1 / Σ exp(logit - peak): exact, where the label's own may be 0.
-    torch.sub(peak - label_logit, exact.gather(1, best).log(), out=nll[:, None])
     correct[:] = (best == label)[:, 0]
-    exact.scatter_add_(1, label, torch.full_like(peak, -1))
+    if told:
+        torch.sub(exact.logsumexp(-1, keepdim=True), label_logit, out=nll[:, None])
+        told(exact, label, loss, nll)
+    else:
+        torch.softmax(exact, -1, out=exact)
+        # The most likely token's probability is 1 / Σ exp(logit - peak): exact, where the label's own may be 0.
+        torch.sub(peak - label_logit, exact.gather(1, best).log(), out=nll[:, None])
+        loss.copy_(nll)
+        exact.scatter_add_(1, label, torch.full_like(peak, -1))
     if wide is not None:
         logits.copy_(exact)
 

@@ -63,7 +63,11 @@ def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) ->
     config = setup.fix_date(config, info, world, out)
     data = setup.read_data(config, info, world)
     data.refuse_unsupervised()
-    token_bytes = len(config.layer_ids) * info.text.hidden_size * getattr(torch, config.target.dtype).itemsize
+    token_bytes = (
+        (len(config.layer_ids) + config.needs_final)
+        * info.text.hidden_size
+        * getattr(torch, config.target.dtype).itemsize
+    )
     size = sum(rows.tokens for rows in parts_of(data).values()) * token_bytes
     loaded, stored = None, share_folder(out, world)
     if stored is None:
@@ -96,7 +100,15 @@ def capture(config: Config, out: Path, world: World, shard_mib: float = 1024) ->
             if packs and not exact:
                 raise ValueError(f"{out} holds features of packed rows, but {told}. Capture into another folder")
         rows = parts_of(data)
-        run(features, lacking, LiveTarget(loaded.model, data.packs), rows, config.train.micro_batch_size, world)
+        run(
+            features,
+            lacking,
+            LiveTarget(loaded.model, data.packs),
+            rows,
+            config.train.micro_batch_size,
+            world,
+            config.needs_final,
+        )
     lacking = agree_on_lacking(features, world)
     if lacking:
         raise ValueError(f"{out} lacks {lacking[0].name}, which was just written: is it one folder for all ranks?")
@@ -161,8 +173,9 @@ def run(
     parts: dict[str, PackedRows],
     micro_batch_size: int,
     world: World,
+    final: bool = False,
 ) -> None:
-    """Captures and writes this rank's share of the shards."""
+    """Captures and writes this rank's share of the shards; with `final`, the final state behind the layers."""
     held: dict[int, torch.Tensor] = {}
     mine = share(lacking, micro_batch_size, world)
     # A shard is written in the background while the next one is captured.
@@ -173,7 +186,8 @@ def run(
             # As many rows as in training, so that the same kernels run and give the same bits.
             padding = [len(rows)] * (micro_batch_size - len(numbers))
             with world.expects_progress():  # not where it waits for a slow disk
-                hidden = target.run(rows.batch([*numbers, *padding]).to(world.device)).features
+                output = target.run(rows.batch([*numbers, *padding]).to(world.device), final)
+                hidden = output.features if output.final is None else torch.cat([output.features, output.final], dim=-1)
             for row, states in zip(numbers, hidden):
                 held[row] = states[: features.filled[shard.part][row]].to("cpu", copy=True)
             if len(held) == len(shard.rows):

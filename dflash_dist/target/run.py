@@ -69,14 +69,19 @@ class LiveTarget:
 
 
 class StoredTarget:
-    """Reads stored features, and prefetches those of the next micro-batch in a thread."""
+    """Reads stored features, and prefetches those of the next micro-batch in a thread.
 
-    def __init__(self, features: FeatureFolder, seq_len: int, device: torch.device):
+    Args:
+        final: so many of a token's features are the final state, behind those of the layers.
+    """
+
+    def __init__(self, features: FeatureFolder, seq_len: int, device: torch.device, final: int = 0):
         self.waited = 0.0
         cuda = device.type == "cuda"
         # A new thread would pin its memory through GPU 0, whichever GPU this rank has.
         self._reader = ThreadPoolExecutor(1, "features", (lambda: torch.cuda.set_device(device)) if cuda else None)
         self._read = lambda place: features.read(place.part, place.rows, seq_len, pin=cuda)
+        self._final = final
         self._coming: deque[Place] = deque()
         self._next: Future[torch.Tensor] | None = None
 
@@ -85,14 +90,19 @@ class StoredTarget:
         self._prefetch()
 
     def run(self, batch: Batch, final: bool = False) -> Output:
-        assert not final, "load_config refuses stored features where the final state is needed"
         assert self._next and self._coming[0] == batch.place, "batches are run in the order they were sampled in"
         begun = time.perf_counter()
         features = self._next.result()
         self.waited += time.perf_counter() - begun
         self._coming.popleft()
         self._prefetch()
-        return Output(features.to(batch.input_ids.device, non_blocking=True))
+        features = features.to(batch.input_ids.device, non_blocking=True)
+        if not self._final:
+            assert not final, "make_target refuses features without the final state where that is needed"
+            return Output(features)
+        # Laid out as the target gives them, so that the same kernels give the same bits.
+        states = features[..., : -self._final].contiguous()
+        return Output(states, features[..., -self._final :] if final else None)
 
     def _prefetch(self) -> None:
         self._next = self._reader.submit(self._read, self._coming[0]) if self._coming else None

@@ -27,6 +27,7 @@ from dflash_dist.target.run import LiveTarget, StoredTarget, Target
 from dflash_dist.training.setup import lay_out
 
 TRAIN, HELD_OUT = "train", "held-out"
+FINAL = "final state"  # beside the captured layers; a key of a feature folder's index, as the next one
 PACKED = "packed rows"  # key of a feature folder's index
 
 
@@ -39,6 +40,7 @@ def describe_features(config: Config, info: TargetInfo, data: Data) -> dict[str,
         "target.dtype": config.target.dtype,
         "hidden size": info.text.hidden_size,
         "data.seq_len": config.data.seq_len,
+        **({FINAL: True} if config.needs_final else {}),
         **{f"{name} rows": len(rows) for name, rows in parts.items()},
         **{f"{name} fingerprint": rows.fingerprint for name, rows in parts.items()},
     }
@@ -68,7 +70,8 @@ def make_target(config: Config, info: TargetInfo, data: Data, world: World) -> S
     ends = load_ends(info, getattr(torch, config.target.dtype), world.device)
     if ends.note and world.is_main:
         print(ends.note)
-    stored = StoredTarget(features, config.data.seq_len, world.device)
+    final = info.text.hidden_size if FINAL in features.index else 0
+    stored = StoredTarget(features, config.data.seq_len, world.device, final)
     return Source(stored, ends.embedding, ends.head, data)
 
 
@@ -123,7 +126,7 @@ def stored_layout(index: dict[str, Any], folder: Path, info: TargetInfo) -> tupl
 def open_folder(folder: Path, index: dict[str, Any], config: Config, info: TargetInfo, data: Data) -> FeatureFolder:
     """The folder for the rows of `data`; nothing is read or written yet."""
     filled = {name: rows.filled_tokens for name, rows in parts_of(data).items()}
-    width = len(config.layer_ids) * info.text.hidden_size
+    width = (len(config.layer_ids) + (FINAL in index)) * info.text.hidden_size
     return FeatureFolder(folder, index, filled, width, getattr(torch, config.target.dtype))
 
 

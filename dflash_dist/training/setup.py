@@ -31,7 +31,6 @@ from dflash_dist.draft.shape import FULL_ATTENTION, SLIDING_ATTENTION, DraftShap
 from dflash_dist.draft.visibility import VISIBILITY
 from dflash_dist.files import locked, whole, writing
 from dflash_dist.logs import say_phase, show_status
-from dflash_dist.machine import TOO_SLOW, bfloat16_slowdown
 from dflash_dist.ranks import World
 from dflash_dist.target.choices import Choice, check_capture, check_mask_token, layers_to_capture, mask_token
 from dflash_dist.target.features import DATE, INDEX, read_index
@@ -120,18 +119,6 @@ def check_world(config: Config, world: World) -> None:
             f"train.global_batch_size {batch} does not divide by {ranks} ranks x train.micro_batch_size {micro}:"
             f" choose a multiple of {micro * ranks}, or a number of ranks that divides {batch // micro}{smaller}"
         )
-
-
-def say_slow_dtypes(config: Config, world: World) -> None:
-    """Says it where the run computes in bfloat16, and this machine's CPU does that slowly."""
-    in_bfloat16 = "bfloat16" in (config.target.dtype, config.train.precision)
-    if world.is_main and world.device.type == "cpu" and in_bfloat16:
-        slowdown = bfloat16_slowdown(world.device)
-        if slowdown > TOO_SLOW:
-            print(
-                f"bfloat16 takes {slowdown:.1f} times as long as float32 on this CPU, which has no instructions for it:"
-                " target.dtype=float32 train.precision=float32 is the faster run"
-            )
 
 
 def check_target(config: Config, world: World) -> tuple[Config, TargetInfo]:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dflash_dist.batch import Batch
 from dflash_dist.config import Config
 from dflash_dist.draft.base import Draft
+from dflash_dist.kernels.cross_entropy import Distance
 from dflash_dist.objective.objective import Objective, Terms
 from dflash_dist.objective.statistics import Statistics, Sums
 from dflash_dist.ranks import World
@@ -65,6 +66,7 @@ class TrainingStep:
             draft.candidates,
             draft.judge if draft.candidates else None,
             loss.head_weight,
+            Distance(**config.distances),
         )
         self.compute_dtype = getattr(torch, config.train.precision)
         self.embedding = embedding.to(self.compute_dtype)
@@ -87,7 +89,7 @@ class TrainingStep:
             with self.gradients_stay_local(unless=batch is batches[-1]):
                 on_device = batch.to(self.world.device)
                 output = self.capture(on_device)
-                terms = self.loss(self.propose(self.ddp, on_device, output), on_device)
+                terms = self.loss(self.propose(self.ddp, on_device, output), on_device, output)
                 # DDP averages over ranks; the loss is a mean over all ranks' weights, so undo the former.
                 self.backward(terms.loss * self.world.size / max(total_weight, 1e-30))
             sums.append(terms.sums)
@@ -111,7 +113,7 @@ class TrainingStep:
 
     def capture(self, batch: Batch) -> Output:
         """What the target gives."""
-        return self.target.run(batch)
+        return self.target.run(batch, self.config.needs_final)
 
     def propose(self, draft: nn.Module, batch: Batch, output: Output) -> torch.Tensor:
         """The hidden states [B, A * K, H] of all slots."""
@@ -119,9 +121,9 @@ class TrainingStep:
         with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16):
             return draft(batch, output.features, self.embedding)
 
-    def loss(self, hidden: torch.Tensor, batch: Batch) -> Terms:
+    def loss(self, hidden: torch.Tensor, batch: Batch, output: Output) -> Terms:
         """Loss sum and statistics of a micro-batch."""
-        return self.objective(hidden, self.head, batch)
+        return self.objective(hidden, self.head, batch, output.final)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -148,7 +150,7 @@ class TrainingStep:
         for batch in self._announced(self.sampler.held_out()):
             self.world.tick()
             on_device = batch.to(self.world.device)
-            hidden = self.propose(self.draft, on_device, self.capture(on_device))
-            sums.append(self.loss(hidden, on_device).sums)
+            output = self.capture(on_device)
+            sums.append(self.loss(self.propose(self.draft, on_device, output), on_device, output).sums)
         self.draft.train()
         return Statistics.read(Sums.add_up(sums).reduced(self.world.sum_tensor))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from dflash_dist.config import Config
 from dflash_dist.data.rows import Data
 from dflash_dist.logs import LOGS, say_phase, show_status
+from dflash_dist.machine import say_slow_bfloat16
 from dflash_dist.ranks import World, join_world
 from dflash_dist.stopping import asked_to_stop
 from dflash_dist.target.load import TargetInfo, expects_packing
@@ -103,7 +104,8 @@ class Trainer:
 
     def __init__(self, config: Config, world: World):
         setup.check_world(config, world)
-        setup.say_slow_dtypes(config, world)
+        if world.is_main and "bfloat16" in (config.target.dtype, config.train.precision):
+            say_slow_bfloat16(world.device, "target.dtype=float32 train.precision=float32")
         config, info, data, prompts = prepare(config, world)
         self.config, self.world, self.folder = config, world, Path(config.output_dir)
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, config.checkpoint.keep)

@@ -209,7 +209,7 @@ def test_candidates_are_the_likeliest_tokens_with_their_logits(vocab: int, dtype
     generator = torch.Generator().manual_seed(0)
     hidden, head = (torch.randn(n, 32, generator=generator).to(dtype) for n in (70, vocab))
     labels = torch.randint(vocab, (70,), generator=generator)
-    _, _, ids, logits = ChunkedCrossEntropy.apply(hidden, head, labels, 64, 6)
+    _, _, _, ids, logits = ChunkedCrossEntropy.apply(hidden, head, labels, 64, 6)
     exact = (hidden @ head.T).float()
     assert torch.equal(logits[:, :6], exact.topk(6).values)
     assert torch.equal(logits, exact.gather(1, ids)) and torch.equal(ids[:, 6], labels)

@@ -454,8 +454,8 @@ MUTANTS = [
     Mutant(
         "a kind's own scores weigh as much as they are told to",
         "dflash_dist/objective/objective.py",
-        "loss = nll + self.judge_weight * own",
-        "loss = nll + own",
+        "loss = loss + self.judge_weight * own",
+        "loss = loss + own",
         TEST_DFLASH2,
     ),
     Mutant(

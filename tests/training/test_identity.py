@@ -59,6 +59,7 @@ CHANGES = {
     "loss.anchors": "32",
     "loss.objective": "decay",
     "loss.head_weight": "0.5",
+    "loss.distance": "tv",
     "loss.alpha": "0.25",
     "loss.gamma": "3",
     "loss.chunk": "64",

@@ -101,7 +101,10 @@ def test_a_step_updates_as_adamw_written_out_with_its_clipping_and_its_rate(alon
     first, second = ([torch.zeros_like(weights) for weights in expected] for _ in range(2))
     for step, rate in enumerate(rates):
         micro_batches = training.sample(step)
-        losses = [training.loss(training.propose(draft, m, training.capture(m)), m)[0] for m in micro_batches]
+        losses = [
+            training.loss(training.propose(draft, m, output := training.capture(m)), m, output)[0]
+            for m in micro_batches
+        ]
         total = sum(micro.weight for micro in micro_batches)
         gradients = [g.double() for g in torch.autograd.grad(torch.stack(losses).sum() / total, parameters)]
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))

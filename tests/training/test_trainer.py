@@ -464,7 +464,9 @@ def test_the_objective_of_the_config_is_what_a_step_minimises(debug_config) -> N
     def loss(*overrides: str) -> float:
         training = Trainer(debug_config(*overrides), ALONE).training
         micro = training.sample(0)[0]
-        return training.loss(training.propose(training.draft, micro, training.capture(micro)), micro)[0].item()
+        return training.loss(training.propose(training.draft, micro, output := training.capture(micro)), micro, output)[
+            0
+        ].item()
 
     decay, half, tenth = loss("loss.objective=decay"), loss("loss.objective=dpace"), loss("loss.alpha=0.1")
     assert decay == loss("loss.objective=decay", "loss.alpha=0.1") and len({decay, half, tenth}) == 3
