@@ -15,6 +15,7 @@ DFLASH, LAYERS, TEST_MODEL = (
 OBJECTIVE, STATISTICS, WEIGHTS = (f"dflash_dist/objective/{name}.py" for name in ("objective", "statistics", "weights"))
 TEST_ATTENTION, TEST_ELEMENTWISE = "tests/kernels/test_attention.py", "tests/kernels/test_elementwise.py"
 TEST_OBJECTIVE = "tests/objective/test_objective.py"
+TEST_DISTANCE = "tests/objective/test_distance.py"
 DFLASH2, TEST_DFLASH2 = "dflash_dist/draft/kinds/dflash2.py", "tests/draft/test_dflash2.py"
 
 MUTANTS = [
@@ -464,5 +465,40 @@ MUTANTS = [
         "shown, correct = {BASE: correct, **shown}, chosen",
         "shown = {BASE: correct, **shown}",
         TEST_DFLASH2,
+    ),
+    Mutant(
+        "the target foresees a label at the token before it",
+        "dflash_dist/objective/objective.py",
+        "batch.anchors.flatten()[block] + before",
+        "batch.anchors.flatten()[block] + before + 1",
+        TEST_DISTANCE,
+    ),
+    Mutant(
+        "LK is KL where draft and target overlap little",
+        "dflash_dist/kernels/cross_entropy.py",
+        "torch.exp(-LK_DECAY * (1 - apart))",
+        "torch.exp(-LK_DECAY * apart)",
+        TEST_DISTANCE,
+    ),
+    Mutant(
+        "the gradient of a total variation is that of half the sum",
+        "dflash_dist/kernels/cross_entropy.py",
+        "mul_(of_tv[:, None] / 2)",
+        "mul_(of_tv[:, None])",
+        TEST_DISTANCE,
+    ),
+    Mutant(
+        "what a loss needs decides how deep the target is loaded",
+        "dflash_dist/config.py",
+        "    config.target.full_depth |= config.needs_final\n",
+        "",
+        TEST_DISTANCE,
+    ),
+    Mutant(
+        "features with the final state also serve where it is not asked for",
+        "dflash_dist/target/run.py",
+        "features[..., -self._final :] if final else None",
+        "features[..., -self._final :]",
+        TEST_DISTANCE,
     ),
 ]
