@@ -38,7 +38,7 @@ def test_from_a_target_and_chats_to_a_run(tmp_path: Path, tiny_target: Path, cap
     config, why = load_config(file), commented(text)
     assert (config.layer_ids, config.mask_token_id) == ([1, 2, 3], 3)
     assert why["layer_ids"] == "3 of 6, spread evenly from the 2nd to the 3rd-from-last"
-    assert why["mask_token_id"] == "<mask>, reserved, and 256 rows of the data do not hold"
+    assert why["mask_token_id"] == "<mask>, reserved, in none of 256 rows of the data"
     assert config.data.seq_len == 256 and "99 % of the documents have at most" in why["seq_len"]
     assert config.draft.block_size == 8 and config.draft.init == "target"
     assert config.data.val_conversations == 12 and config.train.epochs == 0.5
