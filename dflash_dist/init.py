@@ -177,9 +177,7 @@ def decide_draft(knobs: Knobs, info: TargetInfo, sample: Sample | None) -> None:
     found = sample.found if sample else set()
     ids, token = choose(knobs.config, info, found)
     knobs.decide("target.layer_ids", *ids)
-    absent = (
-        f", and {sample.account.rows:,} rows of the data do not hold" if sample and token.value not in found else ""
-    )
+    absent = f", in none of {sample.account.rows:,} rows of the data" if sample and token.value not in found else ""
     knobs.decide("draft.mask_token_id", token.value, token.why + absent)
     if begun_from := draft_to_begin_from(knobs.config):
         shape = read_kind(begun_from, info.text.num_hidden_layers)[1]
