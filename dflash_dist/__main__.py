@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 
+from dflash_dist import __version__
 from dflash_dist.reading import is_ours
 from dflash_dist.stopping import asked_to_stop
 
@@ -55,6 +56,9 @@ def main() -> None:
         print("usage: python -m dflash_dist COMMAND [--help] ...\n\ncommands:")
         for name, (_, meaning) in COMMANDS.items():
             print(f"  {name:<12} {meaning}")
+        return
+    if argv[0] == "--version":
+        print(__version__)
         return
     command, *rest = map(_at_home, argv)
     if command not in COMMANDS:

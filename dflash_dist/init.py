@@ -205,7 +205,8 @@ def decide_lengths(knobs: Knobs, sample: Sample | None, info: TargetInfo) -> Non
     elif sample and sample.tokens < PAPERS_ROW * ENOUGH_STEPS:
         row = max(2 ** math.ceil(math.log2(longest + 1)), 256)  # more steps of what there is
     if sample:
-        why = f"99 % of the documents have at most {longest:,} tokens, the longest {sample.documents.length.max():,}"
+        short = "; short rows make more steps of little data" if row < PAPERS_ROW else ""
+        why = f"99 % of the documents have at most {longest:,} tokens, all {sample.documents.length.max():,}{short}"
     row = knobs.decide("data.seq_len", min(row, most), why)
     knobs.decide("loss.anchors", max(row // TOKENS_AN_ANCHOR, 1), f"one for {TOKENS_AN_ANCHOR} tokens of a row")
     rows = math.inf if sample is None else sample.rows
@@ -228,13 +229,16 @@ def decide_batch(knobs: Knobs, options: InitOptions, info: TargetInfo, sample: S
         decide_memory(knobs, options, info)
     each = ranks * knobs["train.micro_batch_size"]
     unit = "rows" if packs else "documents, since the target mixes those of a row"
-    batch = knobs.decide("train.global_batch_size", max(round(batch / each), 1) * each, f"{unit}, over all ranks")
+    few = "; fewer than the paper's 64, for more steps of little data" if batch < 64 else ""
+    batch = knobs.decide("train.global_batch_size", max(round(batch / each), 1) * each, f"{unit}, over all ranks{few}")
     steps, told = 10_000, ""
     if sample:
         config = knobs.config
         steps = planned_steps(config, math.ceil(rows))
-        told = f"{steps:,} steps, {steps * batch * sample.tokens / rows:.3g} tokens in all"
+        told = f"{steps:,} steps, about {steps * batch * sample.tokens / rows:.2g} tokens in all"
     knobs.decide("train.epochs", knobs["train.epochs"], told)
+    begun = "; a draft that is trained already" if knobs.config.draft.begins_trained else ""
+    knobs.decide("train.lr", knobs.config.lr, f"peak of a cosine{begun}")
     every = min(500, max(steps // 10, 1))
     if knobs["data.val_path"] or knobs["data.val_conversations"]:
         knobs.decide("validate.every", every)

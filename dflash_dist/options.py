@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from pydantic import Json, TypeAdapter, ValidationError
 
-from dflash_dist.config import Config, load_config
+from dflash_dist.config import KNOBS, Config, load_config
 
 T = TypeVar("T")
 
@@ -72,8 +73,9 @@ def parse(options: type[T], command: str, about: str | None, argv: Sequence[str]
 
     A ValueError of `__post_init__` is one of the command line too: what several options must fulfil stands there.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"dflash_dist {command}",
+        allow_abbrev=False,
         description=about,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,11 +89,32 @@ def parse(options: type[T], command: str, about: str | None, argv: Sequence[str]
             groups[group] = parser.add_argument_group(group)
         names, keywords = _described(field, hints[field.name])
         groups[group].add_argument(*names, **keywords)
+    parser.argv, parser.takes_knobs = argv, issubclass(options, ConfigOptions)
     found = parser.parse_intermixed_args(argv)
     try:
         return options(**vars(found))
     except ValueError as error:
         parser.error(str(error))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line, with the option that was meant, in place of all that there are."""
+
+    argv: Sequence[str] = ()
+    takes_knobs = False
+
+    def error(self, message: str) -> NoReturn:
+        known = self._option_string_actions
+        for option in (word.partition("=")[0] for word in self.argv if word.startswith("--")):
+            if option not in known:
+                name = option.strip("-").replace("-", "_")
+                knob = [full for full in KNOBS if name in (full, full.rpartition(".")[2])] if self.takes_knobs else []
+                meant = difflib.get_close_matches(option, known, n=1)
+                hint = (
+                    f"; knobs are written {knob[0]}=VALUE" if knob else f"; did you mean {meant[0]}?" if meant else ""
+                )
+                self.exit(2, f"error: there is no option {option}{hint} ({self.prog} --help lists all)\n")
+        self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

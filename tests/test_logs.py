@@ -143,3 +143,13 @@ def test_a_full_disk_does_not_end_what_prints(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(sys, "stdout", full)
         with keep_logs(tmp_path):
             print("goes on here too")
+
+
+def test_a_terminal_that_is_gone_does_not_end_what_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with io.TextIOWrapper(open(writer, "wb", buffering=0), write_through=True) as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        with keep_logs(tmp_path):
+            print("still here")
+    assert "still here" in (tmp_path / LOGS / "rank-0.log").read_text()

@@ -72,11 +72,13 @@ def test_every_option_has_the_type_of_its_field() -> None:
         (["--out", "x", "--step", "worst"], "found 'worst'"),
         (["--out", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["--out", "x", "--also", "c"], "invalid choice: 'c'"),
-        (["--out", "x", "--day", "today"], "argument --day: must be a day as YYYY-MM-DD, found 'today'\n"),
+        (["--out", "x", "--day", "today"], "argument --day: must be a day as YYYY-MM-DD, found 'today' ("),
         (["--out", "x", "--fields", "[1]"], "argument --fields: Input should be a valid dictionary, found '[1]'"),
         (["--out", "x", "--fields", "{"], "argument --fields: Invalid JSON"),
         (["--out", "x", "--seed", "-1"], "--seed must not be negative"),
-        (["--out", "x", "--unknown"], "unrecognized arguments: --unknown"),
+        (["--out", "x", "--unknown"], "error: there is no option --unknown (dflash_dist try --help lists all)"),
+        (["--out", "x", "--sed", "3"], "there is no option --sed; did you mean --seed? ("),
+        (["--oot=x"], "there is no option --oot; did you mean --out? ("),
     ],
 )
 def test_what_is_no_option_ends_the_program_as_a_mistake_of_use(capsys, argv, message) -> None:
@@ -104,3 +106,9 @@ def test_help_says_every_option_with_its_default_and_group(capsys) -> None:
 def test_overrides_may_stand_anywhere() -> None:
     options = parse(ConfigOptions, "try", None, ["a.b=1", "--config", "run.yaml", "c=2"])
     assert options == ConfigOptions(config="run.yaml", overrides=["a.b=1", "c=2"])
+
+
+def test_a_knob_that_is_given_as_an_option_is_told_how_it_is_written(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse(ConfigOptions, "try", None, ["--config", "debug", "--lr", "1e-3"])
+    assert "there is no option --lr; knobs are written train.lr=VALUE" in capsys.readouterr().err

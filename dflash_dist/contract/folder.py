@@ -194,6 +194,9 @@ def find_draft(name: str) -> Path:
     """
     if Path(name).exists() or not looks_like_hub_id(name):
         return Path(name)  # what it lacks is said by whoever reads it
+    beside = sorted(path.name for path in Path(name).parent.glob("*/"))
+    if "/" in name and beside:
+        raise ValueError(f"there is no draft folder {name}: in {Path(name).parent} are {', '.join(beside)}")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", MASK_EMBEDDING]))
     except (OSError, ValueError) as error:  # no such name, or no network
@@ -213,6 +216,8 @@ def read_config(folder: Path, target_layers: int | None = None) -> dict[str, Any
         raise ValueError(f"draft folder {folder} holds no {CONFIG}: export a run there first")
     config = read_object(folder / CONFIG, AGAIN)
     if METHOD not in config:
+        if "dflash_config" not in config and "block_size" not in config:
+            raise ValueError(f"{folder} holds {config.get('architectures') or 'something'}, which is no draft")
         return config
     depth = {} if target_layers is None else {"num_target_layers": target_layers}
     return depth | from_speculators(config, str(folder / CONFIG))

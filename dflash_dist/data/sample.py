@@ -62,7 +62,10 @@ def look_at(path: str, encoder: ChatEncoder) -> Sample:
     documents = Documents([(pa.Table.from_batches(batches), account)])
     if not documents.anchors(int(documents.length.max(initial=1))).any():
         why = "".join(f"; {count} x {cause}" for cause, count in (account.bad + account.dropped).items())
-        raise ValueError(f"nothing in {path} can be learned from, to go by {account.rows} of its rows{why}")
+        raise ValueError(
+            f"nothing in {path} can be learned from, to go by {account.rows} of its rows{why}. Prompts are answered by"
+            " the target first: python -m dflash_dist regenerate --target TARGET --prompts THESE --out ANSWERS"
+        )
     return Sample(total, account, documents)
 
 

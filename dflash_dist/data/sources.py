@@ -180,7 +180,7 @@ def find_sources(path: str, passed_over: list[Path] | None = None) -> list[Sourc
             raise ValueError(f"data file {path} is of no known kind: its name must end in one of {', '.join(SUFFIXES)}")
         return [FileSource(local)]
     if path.endswith(SUFFIXES) or not HubSource.PATTERN.fullmatch(path):
-        raise ValueError(f"data file {path} does not exist")
+        raise ValueError(f"data file {path} does not exist; `regenerate` is what writes a target's answers")
     return [HubSource(path)]
 
 

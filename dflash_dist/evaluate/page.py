@@ -27,6 +27,7 @@ from dflash_dist.training.curves import Curve, read_curves, thinned
 
 EVALUATED = "give what `evaluate --json` wrote"
 MOST_POINTS = 300  # of a curve that is drawn
+CARD = "README.md"  # in an export
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 360, 200, 44, 8, 22  # of a chart
 
 
@@ -45,6 +46,8 @@ def main(argv: list[str]) -> None:
     with writing(out), whole(out) as file:
         file.write_text(text, encoding="utf-8")
     print(f"wrote {out}: {len(text) / 1024:,.0f} KiB that need nothing else")
+    if options.json is None and not find_evaluation(options.run):
+        print("it has no evaluation, since there is none in the run's folder: --json names one")
 
 
 def page(run: Path, evaluation: Path | None = None, draft: Path | None = None) -> str:
@@ -55,7 +58,7 @@ def page(run: Path, evaluation: Path | None = None, draft: Path | None = None) -
     """
     config, curves = load_written(run / "config.yaml"), read_curves(run)
     report = read_evaluation(evaluation) if evaluation else find_evaluation(run)
-    card = (draft or Path(str(report.get("draft", "")))) / "README.md"
+    draft = draft or (Path(str(report["draft"])) if report.get("draft") else None)
     with reading("the evaluation", EVALUATED):  # its numbers, which only now are asked for
         parts = [
             f"<h1>{_escaped(run.resolve().name)}</h1><p>{_escaped(facts(config, curves, report))}</p>",
@@ -63,8 +66,8 @@ def page(run: Path, evaluation: Path | None = None, draft: Path | None = None) -
             *(_decoding(report) if report else ()),
         ]
     folded = {"Config": yaml.safe_dump(to_tree(config), sort_keys=False)}
-    if card.is_file():
-        folded["Card of the export"] = card.read_text(encoding="utf-8")
+    if draft and (draft / CARD).is_file():
+        folded["Card of the export"] = (draft / CARD).read_text(encoding="utf-8")
     parts += [
         f"<details><summary>{name}</summary><pre>{_escaped(text)}</pre></details>" for name, text in folded.items()
     ]

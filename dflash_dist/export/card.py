@@ -62,7 +62,7 @@ class Card:
             "begun from": starts.get(self.run.draft.init) or shown(self.run.draft.init),
             "data": sources(data.path),
             "steps": f"{self.step:,} of {train.global_batch_size} rows of {data.seq_len} tokens",
-            "peak learning rate": f"{train.lr:g}",
+            "peak learning rate": f"{self.run.lr:g}",
             "chat template": "one of its own, in training.json" if data.chat_template else "the target's own",
             "its arguments": f"`{json.dumps(data.template_args)}`" if data.template_args else "none",
         }

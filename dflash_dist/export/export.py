@@ -74,7 +74,7 @@ def export(options: ExportOptions) -> None:
 
     record = how_trained(run, config) | {"step": step, "tau_curve": tau_curve(run, step)}
     card = Card(
-        name=out.resolve().name,
+        name=called(out, shown(base_model)),
         target=shown(base_model),
         on_hub=shown(base_model) == base_model and looks_like_hub_id(base_model),
         shape=shape,
@@ -97,6 +97,13 @@ def export(options: ExportOptions) -> None:
         print(f"  SGLang  --speculative-num-draft-tokens {shape.proposals + 1}")
     if config.data.template_args:
         print(f"  with the chat template arguments of its training: {json.dumps(config.data.template_args)}")
+
+
+def called(out: Path, target: str) -> str:
+    """What the card's commands call the draft: its folder's name, with that of the folder around it if the target's is
+    the same."""
+    out = out.resolve()
+    return f"{out.parent.name}/{out.name}" if out.name == target else out.name
 
 
 def choose(run: Path, step: int | str | None) -> tuple[int, Path, str]:

@@ -20,7 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     repeat_kv,
 )
 
-from dflash_dist.contract.folder import from_config, read_draft, refuse_mismatch, write_draft
+from dflash_dist.contract.folder import find_draft, from_config, read_draft, refuse_mismatch, write_draft
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.draft.layers import ContextCache
 from tests.tiny import tiny_shape
@@ -483,3 +483,13 @@ def test_the_published_model_computes_what_ours_computes(draft, published, lengt
         draft.extend(cache, features[:, length // 2 + 1 :])
     ours = draft.foresee(cache, block)
     torch.testing.assert_close(ours, published(block, features), rtol=0, atol=1e-5)
+
+
+def test_a_mistyped_folder_and_a_target_are_no_drafts(tmp_path, monkeypatch):
+    (tmp_path / "drafts/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="there is no draft folder drafts/mien: in drafts are mine"):
+        find_draft("drafts/mien")
+    (tmp_path / "drafts/mine/config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(ValueError, match=r"drafts/mine holds \['LlamaForCausalLM'\], which is no draft"):
+        read_draft(find_draft("drafts/mine"), torch.float32, CPU)

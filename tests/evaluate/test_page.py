@@ -77,6 +77,14 @@ def test_a_run_that_was_not_evaluated_or_has_just_begun_has_a_page_too(run: Path
     assert "0 steps" in (text := written(run)) and "nothing logged yet" in text and "<svg" not in text
 
 
+def test_a_readme_that_happens_to_lie_here_is_no_card(run: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "README.md").write_text("something else")
+    monkeypatch.chdir(tmp_path)
+    for file in run.glob("*.json"):
+        file.unlink()
+    assert "something else" not in written(run)
+
+
 def test_what_is_no_run_or_no_evaluation_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config file .*draft/config\.yaml does not exist"):
         main([str(tmp_path / "draft")])

@@ -221,8 +221,8 @@ MUTANTS = [
     Mutant(
         "a full disk does not end what prints",
         LOGS,
-        "    except OSError:\n        pass\n",
-        "    except KeyError:\n        pass\n",
+        "    with contextlib.suppress(OSError):\n        yield\n\n\n@contextlib.contextmanager\ndef _descriptors_to",
+        "    with contextlib.suppress(KeyError):\n        yield\n\n\n@contextlib.contextmanager\ndef _descriptors_to",
         TEST_LOGS,
     ),
 ]
