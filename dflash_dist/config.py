@@ -456,7 +456,9 @@ def describe() -> str:
         if section != (section := name.rpartition(".")[0]):
             lines.append("")
         begin = f"  {name} = {json.dumps(defaults[name])}: "
-        lines += textwrap.wrap(begin + knob.metadata["description"], width, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(
+            begin + knob.metadata["description"], width, subsequent_indent=" " * 6, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 

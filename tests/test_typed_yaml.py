@@ -96,7 +96,7 @@ def test_a_tilde_leads_home_in_every_source_of_several(load, monkeypatch) -> Non
 
 def test_every_text_knob_that_names_a_file_or_folder_is_marked_as_a_path() -> None:
     text = {name for name, default in values(Config()).items() if isinstance(default, str) or "path" in name}
-    others = {"target.revision", "target.dtype", "draft.kind", "loss.objective", "train.precision"}
+    others = {"target.revision", "target.dtype", "draft.kind", "loss.objective", "loss.distance", "train.precision"}
     assert text - others <= {name for name, field in KNOBS.items() if field.metadata["path"]}
 
 

@@ -116,7 +116,7 @@ def test_useful_operations_are_those_that_a_step_does(alone, monkeypatch) -> Non
 
     context = count("capture", lambda: training.capture(micro))
     hidden = count("propose", lambda: training.propose(training.ddp, micro, context))
-    loss, _ = count("loss", lambda: training.loss(hidden, micro))
+    loss, _ = count("loss", lambda: training.loss(hidden, micro, context))
     count("backward", lambda: training.backward(loss))
 
     rows, length = micro.input_ids.shape

@@ -186,8 +186,8 @@ def test_a_wait_in_the_loss_is_found(fake_step, monkeypatch) -> None:
     training, run = fake_step()
     loss = training.loss
 
-    def waiting(hidden, micro):
-        total, shown = loss(hidden, micro)
+    def waiting(hidden, micro, output):
+        total, shown = loss(hidden, micro, output)
         return total * (total.item() > 0), shown
 
     monkeypatch.setattr(training, "loss", waiting)
