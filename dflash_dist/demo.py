@@ -198,6 +198,7 @@ def regenerate(texts: list[str], path: Path, out: Path) -> None:
     rows = ({"messages": [{"role": "user", "content": text}]} for text in texts)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--max-new-tokens", str(MAX_NEW_TOKENS), "--batch-size", "32"]
+    options += ["--dtype", "float32"] if fast_dtypes() else []
     torchrun("regenerate", "--target", str(TARGET), "--prompts", str(path), "--out", str(out), *options)
 
 
