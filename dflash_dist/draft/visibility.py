@@ -1,7 +1,8 @@
 """Which slots and which context each engine lets a layer of a draft see, from its `config.json`.
 
-As read in vLLM 0.33 (`_dflash_layer_causal`), SGLang 0.5.23 (pull request 34524) and z-lab/dflash at 10129599. The keys
-say the same in several places, and each engine looks at some of them: what one serves as trained, another may not.
+As read in vLLM 0.33 (`_dflash_layer_causal`), SGLang 0.5.23 (pull request 34524) and z-lab/dflash at 10129599; all of
+them through transformers' `Qwen3Config`, which fills gaps. The keys say the same in several places, and each engine
+looks at some of them: what one serves as trained, another may not.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from dflash_dist.kernels.mask import Mask
 
 # Every key that says what layers see, with the type of its value.
 VISIBILITY: dict[str, Any] = {
-    **{"layer_types": list[str] | None, "sliding_window": int | None, "swa_window_size": int | None},
+    "layer_types": list[str] | None,
+    **dict.fromkeys(("sliding_window", "swa_window_size", "max_window_layers"), int | None),
     **dict.fromkeys(("is_causal", "causal", "use_sliding_window", "use_swa"), bool | None),
 }
+FILLED_IN = {"sliding_window": 4096, "max_window_layers": 28}  # where Qwen3's config has no such key
 
 
 def to_keys(shape: DraftShape) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -48,31 +51,42 @@ def from_keys(config: dict[str, Any], layers: int) -> dict[str, Any]:
 
 def as_vllm(config: dict[str, Any], layers: int) -> list[Mask]:
     inner = config.get("dflash_config") or {}
-    sliding = _sliding(config, layers)
+    sliding, causal = _sliding(config, layers), config.get("is_causal")
+    by_type = sliding  # layers that `use_swa` alone lets slide stay as layers with full attention here
     if inner.get("use_swa") and not any(sliding):
         sliding = [True] * layers
     window = inner.get("swa_window_size") or _window(config)
-    causal = config.get("is_causal")
-    return _masks(sliding, window, inner.get("causal") if causal is None else causal)
+    return _masks(sliding, window, inner.get("causal") if causal is None else causal, by_type)
 
 
 def as_transformers(config: dict[str, Any], layers: int) -> list[Mask]:
     """Also as SGLang, which reads the same keys."""
-    return _masks(_sliding(config, layers), _window(config), config.get("is_causal"))
+    sliding = _sliding(config, layers)
+    return _masks(sliding, _window(config), config.get("is_causal"), sliding)
 
 
 def _window(config: dict[str, Any]) -> int | None:
     """Qwen3's config forgets it unless it is told to use it."""
-    used = config.get("use_sliding_window") or config.get("model_type", "qwen3") != "qwen3"
-    return config.get("sliding_window") if used else None
+    if not _is_qwen3(config):
+        return config.get("sliding_window")
+    return (FILLED_IN | config)["sliding_window"] if config.get("use_sliding_window") else None
 
 
 def _sliding(config: dict[str, Any], layers: int) -> list[bool]:
     types = config.get("layer_types")
+    if types is None and _is_qwen3(config):
+        first = (FILLED_IN | config)["max_window_layers"]
+        return [_window(config) is not None and first is not None and layer >= first for layer in range(layers)]
     if not isinstance(types, list) or len(types) != layers:
         return [False] * layers
     return [kind == SLIDING_ATTENTION for kind in types]
 
 
-def _masks(sliding: list[bool], window: int | None, causal: bool | None) -> list[Mask]:
-    return [Mask(window if slides else None, slides if causal is None else bool(causal)) for slides in sliding]
+def _is_qwen3(config: dict[str, Any]) -> bool:
+    return config.get("model_type", "qwen3") == "qwen3"
+
+
+def _masks(sliding: list[bool], window: int | None, causal: bool | None, by_type: list[bool]) -> list[Mask]:
+    """By layer; where nothing says whether layers are causal, those are that `by_type` are."""
+    inside = by_type if causal is None else [bool(causal)] * len(sliding)
+    return [Mask(window if slides else None, hides) for slides, hides in zip(sliding, inside)]

@@ -92,16 +92,16 @@ def block_size(draft: Folder) -> list[str]:
 
 
 def layer_types(draft: Folder) -> list[str]:
-    types, config = draft.config.get("layer_types"), draft.config
-    if types is None:
-        return []
-    if not isinstance(types, list):
+    types, config, found = draft.config.get("layer_types"), draft.config, []
+    if isinstance(types, list):
+        found = [] if len(types) == draft.shape.num_layers else [f"{len(types)} for {draft.shape.num_layers} layers"]
+        kinds = dict.fromkeys(str(kind) for kind in types if kind not in ("full_attention", "sliding_attention"))
+        found += [f"no such type: {kind}" for kind in kinds]
+    elif types is not None:
         return [f"{types} is no list"]
-    found = [] if len(types) == draft.shape.num_layers else [f"{len(types)} for {draft.shape.num_layers} layers"]
-    kinds = dict.fromkeys(str(kind) for kind in types if kind not in ("full_attention", "sliding_attention"))
-    found += [f"no such type: {kind}" for kind in kinds]
+    slides = "sliding_attention" in (types or ()) or (config.get("dflash_config") or {}).get("use_swa")
     window = any(mask.window for mask in as_vllm(config, draft.shape.num_layers))
-    return [*found, "sliding_attention without a window"] if "sliding_attention" in types and not window else found
+    return [*found, "sliding_attention without a window"] if slides and not window else found
 
 
 def visibility(draft: Folder) -> list[str]:

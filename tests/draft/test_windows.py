@@ -4,10 +4,12 @@ decoding and in every engine. What a mask means is held by tests/kernels/test_at
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
 import torch
+from transformers import Qwen3Config
 
 from dflash_dist.contract.folder import read_draft, read_kind, write_draft
 from dflash_dist.decoding.speculative import Decoder
@@ -69,11 +71,44 @@ def test_every_engine_reads_what_is_written(changes, masks) -> None:
         ({"layer_types": [SLIDING] * 2, "sliding_window": 9}, [Mask(None, True)] * 2, None),
         ({"layer_types": [SLIDING] * 2, "sliding_window": 9, "model_type": "mistral"}, [Mask(9, True)] * 2, None),
         ({"layer_types": None}, [FULL] * 2, None),
+        # Layers that vLLM is told to let slide, whatever their types, are not causal for that.
+        ({"dflash_config": {"use_swa": True, "swa_window_size": 9}}, [Mask(9)] * 2, [FULL] * 2),
     ],
 )
 def test_what_engines_make_of_other_drafts(config, vllm, others) -> None:
     assert as_vllm(config, 2) == vllm
     assert as_transformers(config, 2) == (others or vllm)
+
+
+def every_config() -> list[dict]:
+    """Each combination of the keys that say what two layers see, values for them being there and not."""
+    top = {
+        "layer_types": (None, [ALL, ALL], [SLIDING, ALL], [SLIDING, SLIDING]),
+        "sliding_window": (None, 24),
+        "use_sliding_window": (None, True),
+        "max_window_layers": (None, 1),
+        "is_causal": (None, False, True),
+    }
+    inner = {"causal": (None, False, True), "swa_window_size": (None, 16), "use_swa": (None, True)}
+    outside, inside = (
+        [
+            {key: value for key, value in zip(keys, values) if value is not None}
+            for values in itertools.product(*keys.values())
+        ]
+        for keys in (top, inner)
+    )
+    start = {"model_type": "qwen3", "num_hidden_layers": 2}
+    return [start | a | {"dflash_config": b} for a, b in itertools.product(outside, inside)]
+
+
+def test_gaps_are_filled_as_qwen3s_config_fills_them() -> None:
+    """What vLLM itself reads of the same configs: tests/vllm_engine.py."""
+    for config in (config for config in every_config() if not config["dflash_config"]):
+        read = Qwen3Config(**config)
+        sliding = [kind == SLIDING for kind in read.layer_types]
+        causal = sliding if "is_causal" not in config else [config["is_causal"]] * 2
+        masks = [Mask(read.sliding_window if slides else None, hides) for slides, hides in zip(sliding, causal)]
+        assert as_transformers(config, 2) == masks, config
 
 
 def test_a_window_that_reaches_everything_is_none() -> None:

@@ -180,6 +180,7 @@ BREAKS = {
         (lambda d: d.config(layer_types=["full_attention", "linear_attention"]), "no such type: linear_attention"),
         (lambda d: d.config(layer_types=["sliding_attention"] * 2), "sliding_attention without a window"),
         (lambda d: d.config(layer_types=["sliding_attention"] * 2, sliding_window=64), "without a window"),
+        (lambda d: d.inner(use_swa=True), "sliding_attention without a window"),
     ],
     "rotary positions": [
         (lambda d: d.config(rope_theta=1e6), "rope_parameters say rope_theta 10000.0, the top level 1000000.0"),

@@ -255,10 +255,25 @@ MUTANTS = [
     Mutant(
         "without is_causal, sliding layers are causal",
         VISIBILITY,
-        "slides if causal is None else bool(causal)",
-        "bool(causal)",
+        "inside = by_type if causal is None else [bool(causal)] * len(sliding)",
+        "inside = [bool(causal)] * len(sliding)",
         TEST_WINDOWS,
     ),
+    Mutant(
+        "use_swa makes no layer causal",
+        VISIBILITY,
+        "by_type = sliding  #",
+        "by_type = [True] * layers  #",
+        TEST_WINDOWS,
+    ),
+    Mutant(
+        "a window that is not stated is Qwen3's",
+        VISIBILITY,
+        '"sliding_window": 4096',
+        '"sliding_window": None',
+        TEST_WINDOWS,
+    ),
+    Mutant("types that are not stated are Qwen3's", VISIBILITY, "and layer >= first", "and False", TEST_WINDOWS),
     Mutant(
         "layers may see differently",
         "dflash_dist/draft/kinds/dflash.py",

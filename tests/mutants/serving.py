@@ -261,7 +261,7 @@ MUTANTS = [
     Mutant(
         "check: sliding attention needs a window",
         RULES,
-        'if "sliding_attention" in types and not window else found',
+        "if slides and not window else found",
         "if False else found",
         TEST_CHECK,
     ),
