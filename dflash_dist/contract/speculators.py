@@ -91,7 +91,7 @@ def from_speculators(config: dict[str, Any], where: str = "a draft's config.json
         inner["sample_from_anchor"] = True
     if config.get("draft_vocab_size", decoder.get("vocab_size")) != decoder.get("vocab_size"):
         inner["draft_vocab_size"] = config["draft_vocab_size"]
-    if "sliding_attention" in (decoder.get("layer_types") or ()):
-        inner["causal"] = not config.get("sliding_window_non_causal", True)
     stated = {key: config[key] for key in (*OUTSIDE, "sliding_window_non_causal") if key in config}
+    if "sliding_attention" in (decoder.get("layer_types") or ()):
+        stated["is_causal"] = not config.get("sliding_window_non_causal", True)
     return decoder | stated | {"architectures": [TYPES[config[METHOD]]], "dflash_config": inner}

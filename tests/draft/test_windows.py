@@ -190,6 +190,7 @@ def test_the_speculators_layout_says_it_where_it_can(tmp_path) -> None:
         write(folder, shape)
         assert json.loads((folder / "config.json").read_text())["sliding_window_non_causal"] is not causal
         assert read_kind(folder, 6)[1].masks == [Mask(12, causal)] * 2
+        assert not [str(line) for line in check(folder) if line.kind == "FAULT"]
     for changes in ({"is_causal": True}, MIXED | {"is_causal": None}):
         with pytest.raises(ValueError, match="cannot say of layers with full attention whether they are causal"):
             write(tmp_path / "other", tiny_shape(**changes))
