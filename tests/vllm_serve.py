@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import Qwen3Config
 from vllm import LLM, SamplingParams
 from vllm import _custom_ops as ops
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.models import qwen3_dflash
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
 
 
@@ -73,13 +76,26 @@ def serve(job: dict[str, Any], draft: str, by_itself: bool) -> list[dict[str, An
     return results
 
 
+def read(config: dict[str, Any]) -> list[tuple[int | None, bool]] | None:
+    """Window and causality of each layer, as vLLM reads them of a draft's config.json; None where it refuses it."""
+    draft = Qwen3Config(**config)
+    try:
+        return [qwen3_dflash._resolve_layer_attention(draft, layer) for layer in range(draft.num_hidden_layers)]
+    except ValueError:
+        return None
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     results: dict[str, Any] = {}
+    of_engine = qwen3_dflash.get_current_vllm_config  # there is no engine yet
+    qwen3_dflash.get_current_vllm_config = lambda: SimpleNamespace(use_v2_model_runner=True)
+    results["read"] = [read(config) for config in job.get("configs", [])]
+    qwen3_dflash.get_current_vllm_config = of_engine
     for name, draft in job["drafts"].items():
-        DFlashQwen3Model._normalize_context_k = AS_SHIPPED if name in job["unrepaired"] else REPAIRED
+        DFlashQwen3Model._normalize_context_k = AS_SHIPPED if name in job.get("unrepaired", []) else REPAIRED
         try:
-            results[name] = serve(job, draft, name in job["by_themselves"])
+            results[name] = serve(job, draft, name in job.get("by_themselves", []))
         except Exception as error:  # whatever vLLM raises, it is its answer to this draft
             results[name] = f"{type(error).__name__}: {error}"
         cleanup_dist_env_and_memory()
