@@ -14,7 +14,7 @@ import pytest
 
 from dflash_dist.files import whole
 from dflash_dist.training.step import TrainingStep
-from dflash_dist.training.trainer import Trainer
+from dflash_dist.training.trainer import prepare
 from tests.conftest import REPOSITORY
 from tests.faulty import Fault, choose, line_of, struck
 
@@ -182,7 +182,7 @@ def test_ranks_that_are_struck_come_back_with_the_exact_losses(undisturbed_pair:
 
 @pytest.mark.long
 def test_slurms_signal_in_set_up_ends_all_ranks_as_a_run_that_is_to_go_on(tmp_path: Path) -> None:
-    choose(tmp_path, [Fault("SIGUSR1", "all ranks", "start", line_of(Trainer.__init__, "setup.check_target("), 1)])
+    choose(tmp_path, [Fault("SIGUSR1", "all ranks", "start", line_of(prepare, "setup.check_target("), 1)])
     output = finish([*RANKS, "-m", "tests.faulty", str(tmp_path)], *debug(tmp_path / "run"))
     assert "stopped before the first step; start the same command again to continue" in output
     assert (tmp_path / "run/PREEMPTED").exists() and not (tmp_path / "run/metrics.jsonl").exists()
