@@ -32,6 +32,7 @@ from dflash_dist.target.folder import looks_like_hub_id
 WEIGHTS, CONFIG, TRAINING = "model.safetensors", "config.json", "training.json"
 INDEX = f"{WEIGHTS}.index.json"
 MASK_EMBEDDING = "mask_embedding.pt"  # of some published drafts; none of ours has one
+CARD = "README.md"
 AGAIN = "export or download the draft again"
 SHAPE = "dflash_shape"  # in the metadata of the weights: the shape they were trained in, as JSON
 
@@ -194,12 +195,14 @@ def find_draft(name: str) -> Path:
     """
     if Path(name).exists() or not looks_like_hub_id(name):
         return Path(name)  # what it lacks is said by whoever reads it
-    beside = sorted(path.name for path in Path(name).parent.glob("*/"))
-    if "/" in name and beside:
-        raise ValueError(f"there is no draft folder {name}: in {Path(name).parent} are {', '.join(beside)}")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", MASK_EMBEDDING]))
     except (OSError, ValueError) as error:  # no such name, or no network
+        if beside := sorted(path.name for path in Path(name).parent.glob("*/") if "/" in name):
+            raise ValueError(
+                f"there is no draft folder {name}: in {Path(name).parent} are {', '.join(beside)}; nor did the hub give"
+                f" it: {error}"
+            ) from error
         raise ValueError(f"draft {name} could not be read, neither as a folder nor from the hub: {error}") from error
 
 

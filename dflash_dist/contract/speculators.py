@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from dflash_dist.draft.kinds import KINDS
+
 VERSION = "0.9.0"
 METHOD = "speculators_model_type"  # the key by which a config of this layout is known
-# Its types of drafts that train here, with the class that engines know each by, and the keys that stand at the
+# Its types of drafts, called as ours, with the class that engines know each by; and the keys that stand at the
 # top level instead of in `dflash_config`.
-TYPES = {"dflash": "DFlashDraftModel", "dflash2": "DFlash2DraftModel"}
-OF_TYPE = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+TYPES = {name: KINDS[name].architecture for name in ("dflash", "dflash2")}
+OF_TYPE = [key for name in TYPES for key in KINDS[name].Shape.of_kind()]
 OUTSIDE = ("architectures", "dtype", "block_size", "num_target_layers")  # of the decoder's config, at the top level
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from dflash_dist.kernels.mask import Mask
@@ -31,6 +32,11 @@ class DraftShape:
     layer_types: list[str] | None = None  # of each layer; None: all full
     sliding_window: int | None = None  # of sliding layers [tokens]
     is_causal: bool | None = False  # within the block; None: sliding layers are, the others not
+
+    @classmethod
+    def of_kind(cls) -> list[str]:
+        """The names of the fields that a kind has besides those of all kinds."""
+        return [field.name for field in dataclasses.fields(cls) if field.name not in DraftShape.__dataclass_fields__]
 
     @property
     def masks(self) -> list[Mask]:

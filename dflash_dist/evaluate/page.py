@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from dflash_dist.config import Config, load_written, to_tree
+from dflash_dist.contract.folder import CARD
 from dflash_dist.evaluate.report import in_short, table
 from dflash_dist.files import whole, writing
 from dflash_dist.logs import or_dash
@@ -27,7 +28,6 @@ from dflash_dist.training.curves import Curve, read_curves, thinned
 
 EVALUATED = "give what `evaluate --json` wrote"
 MOST_POINTS = 300  # of a curve that is drawn
-CARD = "README.md"  # in an export
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 360, 200, 44, 8, 22  # of a chart
 
 
@@ -42,22 +42,22 @@ class ReportOptions:
 def main(argv: list[str]) -> None:
     options = parse(ReportOptions, "report", __doc__, argv)
     out = options.out or options.run / "report.html"
-    text = page(options.run, options.json, options.draft)
+    report = read_evaluation(options.json) if options.json else find_evaluation(options.run)
+    text = page(options.run, report, options.draft)
     with writing(out), whole(out) as file:
         file.write_text(text, encoding="utf-8")
     print(f"wrote {out}: {len(text) / 1024:,.0f} KiB that need nothing else")
-    if options.json is None and not find_evaluation(options.run):
+    if not report:
         print("it has no evaluation, since there is none in the run's folder: --json names one")
 
 
-def page(run: Path, evaluation: Path | None = None, draft: Path | None = None) -> str:
-    """The page as HTML.
+def page(run: Path, report: dict[str, Any], draft: Path | None = None) -> str:
+    """The page as HTML; `report` is an evaluation's, empty without one.
 
     Raises:
         ValueError: the folder is no run's, or the evaluation is none.
     """
     config, curves = load_written(run / "config.yaml"), read_curves(run)
-    report = read_evaluation(evaluation) if evaluation else find_evaluation(run)
     draft = draft or (Path(str(report["draft"])) if report.get("draft") else None)
     with reading("the evaluation", EVALUATED):  # its numbers, which only now are asked for
         parts = [

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from safetensors.torch import load_file
 
 from dflash_dist.config import Config, Dtype, load_written
-from dflash_dist.contract.folder import TRAINING, write_draft
+from dflash_dist.contract.folder import CARD, TRAINING, write_draft
 from dflash_dist.draft.kinds import kind_of
 from dflash_dist.export.card import Card, shown
 from dflash_dist.files import whole, writing
@@ -26,8 +26,6 @@ from dflash_dist.target.load import looks_like_hub_id, read_info
 from dflash_dist.training.checkpoint import BEST, best_step, damage, read_state, step_folders
 from dflash_dist.training.curves import tau_curve
 from dflash_dist.training.setup import CHAT_TEMPLATE, CONFIG
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True, kw_only=True)

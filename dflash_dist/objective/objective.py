@@ -57,7 +57,10 @@ class Objective:
         predicted = batch.weighted + batch.weighted // batch.weights.shape[-1] + 1
         states = hidden.flatten(0, 1).index_select(0, predicted)
         chunk = self.chunk or suitable_chunk(len(head), head.is_cuda)
-        theirs = None if final is None else foreseen_by_target(final, batch)
+        theirs = None
+        if self.distance.needs_target:
+            assert final is not None, "who asks the target for its features asks for this, too"
+            theirs = foreseen_by_target(final, batch)
         loss, nll, correct, ids, logits = ChunkedCrossEntropy.apply(
             states, head, labels, chunk, self.candidates, self.distance, theirs
         )

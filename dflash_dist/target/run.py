@@ -30,7 +30,7 @@ class Target(Protocol):
         """What will be run from now on, in this order."""
 
     def run(self, batch: Batch, final: bool = False) -> Output:
-        """For a batch on the device; `final` asks for that too."""
+        """For a batch on the device; `final` asks for that too, which may be there all the same."""
 
 
 class LiveTarget:
@@ -101,8 +101,7 @@ class StoredTarget:
             assert not final, "make_target refuses features without the final state where that is needed"
             return Output(features)
         # Laid out as the target gives them, so that the same kernels give the same bits.
-        states = features[..., : -self._final].contiguous()
-        return Output(states, features[..., -self._final :] if final else None)
+        return Output(features[..., : -self._final].contiguous(), features[..., -self._final :])
 
     def _prefetch(self) -> None:
         self._next = self._reader.submit(self._read, self._coming[0]) if self._coming else None

@@ -286,10 +286,7 @@ def draft_shape(config: Config, text: Any, path: str) -> DraftShape:
     inherited |= _visibility(draft)
     if begun_from:
         inherited |= {name: getattr(begun_from, name) for name in inherited if name not in VISIBILITY}
-        of_kind = {field.name for field in dataclasses.fields(kind.Shape)} - {
-            field.name for field in dataclasses.fields(DraftShape)
-        }
-        inherited |= {name: getattr(begun_from, name) for name in of_kind if hasattr(begun_from, name)}
+        inherited |= {name: getattr(begun_from, name) for name in kind.Shape.of_kind() if hasattr(begun_from, name)}
     if begun_from and draft.window is None and not draft.causal:  # unless another one is asked for
         inherited |= {name: getattr(begun_from, name) for name in inherited if name in VISIBILITY}
     stated = {name: getattr(draft, name, None) for name in inherited}

@@ -113,7 +113,7 @@ class TrainingStep:
 
     def capture(self, batch: Batch) -> Output:
         """What the target gives."""
-        return self.target.run(batch, self.config.needs_final)
+        return self.target.run(batch, self.objective.distance.needs_target)
 
     def propose(self, draft: nn.Module, batch: Batch, output: Output) -> torch.Tensor:
         """The hidden states [B, A * K, H] of all slots."""

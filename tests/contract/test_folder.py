@@ -20,6 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     repeat_kv,
 )
 
+from dflash_dist.contract import folder as module
 from dflash_dist.contract.folder import find_draft, from_config, read_draft, refuse_mismatch, write_draft
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.draft.layers import ContextCache
@@ -486,8 +487,19 @@ def test_the_published_model_computes_what_ours_computes(draft, published, lengt
 
 
 def test_a_mistyped_folder_and_a_target_are_no_drafts(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        if name != "drafts/of-the-hub":
+            raise FileNotFoundError("no such repository")
+        return str(tmp_path / "cached")
+
+    monkeypatch.setattr(module, "snapshot_download", snapshot_download)
     (tmp_path / "drafts/mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
+    # An organisation of the hub whose other drafts lie here in a folder of its name.
+    assert find_draft("drafts/of-the-hub") == tmp_path / "cached" and asked == ["drafts/of-the-hub"]
     with pytest.raises(ValueError, match="there is no draft folder drafts/mien: in drafts are mine"):
         find_draft("drafts/mien")
     (tmp_path / "drafts/mine/config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')

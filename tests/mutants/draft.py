@@ -496,9 +496,9 @@ MUTANTS = [
     ),
     Mutant(
         "features with the final state also serve where it is not asked for",
-        "dflash_dist/target/run.py",
-        "features[..., -self._final :] if final else None",
-        "features[..., -self._final :]",
+        "dflash_dist/objective/objective.py",
+        "        if self.distance.needs_target:\n            assert",
+        "        if final is not None:\n            assert",
         TEST_DISTANCE,
     ),
 ]

@@ -123,8 +123,9 @@ class DFlash2DraftModel(DFlashDraftModel):
     def to_config(cls, shape: DraftShape, dtype: str) -> dict[str, Any]:
         assert isinstance(shape, DFlash2Shape)
         config = super().to_config(shape, dtype)
-        sizes = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
-        return config | {"dflash_config": config["dflash_config"] | {name: getattr(shape, name) for name in sizes}}
+        return config | {
+            "dflash_config": config["dflash_config"] | {name: getattr(shape, name) for name in shape.of_kind()}
+        }
 
     def judge(
         self,
