@@ -106,14 +106,15 @@ class Interrupted:
 
     def __init__(self, path: Path):
         self.file, self.name = FileSource(path), str(path)
+        self.others = {child.pid for child in multiprocessing.active_children()}  # such as ranks of other tests
 
     def identity(self) -> str:
         return self.file.identity()
 
     def chunks(self, look: Look) -> Iterator[Chunk]:
         for chunk in self.file.chunks(look):
-            for worker in multiprocessing.active_children():
-                os.kill(worker.pid, signal.SIGINT)
+            for pid in {child.pid for child in multiprocessing.active_children()} - self.others:
+                os.kill(pid, signal.SIGINT)
             yield chunk
 
 
