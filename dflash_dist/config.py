@@ -137,7 +137,10 @@ class DataConfig(Section):
 
 @dataclass
 class DraftConfig(Section):
-    kind: str = knob("dflash", "kind of draft", FIXED)
+    kind: str = knob("dflash", "kind of draft: dflash, dflash2 or dspark", FIXED)
+    options: dict[str, Any] = knob(
+        {}, "what only this kind has, by the names in its config.json, such as markov_rank: 64 of dspark", FIXED
+    )
     mask_token_id: int | None = knob(
         None,
         "id of the mask token: reserved, inside the vocabulary, not pad, eos or bos; null: the first token that no text"

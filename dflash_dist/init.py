@@ -29,6 +29,7 @@ from dflash_dist.cost.rank import one_rank, with_knobs
 from dflash_dist.data.rows import make_encoder
 from dflash_dist.data.sample import Sample, look_at
 from dflash_dist.data.template import ChatTemplate
+from dflash_dist.draft.kinds import kind_of
 from dflash_dist.files import whole, writing
 from dflash_dist.machine import TOO_SLOW, bfloat16_slowdown
 from dflash_dist.options import argument, option, parse
@@ -174,6 +175,8 @@ def decide_data(knobs: Knobs, options: InitOptions, info: TargetInfo) -> Sample 
 
 
 def decide_draft(knobs: Knobs, info: TargetInfo, sample: Sample | None) -> None:
+    for name, value in kind_of(knobs["draft.kind"]).published.items():
+        knobs.decide(name, value, f"as {knobs['draft.kind']} was published")
     found = sample.found if sample else set()
     ids, token = choose(knobs.config, info, found)
     knobs.decide("target.layer_ids", *ids)

@@ -48,6 +48,8 @@ RECORD = {
 # Tensors are listed by layer, and their sizes multiplied; what rules of their own are about may be any number.
 MOST = {"num_layers": 1000, "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1}
 WIDEST = 2**20
+# What engines take where a config does not say it, among what is the same in all drafts of a kind.
+TAKEN_FOR_GRANTED = {"hidden_act": "silu", "sample_from_anchor": True}
 
 
 def expected_tensors(kind: type[Draft], shape: DraftShape, attention_bias: bool = False) -> Sizes:
@@ -135,7 +137,8 @@ def variants(config: dict[str, Any], shape: DraftShape) -> list[str]:
     """What makes a draft another model than its kind computes here, though engines may know it."""
     ours = kind_of_config(config).to_config(shape, dtype="")
     inner, rope = config.get("dflash_config") or {}, config.get("rope_parameters") or {}
-    found = {key: config.get(key) for key in ("hidden_act",) if config.get(key) not in (None, ours[key])}
+    stated = {key: config.get(key, default) for key, default in TAKEN_FOR_GRANTED.items() if key in ours}
+    found = {key: value for key, value in stated.items() if value != ours[key]}
     found |= {key: config[key] for key in ("attention_bias", "rope_scaling") if config.get(key)}
     found |= {key: value for key, value in rope.items() if (ours | ours["rope_parameters"]).get(key) != value}
     found |= {key: value for key, value in inner.items() if key not in ours | ours["dflash_config"] | VISIBILITY}

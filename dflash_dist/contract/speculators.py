@@ -21,7 +21,7 @@ VERSION = "0.9.0"
 METHOD = "speculators_model_type"  # the key by which a config of this layout is known
 # Its types of drafts, called as ours, with the class that engines know each by; and the keys that stand at the
 # top level instead of in `dflash_config`.
-TYPES = {name: KINDS[name].architecture for name in ("dflash", "dflash2")}
+TYPES = {name: KINDS[name].architecture for name in ("dflash", "dflash2", "dspark")}
 OF_TYPE = [key for name in TYPES for key in KINDS[name].Shape.of_kind()]
 OUTSIDE = ("architectures", "dtype", "block_size", "num_target_layers")  # of the decoder's config, at the top level
 
@@ -47,7 +47,8 @@ def to_speculators(config: dict[str, Any], target: str, architectures: list[str]
             " dflash"
         )
     inner = config["dflash_config"]
-    decoder = {key: value for key, value in config.items() if key not in (*OUTSIDE, "dflash_config", "is_causal")}
+    elsewhere = (*OUTSIDE, *inner, "dflash_config", "is_causal")
+    decoder = {key: value for key, value in config.items() if key not in elsewhere}
     return {
         **{key: config[key] for key in OUTSIDE},  # vLLM knows the layout by the absence of model_type
         METHOD: types[0],
@@ -93,7 +94,8 @@ def from_speculators(config: dict[str, Any], where: str = "a draft's config.json
         inner["sample_from_anchor"] = True
     if config.get("draft_vocab_size", decoder.get("vocab_size")) != decoder.get("vocab_size"):
         inner["draft_vocab_size"] = config["draft_vocab_size"]
-    stated = {key: config[key] for key in (*OUTSIDE, "sliding_window_non_causal") if key in config}
+    stated = {key: config[key] for key in (*OUTSIDE, *OF_TYPE, "sliding_window_non_causal") if key in config}
+    stated["sample_from_anchor"] = bool(config.get("sample_from_anchor"))
     if "sliding_attention" in (decoder.get("layer_types") or ()):
         stated["is_causal"] = not config.get("sliding_window_non_causal", True)
-    return decoder | stated | {"architectures": [TYPES[config[METHOD]]], "dflash_config": inner}
+    return decoder | inner | stated | {"architectures": [TYPES[config[METHOD]]], "dflash_config": inner}

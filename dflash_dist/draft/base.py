@@ -7,7 +7,8 @@ Whoever trains, writes, checks, plans or decodes with a draft asks for nothing e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,16 +17,17 @@ from torch import nn
 from dflash_dist.batch import Batch
 from dflash_dist.draft.layers import DraftLayer, RMSNorm
 from dflash_dist.draft.shape import DraftShape
+from dflash_dist.kernels.cross_entropy import Seen
 
 # Chooses tokens for the next slots from their logits [N, V]; the second argument says how many slots come before.
 Choose = Callable[[torch.Tensor, int], list[int]]
 
 
 class Judgement(NamedTuple):
-    """What a kind that chooses among candidates says of slots with labels, each [N] float32."""
+    """What a kind says of slots with labels by scores of its own, each [N] float32."""
 
     loss: torch.Tensor  # of its own scores, with gradient
-    correct: torch.Tensor  # 1 where its choice, given the label before, is the label
+    correct: torch.Tensor | None  # 1 where its choice, given the label before, is the label; None: as the logits say
     shown: dict[str, torch.Tensor]  # other shares, by name
 
 
@@ -41,7 +43,10 @@ class Draft(nn.Module):
     norm: RMSNorm  # of the last layer's hidden states
 
     architecture: ClassVar[str]  # in config.json
-    candidates: int = 0  # the likeliest tokens of a slot, among which a kind's own scores choose; 0: it has none
+    method: ClassVar[str] = "dflash"  # what vLLM calls it, and in capitals SGLang
+    engines: ClassVar[tuple[str, ...]] = ("vLLM", "SGLang", "transformers")  # that serve it
+    published: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # knobs besides those of all kinds, and their values
+    candidates: int = 0  # the likeliest tokens of a slot that `judge` looks at
     Shape: ClassVar[type[DraftShape]] = DraftShape  # a kind with more to tell has a shape of its own
     shape: DraftShape
 
@@ -76,36 +81,37 @@ class Draft(nn.Module):
         """
         raise NotImplementedError
 
-    def judge(
-        self,
-        states: torch.Tensor,
-        labels: torch.Tensor,
-        previous: torch.Tensor,
-        ids: torch.Tensor,
-        logits: torch.Tensor,
-    ) -> Judgement:
-        """What training shows a kind with `candidates`, in the order of decoding: each slot's choice behind the label
-        before it.
+    def added(self, states: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What a kind adds to the logits of slots, as a product of learned rows [.., T, r] and a learned table [V, r]:
+        few numbers, with which the loss goes through the logits in chunks. None where it adds nothing.
+
+        Args:
+            states: [.., T, H], hidden states of the first T slots of blocks, behind the anchors.
+            previous: [.., T], the token before each.
+        """
+        return None
+
+    def judge(self, states: torch.Tensor, previous: torch.Tensor, seen: Seen) -> Judgement | None:
+        """What training shows a kind with scores of its own, in the order of decoding: each slot behind the label
+        before it. None where it has none.
 
         Args:
             states: [N, H], hidden states of slots.
-            labels: [N].
             previous: [N], the token before each.
-            ids: [N, candidates + 1], the likeliest tokens, the first one likeliest, and behind them the label.
-            logits: [N, candidates + 1], theirs in float32, with gradient.
+            seen: of the same slots.
         """
-        raise NotImplementedError
+        return None
 
     def compile_layers(self) -> None:
         """Lets the training's forward run compiled from here on."""
         raise NotImplementedError
 
     def scores(self, hidden: torch.Tensor, previous: torch.Tensor | None, head: torch.Tensor) -> torch.Tensor:
-        """The logits [N, V] of slots.
+        """The logits [T, V] of the first T slots of a block, behind its anchor.
 
         Args:
-            hidden: [N, H], of their hidden states.
-            previous: [N], the token before each of them; None where a kind does not look at it.
+            hidden: [T, H], their hidden states.
+            previous: [T], the token before each of them; None where a kind does not look at it.
             head: [V, H], the target's.
         """
         return hidden @ head.T

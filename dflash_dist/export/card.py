@@ -11,6 +11,7 @@ import yaml
 
 from dflash_dist import __version__
 from dflash_dist.config import Config
+from dflash_dist.draft.base import Draft
 from dflash_dist.draft.shape import DraftShape
 from dflash_dist.reading import is_kind
 
@@ -24,6 +25,7 @@ class Card:
     name: str  # of the draft's folder
     target: str  # hub id, or the name of a folder
     on_hub: bool  # whether it is a hub id
+    kind: type[Draft]
     shape: DraftShape
     parameters: int
     dtype: str
@@ -57,7 +59,7 @@ class Card:
             "captured layers": f"outputs of decoder layers {ids} of {shape.num_target_layers}, counted from 0",
             "block": f"{shape.proposals + 1} tokens: the anchor and {shape.proposals} proposals",
             "mask token": shape.mask_token_id,
-            "draft": f"{shape.num_layers} layers, {self.parameters:,} parameters, {self.dtype}",
+            "draft": f"{self.run.draft.kind}, {shape.num_layers} layers, {self.parameters:,} parameters, {self.dtype}",
             "layers see": seen_by(shape),
             "begun from": starts.get(self.run.draft.init) or shown(self.run.draft.init),
             "data": sources(data.path),
@@ -103,31 +105,37 @@ the share of passes that accepted the first k proposals.
 
 Render chats as the training did, or acceptance suffers: with the template arguments `{json.dumps(arguments)}`, which
 `--default-chat-template-kwargs` gives vLLM and `chat_template_kwargs` in a request gives either server."""
-        commands = SPECULATORS if self.layout == "speculators" else PUBLISHED
+        engines = self.kind.engines
+        served = [SPECULATORS] if self.layout == "speculators" else [PUBLISHED[name] for name in engines]
+        others = [name for name in PUBLISHED if name not in engines]
+        if others:
+            served.append(f"No class of {' or '.join(others)} knows this kind of draft, {self.kind.architecture}.")
+        told = {"method": self.kind.method, "algorithm": self.kind.method.upper(), "target": self.target}
+        commands = "\n\n".join(served).format(**told, draft=self.name, proposals=block - 1, block=block)
         return f"""## Serve
 
 Paths are seen from the folder that holds `{self.name}`. Serve blocks of {block} tokens, as trained: vLLM counts
 the {block - 1} proposals of a block, SGLang all its {block} tokens.{rendering}
 
-{commands.format(target=self.target, draft=self.name, proposals=block - 1, block=block)}"""
+{commands}"""
 
 
-PUBLISHED = """vLLM:
-
-```bash
+BY_VLLM = """```bash
 vllm serve {target} \\
-    --speculative-config '{{"method": "dflash", "model": "{draft}", "num_speculative_tokens": {proposals}}}'
-```
+    --speculative-config '{{"method": "{method}", "model": "{draft}", "num_speculative_tokens": {proposals}}}'
+```"""
+PUBLISHED = {
+    "vLLM": f"""vLLM:
 
-SGLang:
+{BY_VLLM}""",
+    "SGLang": """SGLang:
 
 ```bash
-python -m sglang.launch_server --model-path {target} --speculative-algorithm DFLASH \\
+python -m sglang.launch_server --model-path {target} --speculative-algorithm {algorithm} \\
     --speculative-draft-model-path {draft} --speculative-num-draft-tokens {block}
-```
-
-transformers, with the class of [z-lab/dflash](https://github.com/z-lab/dflash), which drafts blocks of {block} tokens,
-as the config says:
+```""",
+    "transformers": """transformers, with the class of [z-lab/dflash](https://github.com/z-lab/dflash), which drafts
+blocks of {block} tokens, as the config says:
 
 ```python
 from dflash.model import DFlashDraftModel
@@ -137,22 +145,20 @@ draft = DFlashDraftModel.from_pretrained("{draft}", dtype="auto", device_map="cu
 target = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto", device_map="cuda:0").eval()
 tokenizer = AutoTokenizer.from_pretrained("{target}")
 # draft.spec_generate(target=target, input_ids=..., max_new_tokens=256, stop_token_ids=[tokenizer.eos_token_id])
-```"""
-SPECULATORS = """vLLM, which finds the target and the number of proposals in this folder's config:
+```""",
+}
+SPECULATORS = f"""vLLM, which finds the target and the number of proposals in this folder's config:
 
 ```bash
-vllm serve {draft}
+vllm serve {{draft}}
 ```
 
 or, with a target at another place:
 
-```bash
-vllm serve {target} \\
-    --speculative-config '{{"method": "dflash", "model": "{draft}", "num_speculative_tokens": {proposals}}}'
-```
+{BY_VLLM}
 
-This is the layout of the [speculators](https://github.com/vllm-project/speculators) library. For SGLang and the class
-of z-lab/dflash, export with `--format dflash`."""
+This is the layout of the [speculators](https://github.com/vllm-project/speculators) library. For other
+engines, export with `--format dflash`."""
 
 
 def seen_by(shape: DraftShape) -> str:

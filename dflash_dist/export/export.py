@@ -75,6 +75,7 @@ def export(options: ExportOptions) -> None:
         name=called(out, shown(base_model)),
         target=shown(base_model),
         on_hub=shown(base_model) == base_model and looks_like_hub_id(base_model),
+        kind=kind,
         shape=shape,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         dtype=options.dtype,
@@ -90,9 +91,10 @@ def export(options: ExportOptions) -> None:
             with whole(out / name) as file:
                 file.write_text(text)
     print(f"exported {folder} to {out} ({options.dtype}); serve it with blocks of {shape.proposals + 1} tokens:")
-    print(f"  vLLM    num_speculative_tokens={shape.proposals}")
-    if options.format == "dflash":
-        print(f"  SGLang  --speculative-num-draft-tokens {shape.proposals + 1}")
+    print(f"  vLLM    method {kind.method}, num_speculative_tokens={shape.proposals}")
+    if options.format == "dflash" and "SGLang" in kind.engines:
+        tokens = f"--speculative-num-draft-tokens {shape.proposals + 1}"
+        print(f"  SGLang  --speculative-algorithm {kind.method.upper()} {tokens}")
     if config.data.template_args:
         print(f"  with the chat template arguments of its training: {json.dumps(config.data.template_args)}")
 

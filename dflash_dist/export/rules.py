@@ -79,6 +79,24 @@ def architecture(draft: Folder) -> list[str]:
     return found
 
 
+def of_kind(draft: Folder) -> list[str]:
+    ours, config = draft.kind.to_config(draft.shape, dtype=""), draft.config
+    stated = (name for name in (*draft.shape.of_kind(), "mask_token_id", "target_layer_ids") if name in ours)
+    return [
+        f"{name} is {config[name]} at the top level, {ours[name]} below"
+        if name in config
+        else f"{name} is missing there"
+        for name in stated
+        if config.get(name) != ours[name]
+    ]
+
+
+def markov_head(draft: Folder) -> list[str]:
+    kind, sees = (getattr(draft.shape, name, None) for name in ("markov_head_type", "confidence_head_with_markov"))
+    found = [] if kind in (None, "vanilla") else [f"markov_head_type is {kind}"]
+    return found if sees is not False else [*found, "confidence_head_with_markov is false"]
+
+
 def model_type(draft: Folder) -> list[str]:
     return [f"it is {kind}"] if (kind := draft.config.get("model_type", "qwen3")) != "qwen3" else []
 
@@ -293,6 +311,8 @@ RULES = [
     Rule("heads and activation", sizes, "vLLM and SGLang refuse them"),
     Rule("as trained", as_trained, "no engine can tell: it drafts worse, or nothing right"),
     Rule("training record", recorded, "only drafts written here have it, so that edits of the config show", "note"),
+    Rule("keys at the top level", of_kind, "vLLM and SGLang read them there, or take their own defaults"),
+    Rule("Markov head", markov_head, "vLLM computes a vanilla one whatever the type; SGLang refuses such confidence"),
     Rule("model type", model_type, "transformers and vLLM fill the config's gaps with that model's defaults", "note"),
     Rule("dtype", stated_dtype, "transformers casts to the config's, vLLM to the target's", "note"),
     Rule("mask embedding", mask_embedding, "vLLM uses it instead of the target's, other engines do not", "note"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,59 +62,110 @@ def even_chunk(count: int, chunk: int) -> int:
     return math.ceil(count / max(math.ceil(count / chunk), 1))
 
 
+class Seen(NamedTuple):
+    """What a pass over the logits of slots showed of each of them, in float32 where nothing else is said."""
+
+    nll: torch.Tensor  # [N], of the label
+    correct: torch.Tensor  # [N], 1 where the likeliest token is the label
+    accepted: torch.Tensor  # [N]: the overlap of the draft's probabilities with the target's; `correct` where those are
+    # not looked at
+    ids: torch.Tensor  # [N, candidates + 1] int64, the likeliest tokens, the first one likeliest; behind them the label
+    logits: torch.Tensor  # [N, candidates + 1], theirs, with gradient
+
+    @staticmethod
+    def room_for(labels: torch.Tensor, candidates: int) -> Seen:
+        """To be filled in."""
+        nll, correct, accepted = (torch.empty(len(labels), device=labels.device) for _ in range(3))
+        ids = torch.cat([labels.new_empty(len(labels), candidates), labels[:, None]], dim=1)
+        return Seen(nll, correct, accepted, ids, nll.new_empty(ids.shape))
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, labels, chunk, candidates=0, distance=CROSS_ENTROPY, theirs=None):
-        """For hidden [N, H], and `theirs` [N, H], what the target's LM head reads where it foresees the labels, if the
-        distance needs that:
+    def forward(
+        ctx,
+        hidden,
+        head,
+        labels,
+        chunk,
+        candidates=0,
+        distance=CROSS_ENTROPY,
+        theirs=None,
+        rows=None,
+        table=None,
+        weights=None,
+    ):
+        """
+        Args:
+            hidden: [N, H].
+            head: [V, H], frozen; its dtype is that of the products.
+            labels: [N].
+            chunk: slots whose logits exist at once.
+            candidates: how many of the likeliest tokens are returned.
+            theirs: [N, H], what the target's LM head reads where it foresees the labels, if the distance needs that.
+            rows: [N, r] with gradient, and
+            table: [V, r] with gradient: their product is added to the logits.
+            weights: [N], only with a table: what each slot's loss counts. The gradient of the table is a sum over slots
+                which is added up while their logits exist.
 
         Returns:
-            loss [N] float32, the distance, with gradient; nll [N] float32 of the label; correct [N] float32; ids
-            [N, candidates + 1] of the likeliest tokens, and behind them the label; their logits in float32, with
-            gradient.
+            The distance [N] float32 with gradient, or with a table its weighted sum; and the parts of `Seen`.
         """
+        assert table is None or not candidates, "the logits of candidates have no gradient to the table"
         count, vocab = len(hidden), len(head)
-        loss, nll, correct = (torch.empty(count, device=hidden.device) for _ in range(3))
-        ids = torch.cat([labels.new_empty(count, candidates), labels[:, None]], dim=1)
-        chosen = nll.new_empty(ids.shape)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        loss, seen = torch.empty(count, device=hidden.device), Seen.room_for(labels, candidates)
+        learns = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if learns else None
+        of_rows, of_table = (torch.zeros_like(of) if learns and of is not None else None for of in (rows, table))
         size = even_chunk(count, chunk)
         tile, width = suitable_tile(size, vocab, head.is_cuda), vocab if head.is_cuda else CPU_WORDS
         tile = tile if theirs is None else min(tile, TEACHER_TILE)
         with torch.autocast(hidden.device.type, enabled=False):
-            rows = hidden.to(head.dtype)
+            factors = [(hidden.to(head.dtype), head)]
+            if table is not None:
+                factors.append((rows.to(head.dtype), table.to(head.dtype)))
             logits = head.new_empty(size, vocab)
             wide = None if head.dtype == torch.float32 else head.new_empty(tile, vocab, dtype=torch.float32)
             told = _Teacher(theirs.to(head.dtype), head, distance, size, tile) if theirs is not None else None
             for part in (slice(start, min(start + size, count)) for start in range(0, count, max(size, 1))):
                 some = logits[: part.stop - part.start]
-                _multiply(rows[part], head, width, out=some)
+                _multiply([(left[part], right) for left, right in factors], width, out=some)
                 if told:
                     told.look_at(part, width)
-                parts = (of[part].split(tile) for of in (labels[:, None], loss, nll, correct, ids, chosen))
+                parts = (of[part].split(tile) for of in (labels[:, None], loss, *seen))
                 for number, (few, label, *filled) in enumerate(zip(some.split(tile), *parts)):
                     _to_gradient(few, label, *filled, wide, told and told.tile(number))  # type: ignore[call-arg]
                 if gradient is not None:
                     gradient[part] = some @ head
-        ctx.save_for_backward(gradient, ids, head)
+                if of_rows is not None and of_table is not None:
+                    left, right = factors[1]
+                    of_rows[part] = some @ right
+                    of_table += some.T @ (weights[part, None] * left[part]).to(some.dtype)
+        ctx.save_for_backward(gradient, of_rows, of_table, weights, seen.ids, head)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(nll, correct, ids)
-        return loss, nll, correct, ids, chosen
+        ctx.mark_non_differentiable(*seen[:-1])
+        return loss if weights is None else (weights * loss).sum(), *seen
 
     @staticmethod
-    def backward(ctx, d_loss, _nll, _correct, _ids, d_chosen):
-        gradient, ids, head = ctx.saved_tensors
-        result = gradient * d_loss[:, None].to(gradient.dtype)
-        if d_chosen is not None:
-            of_chosen = F.embedding_bag(ids, head, per_sample_weights=d_chosen.to(head.dtype), mode="sum")
+    def backward(ctx, d_loss, *d_seen):
+        gradient, of_rows, of_table, weights, ids, head = ctx.saved_tensors
+        of_each = (d_loss if weights is None else weights * d_loss)[:, None]
+        result = gradient * of_each.to(gradient.dtype)
+        if (d_logits := d_seen[-1]) is not None:
+            of_chosen = F.embedding_bag(ids, head, per_sample_weights=d_logits.to(head.dtype), mode="sum")
             result += of_chosen.to(result.dtype)
-        return result, *[None] * 6
+        if of_table is None:
+            return result, *[None] * 9
+        return result, *[None] * 6, of_rows * of_each, of_table * d_loss, None
 
 
-def _multiply(rows: torch.Tensor, head: torch.Tensor, width: int, out: torch.Tensor) -> None:
-    """Logits [N, V], by as many words at once."""
-    for columns, words in zip(out.split(width, dim=1), head.split(width)):
+def _multiply(factors: Sequence[tuple[torch.Tensor, torch.Tensor]], width: int, out: torch.Tensor) -> None:
+    """The sum of products of rows [N, *] and tables [V, *], by as many words at once."""
+    (rows, head), *more = factors
+    for place, (columns, words) in enumerate(zip(out.split(width, dim=1), head.split(width))):
         torch.mm(rows, words.T, out=columns)
+        for also, table in more:
+            columns.addmm_(also, table[place * width : (place + 1) * width].T)
 
 
 class _Teacher:
@@ -127,16 +178,23 @@ class _Teacher:
 
     def look_at(self, part: slice, width: int) -> None:
         self._some = self._logits[: part.stop - part.start]
-        _multiply(self.states[part], self.head, width, out=self._some)
+        _multiply([(self.states[part], self.head)], width, out=self._some)
 
     def tile(self, number: int) -> Callable[..., None]:
         few = self._some.split(self.size)[number]
         return functools.partial(self._to_gradient, self._wide[: len(few)].copy_(few))
 
     def _to_gradient(
-        self, theirs: torch.Tensor, logits: torch.Tensor, label: torch.Tensor, loss: torch.Tensor, nll: torch.Tensor
+        self,
+        theirs: torch.Tensor,
+        logits: torch.Tensor,
+        label: torch.Tensor,
+        loss: torch.Tensor,
+        nll: torch.Tensor,
+        accepted: torch.Tensor,
     ) -> None:
-        """Turns logits [N, V] in float32 into the gradient of the distance to `theirs`, in place, and fills in loss."""
+        """Turns logits [N, V] in float32 into the gradient of the distance to `theirs`, in place, and fills in loss and
+        accepted."""
         ce, kl, tv, lk = self.distance
         of_both = logits.logsumexp(-1) - theirs.logsumexp(-1)
         p = theirs.softmax(-1)
@@ -144,7 +202,8 @@ class _Teacher:
         q = torch.softmax(logits, -1, out=logits)
         difference = q - p
         apart = difference.abs().sum(-1) / 2
-        share = torch.exp(-LK_DECAY * (1 - apart))
+        accepted.copy_(1 - apart)
+        share = torch.exp(-LK_DECAY * accepted)
         of_kl, of_tv = kl + lk * share, tv + lk * (1 - share)
         loss.copy_(ce * nll + of_kl * divergence + of_tv * apart)
         sign = difference.sign()
@@ -160,13 +219,14 @@ def _to_gradient(
     loss: torch.Tensor,
     nll: torch.Tensor,
     correct: torch.Tensor,
+    accepted: torch.Tensor,
     ids: torch.Tensor,
     chosen: torch.Tensor,
     wide: torch.Tensor | None,
     told: Callable[..., None] | None,
 ) -> None:
-    """Turns logits [N, V] into their gradient, softmax - one-hot unless `told` otherwise, in place; fills in loss, nll
-    and correct [N], ids and their logits [N, candidates + 1].
+    """Turns logits [N, V] into their gradient, softmax - one-hot unless `told` otherwise, in place; fills in the rest,
+    as `Seen` has it.
 
     In float32: `wide` is room for that where the logits are not. The difference too, since a bfloat16 knows nothing
     between 0.996 and 1, where the probability of a label that has been learned lies.
@@ -180,12 +240,13 @@ def _to_gradient(
     correct[:] = (best == label)[:, 0]
     if told:
         torch.sub(exact.logsumexp(-1, keepdim=True), label_logit, out=nll[:, None])
-        told(exact, label, loss, nll)
+        told(exact, label, loss, nll, accepted)
     else:
         torch.softmax(exact, -1, out=exact)
         # The most likely token's probability is 1 / Σ exp(logit - peak): exact, where the label's own may be 0.
         torch.sub(peak - label_logit, exact.gather(1, best).log(), out=nll[:, None])
         loss.copy_(nll)
+        accepted.copy_(correct)
         exact.scatter_add_(1, label, torch.full_like(peak, -1))
     if wide is not None:
         logits.copy_(exact)

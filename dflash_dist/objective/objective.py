@@ -6,14 +6,13 @@ depend on what the draft got right.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from dflash_dist.batch import Batch
-from dflash_dist.kernels.cross_entropy import CROSS_ENTROPY, ChunkedCrossEntropy, Distance, suitable_chunk
+from dflash_dist.kernels.cross_entropy import CROSS_ENTROPY, ChunkedCrossEntropy, Distance, Seen, suitable_chunk
 from dflash_dist.objective.statistics import BASE, Sums, measure
 from dflash_dist.objective.weights import dpace_weights
 
@@ -25,16 +24,48 @@ class Terms(NamedTuple):
     sums: Sums  # without gradient
 
 
+class Kind(Protocol):
+    """What the loss asks of a draft, as `Draft` has it."""
+
+    candidates: int
+
+    def added(self, states: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None: ...
+
+    def judge(
+        self, states: torch.Tensor, previous: torch.Tensor, seen: Seen
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]] | None: ...
+
+
+class Slots:
+    """The slots of a micro-batch that enter the head: those whose labels count, and padding."""
+
+    def __init__(self, batch: Batch):
+        self.index, self._shape = batch.weighted, batch.weights.shape
+        self.labels, self.weights = (of.flatten()[self.index] for of in (batch.labels, batch.weights))
+        self.weights[batch.count :] = 0  # padding repeats slot 0; it must neither train nor count
+        self.real = (self.weights > 0).float()
+
+    def states(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, H], of [B, A*K, H] with the anchors."""
+        behind_anchor = self.index + self.index // self._shape[-1] + 1
+        return hidden.flatten(0, 1).index_select(0, behind_anchor)
+
+    def grid(self, values: torch.Tensor) -> torch.Tensor:
+        """[N] -> [B*A, K-1], 0 where no label counts."""
+        flat = torch.zeros(self._shape.numel(), device=values.device)
+        return flat.index_add(0, self.index, values * self.real).view(self._shape).flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class Objective:
-    """Cross-entropy of the labels, weighted by slot, and with the same weights what a kind's own scores lose."""
+    """The distance to the labels or to the target, weighted by slot, and with the same weights what a kind's own scores
+    lose."""
 
     dpace_alpha: float | None = None  # weighs slots by `dpace_weights` instead of by those of the batch
     chunk: int | None = None  # slots whose logits exist at once; None: what suits the device
-    candidates: int = 0  # the likeliest tokens that `judge` is given, as `Draft.judge` takes them
-    judge: Callable[..., tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]] | None = None
-    judge_weight: float = 1.0  # of its loss
     distance: Distance = CROSS_ENTROPY
+    kind: Kind | None = None  # the draft; None: one whose logits are its hidden states times the head
+    kind_weight: float = 1.0  # of what its own scores lose
 
     def __call__(
         self, hidden: torch.Tensor, head: torch.Tensor, batch: Batch, final: torch.Tensor | None = None
@@ -50,38 +81,47 @@ class Objective:
             The loss, and sums from the same pass. Their losses are weighted as the batch says, whatever the objective,
             so that runs can be compared.
         """
-        labels = batch.labels.flatten()[batch.weighted]
-        weights = batch.weights.flatten()[batch.weighted]
-        weights[batch.count :] = 0  # padding repeats slot 0; it must neither train nor count
-        # In [B*A*K], behind each block's anchor slot.
-        predicted = batch.weighted + batch.weighted // batch.weights.shape[-1] + 1
-        states = hidden.flatten(0, 1).index_select(0, predicted)
+        slots = Slots(batch)
+        states, previous = slots.states(hidden), batch.previous.flatten(0, 1)
         chunk = self.chunk or suitable_chunk(len(head), head.is_cuda)
+        candidates = self.kind.candidates if self.kind else 0
         theirs = None
         if self.distance.needs_target:
             assert final is not None, "who asks the target for its features asks for this, too"
             theirs = foreseen_by_target(final, batch)
-        loss, nll, correct, ids, logits = ChunkedCrossEntropy.apply(
-            states, head, labels, chunk, self.candidates, self.distance, theirs
-        )
-        real = (weights > 0).float()
+        of_all = states, head, slots.labels, chunk, candidates, self.distance, theirs
 
-        def grid(values: torch.Tensor) -> torch.Tensor:  # [N] -> [B*A, K-1], 0 where no label counts
-            flat = torch.zeros(batch.weights.numel(), device=values.device)
-            return flat.index_add(0, batch.weighted, values * real).view_as(batch.weights).flatten(0, 1)
+        blocks = hidden.unflatten(1, (batch.anchors.shape[1], batch.slots))[:, :, 1:].flatten(0, 1)
+        if self.kind and (added := self.kind.added(blocks, previous)):
+            rows, table = added[0].flatten(0, 1).index_select(0, slots.index), added[1]
+            weights = slots.weights
+            if self.dpace_alpha is not None:  # what the draft gets right must be known first
+                once = states.detach(), head, slots.labels, chunk, 0, CROSS_ENTROPY, None, rows.detach(), table
+                weights = self.weights(slots, ChunkedCrossEntropy.apply(*once, weights)[1])
+            loss, *parts = ChunkedCrossEntropy.apply(*of_all, rows, table, weights)
+            seen = Seen(*parts)
+        else:
+            each, *parts = ChunkedCrossEntropy.apply(*of_all)
+            seen = Seen(*parts)
+            weights = self.weights(slots, seen.nll)
+            loss = (weights * each).sum()
 
-        shown = dict[str, torch.Tensor]()
-        if self.judge:
-            previous = batch.previous.flatten()[batch.weighted]
-            own, chosen, shown = self.judge(states, labels, previous, ids, logits)
-            loss = loss + self.judge_weight * own
-            shown, correct = {BASE: correct, **shown}, chosen
-        shares = {name: grid(values) for name, values in shown.items()}
-        sums = measure(grid(nll.detach() * weights), grid(correct), batch.weights.flatten(0, 1), shares)
-        if self.dpace_alpha is not None:
-            by_learnt = dpace_weights(grid(torch.exp(-nll.detach())), grid(real), self.dpace_alpha)
-            weights = by_learnt.flatten()[batch.weighted] * real
-        return Terms((weights * loss).sum(), sums)
+        correct, shown = seen.correct, dict[str, torch.Tensor]()
+        if self.kind and (judged := self.kind.judge(states, previous.flatten()[slots.index], seen)):
+            own, chosen, shown = judged
+            if chosen is not None:
+                correct, shown = chosen, {BASE: correct, **shown}
+            loss = loss + self.kind_weight * (weights * own).sum()
+        shares = {name: slots.grid(values) for name, values in shown.items()}
+        of_slots = slots.grid(seen.nll.detach() * slots.weights), slots.grid(correct), batch.weights.flatten(0, 1)
+        return Terms(loss, measure(*of_slots, shares))
+
+    def weights(self, slots: Slots, nll: torch.Tensor) -> torch.Tensor:
+        """[N]: what each slot's loss counts."""
+        if self.dpace_alpha is None:
+            return slots.weights
+        by_learnt = dpace_weights(slots.grid(torch.exp(-nll.detach())), slots.grid(slots.real), self.dpace_alpha)
+        return by_learnt.flatten()[slots.index] * slots.real
 
 
 def foreseen_by_target(final: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import signal
+import typing
 from collections.abc import Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import yaml
 
 from dflash_dist import __version__
-from dflash_dist.config import Config, DraftConfig, load_written, to_tree
+from dflash_dist.config import Config, DraftConfig, load_written, to_tree, values
 from dflash_dist.contract.folder import check_draft, find_draft, read_draft, read_kind
 from dflash_dist.data import regenerated
 from dflash_dist.data.rows import Data, load_data, make_encoder
@@ -32,6 +33,7 @@ from dflash_dist.draft.visibility import VISIBILITY
 from dflash_dist.files import locked, whole, writing
 from dflash_dist.logs import say_phase, show_status
 from dflash_dist.ranks import World
+from dflash_dist.reading import is_kind
 from dflash_dist.target.choices import Choice, check_capture, check_mask_token, layers_to_capture, mask_token
 from dflash_dist.target.features import DATE, INDEX, read_index
 from dflash_dist.target.folder import check_decoder
@@ -136,7 +138,19 @@ def check_target(config: Config, world: World) -> tuple[Config, TargetInfo]:
         for name, choice in (("target.layer_ids", ids), ("draft.mask_token_id", token)):
             if choice.why:
                 print(f"{name}: {choice.value}, {choice.why}")
+        for line in unpublished(config):
+            print(line)
     return config.filled_in(ids.value, token.value), info
+
+
+def unpublished(config: Config) -> list[str]:
+    """How this run differs from what the draft's kind was published with, a line a knob."""
+    ours, kind = values(config), kind_of(config.draft.kind)
+    return [
+        f"{name}: {ours[name]}; draft.kind {config.draft.kind} was published with {theirs}"
+        for name, theirs in kind.published.items()
+        if ours[name] != theirs
+    ]
 
 
 def choose(config: Config, info: TargetInfo, found: Collection[int] = ()) -> tuple[Choice, Choice]:
@@ -287,6 +301,7 @@ def draft_shape(config: Config, text: Any, path: str) -> DraftShape:
     if begun_from:
         inherited |= {name: getattr(begun_from, name) for name in inherited if name not in VISIBILITY}
         inherited |= {name: getattr(begun_from, name) for name in kind.Shape.of_kind() if hasattr(begun_from, name)}
+    inherited |= _options(draft, kind)
     if begun_from and draft.window is None and not draft.causal:  # unless another one is asked for
         inherited |= {name: getattr(begun_from, name) for name in inherited if name in VISIBILITY}
     stated = {name: getattr(draft, name, None) for name in inherited}
@@ -313,6 +328,18 @@ def draft_shape(config: Config, text: Any, path: str) -> DraftShape:
             f" {draft.init if begun_from else path}: set it to at most that"
         )
     return shape
+
+
+def _options(draft: DraftConfig, kind: type[Draft]) -> dict[str, Any]:
+    """What the config says of what only this kind has."""
+    types = typing.get_type_hints(kind.Shape)
+    for name, value in draft.options.items():
+        if name not in kind.Shape.of_kind():
+            has = ", ".join(kind.Shape.of_kind()) or "none"
+            raise ValueError(f"draft.options: {name!r} is none of what draft.kind {draft.kind} has: {has}")
+        if not is_kind(value, types[name]) or (types[name] is int and value < 1):
+            raise ValueError(f"draft.options: {name} must be a {types[name].__name__}, found {value!r}")
+    return draft.options
 
 
 def _visibility(draft: DraftConfig) -> dict[str, Any]:
@@ -348,6 +375,7 @@ def _refuse_another(shape: DraftShape, begun_from: DraftShape, name: str) -> Non
     knobs = {"target_layer_ids": "target.layer_ids"} | {
         key: f"the target's {key}" for key in ("hidden_size", "vocab_size", "num_target_layers")
     }
+    knobs |= {key: f"draft.options {key}" for key in type(shape).of_kind()}
     others = [
         f"{knobs.get(key, f'draft.{key}')} is {ours[key]}, its own {theirs[key]}"
         for key in ours

@@ -63,10 +63,9 @@ class TrainingStep:
         self.objective = Objective(
             loss.alpha if loss.objective == "dpace" else None,
             loss.chunk,
-            draft.candidates,
-            draft.judge if draft.candidates else None,
-            loss.head_weight,
             Distance(**config.distances),
+            draft,
+            loss.head_weight,
         )
         self.compute_dtype = getattr(torch, config.train.precision)
         self.embedding = embedding.to(self.compute_dtype)

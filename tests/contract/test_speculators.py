@@ -96,7 +96,7 @@ def test_a_draft_of_the_library_is_read_once_the_targets_depth_is_known(folder):
     [
         ({"sample_from_anchor": True}, "sample_from_anchor True"),
         ({"draft_vocab_size": 64}, "draft_vocab_size 64"),
-        ({"speculators_model_type": "dspark"}, "speculator of type 'dspark'"),
+        ({"speculators_model_type": "xpress"}, "speculator of type 'xpress'"),
         ({"transformer_layer_config": None}, "needs transformer_layer_config"),
         ({"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids, a list"),
         ({"aux_hidden_state_layer_ids": [1, "4"]}, "aux_hidden_state_layer_ids, a list"),

@@ -188,7 +188,7 @@ def test_loss_gradients_and_what_is_shown_are_those_of_full_logits(alpha) -> Non
         if slowly:
             loss, shown = slow_loss(draft, hidden, head, case.blocks, 0.7, alpha)
         else:
-            objective = Objective(alpha, 16, draft.candidates, draft.judge, 0.7)
+            objective = Objective(alpha, 16, kind=draft, kind_weight=0.7)
             loss, sums = objective(hidden, head, case.blocks)
             statistics = Statistics.read(sums)
             shown = {"tau": statistics.tau, **statistics.of_kind}
@@ -209,7 +209,7 @@ def test_candidates_are_the_likeliest_tokens_with_their_logits(vocab: int, dtype
     generator = torch.Generator().manual_seed(0)
     hidden, head = (torch.randn(n, 32, generator=generator).to(dtype) for n in (70, vocab))
     labels = torch.randint(vocab, (70,), generator=generator)
-    _, _, _, ids, logits = ChunkedCrossEntropy.apply(hidden, head, labels, 64, 6)
+    *_, ids, logits = ChunkedCrossEntropy.apply(hidden, head, labels, 64, 6)
     exact = (hidden @ head.T).float()
     assert torch.equal(logits[:, :6], exact.topk(6).values)
     assert torch.equal(logits, exact.gather(1, ids)) and torch.equal(ids[:, 6], labels)
@@ -222,7 +222,7 @@ def test_a_micro_batch_without_an_anchor_gives_the_selector_a_gradient_of_zero()
         object.__setattr__(empty, name, getattr(empty, name) * 0 if name != "weighted" else empty.weighted[:0])
     object.__setattr__(empty, "count", 0)
     hidden = draft(empty, case.features, case.embedding)
-    Objective(None, 16, draft.candidates, draft.judge)(hidden, torch.randn(V, 64), empty).loss.backward()
+    Objective(None, 16, kind=draft)(hidden, torch.randn(V, 64), empty).loss.backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in draft.parameters())
 
 

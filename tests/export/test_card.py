@@ -75,7 +75,9 @@ def test_the_table_says_how_it_was_trained(tmp_path):
     assert table["steps"] == ["4 of 64 rows of 3072 tokens"]
     assert table["its arguments"] == ['`{"enable_thinking": false}`']
     # fc 3 * 16 * 16; q, k, v, o over 4, 2, 2, 4 heads of 4; three products of 16 and 24; norms
-    assert table["draft"] == [f"1 layers, {768 + 12 * 4 * 16 + 3 * 16 * 24 + 4 * 16 + 2 * 4:,} parameters, bfloat16"]
+    assert table["draft"] == [
+        f"dflash, 1 layers, {768 + 12 * 4 * 16 + 3 * 16 * 24 + 4 * 16 + 2 * 4:,} parameters, bfloat16"
+    ]
 
 
 def test_nothing_of_the_machine_is_in_the_card(tmp_path, monkeypatch):

@@ -252,7 +252,8 @@ def test_a_broken_draft_is_caught_by_its_rule(draft, rule, kind, break_it, text)
 
 
 def test_every_rule_is_broken_by_a_test():
-    assert BREAKS.keys() | NOTES.keys() == {"config", *(rule.name for rule in RULES)}
+    of_kinds = {"keys at the top level", "Markov head"}  # tests/draft/test_dspark.py breaks them
+    assert BREAKS.keys() | NOTES.keys() | of_kinds == {"config", *(rule.name for rule in RULES)}
     assert {name for name, *_ in TARGET_CASES} == {rule.name for rule in TARGET_RULES}
     assert all(rule.engines for rule in RULES + TARGET_RULES)
 

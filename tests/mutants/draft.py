@@ -16,6 +16,7 @@ OBJECTIVE, STATISTICS, WEIGHTS = (f"dflash_dist/objective/{name}.py" for name in
 TEST_ATTENTION, TEST_ELEMENTWISE = "tests/kernels/test_attention.py", "tests/kernels/test_elementwise.py"
 TEST_OBJECTIVE = "tests/objective/test_objective.py"
 TEST_DISTANCE = "tests/objective/test_distance.py"
+DSPARK, TEST_DSPARK = "dflash_dist/draft/kinds/dspark.py", "tests/draft/test_dspark.py"
 DFLASH2, TEST_DFLASH2 = "dflash_dist/draft/kinds/dflash2.py", "tests/draft/test_dflash2.py"
 
 MUTANTS = [
@@ -325,22 +326,22 @@ MUTANTS = [
     Mutant(
         "padding must neither train nor count",
         OBJECTIVE,
-        "    weights[batch.count :] = 0  # padding",
+        "    self.weights[batch.count :] = 0  # padding",
         "    # padding",
         TEST_OBJECTIVE,
     ),
     Mutant(
         "slot 0 is never a target: states behind the block's anchor slot",
         OBJECTIVE,
-        "batch.weighted // batch.weights.shape[-1] + 1",
-        "batch.weighted // batch.weights.shape[-1]",
+        "self.index // self._shape[-1] + 1",
+        "self.index // self._shape[-1]",
         TEST_OBJECTIVE,
     ),
     Mutant(
         "logged losses are weighted by the decay, whatever the objective",
         OBJECTIVE,
-        "grid(nll.detach() * weights), grid(correct)",
-        "grid(nll.detach()), grid(correct)",
+        "slots.grid(seen.nll.detach() * slots.weights)",
+        "slots.grid(seen.nll.detach())",
         TEST_OBJECTIVE,
     ),
     Mutant(
@@ -360,8 +361,8 @@ MUTANTS = [
     Mutant(
         "D-PACE weights carry no gradient",
         OBJECTIVE,
-        "dpace_weights(grid(torch.exp(-nll.detach()))",
-        "dpace_weights(grid(torch.exp(-nll))",
+        "dpace_weights(slots.grid(torch.exp(-nll.detach()))",
+        "dpace_weights(slots.grid(torch.exp(-nll))",
         TEST_OBJECTIVE,
     ),
     Mutant(
@@ -455,14 +456,14 @@ MUTANTS = [
     Mutant(
         "a kind's own scores weigh as much as they are told to",
         "dflash_dist/objective/objective.py",
-        "loss = loss + self.judge_weight * own",
-        "loss = loss + own",
+        "loss = loss + self.kind_weight * (weights * own).sum()",
+        "loss = loss + (weights * own).sum()",
         TEST_DFLASH2,
     ),
     Mutant(
         "the acceptance length without a kind's own scores stands beside it",
         "dflash_dist/objective/objective.py",
-        "shown, correct = {BASE: correct, **shown}, chosen",
+        "correct, shown = chosen, {BASE: correct, **shown}",
         "shown = {BASE: correct, **shown}",
         TEST_DFLASH2,
     ),
@@ -476,7 +477,7 @@ MUTANTS = [
     Mutant(
         "LK is KL where draft and target overlap little",
         "dflash_dist/kernels/cross_entropy.py",
-        "torch.exp(-LK_DECAY * (1 - apart))",
+        "torch.exp(-LK_DECAY * accepted)",
         "torch.exp(-LK_DECAY * apart)",
         TEST_DISTANCE,
     ),
@@ -500,5 +501,82 @@ MUTANTS = [
         "        if self.distance.needs_target:\n            assert",
         "        if final is not None:\n            assert",
         TEST_DISTANCE,
+    ),
+    Mutant(
+        "what a kind adds to the logits is in every block of words",
+        "dflash_dist/kernels/cross_entropy.py",
+        "columns.addmm_(also, table[place * width : (place + 1) * width].T)",
+        "columns.addmm_(also, table[: len(words)].T)",
+        TEST_DSPARK,
+    ),
+    Mutant(
+        "the gradient of a kind's table is that of the weighted loss",
+        "dflash_dist/kernels/cross_entropy.py",
+        "some.T @ (weights[part, None] * left[part]).to(some.dtype)",
+        "some.T @ left[part].to(some.dtype)",
+        TEST_DSPARK,
+    ),
+    Mutant(
+        "the gradient of a kind's table is scaled as the loss is",
+        "dflash_dist/kernels/cross_entropy.py",
+        "of_rows * of_each, of_table * d_loss, None",
+        "of_rows * of_each, of_table, None",
+        TEST_DSPARK,
+    ),
+    Mutant(
+        "D-PACE weighs a kind's table by what the draft gets right with it",
+        OBJECTIVE,
+        "None, rows.detach(), table\n",
+        "None, 0 * rows.detach(), table\n",
+        TEST_DSPARK,
+    ),
+    Mutant(
+        "DSpark: it begins as the plain draft",
+        DSPARK,
+        "self.markov_w2.weight.zero_()",
+        "self.markov_w2.weight.normal_(std=0.02)",
+        TEST_DSPARK,
+    ),
+    Mutant(
+        "DSpark: a gate lets through what the hidden state says",
+        DSPARK,
+        ".sigmoid() * before, memory",
+        ".sigmoid(), memory",
+        TEST_DSPARK,
+    ),
+    Mutant(
+        "DSpark: the recurrent head keeps what its gate says",
+        DSPARK,
+        "torch.lerp(new.tanh(), memory, gate.sigmoid())",
+        "torch.lerp(memory, new.tanh(), gate.sigmoid())",
+        TEST_DSPARK,
+    ),
+    Mutant(
+        "DSpark: the recurrent head remembers from slot to slot when decoding, too",
+        DSPARK,
+        "rows, memory = self.markov_head.rows(state, previous, memory)",
+        "rows, _ = self.markov_head.rows(state, previous, memory)",
+        TEST_DSPARK,
+    ),
+    Mutant(
+        "DSpark: confidence learns the overlap with the target, without changing it",
+        DSPARK,
+        "binary_cross_entropy_with_logits(told, seen.accepted,",
+        "binary_cross_entropy_with_logits(told, seen.correct,",
+        TEST_DSPARK,
+    ),
+    Mutant(
+        "DSpark: engines read its keys at the top level",
+        DSPARK,
+        "return config | stated | of_kind | ",
+        "return config | ",
+        TEST_DSPARK,
+    ),
+    Mutant(
+        "a draft whose anchor proposes, too, as engines take for granted, is another",
+        "dflash_dist/contract/folder.py",
+        '"sample_from_anchor": True}',
+        '"sample_from_anchor": False}',
+        TEST_DSPARK,
     ),
 ]

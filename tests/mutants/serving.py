@@ -157,8 +157,8 @@ MUTANTS = [
     Mutant(
         "the card: block − 1 proposals for vLLM",
         CARD,
-        "proposals=block - 1, block=block)",
-        "proposals=block, block=block)",
+        "proposals=block - 1, ",
+        "proposals=block, ",
         TEST_CARD,
     ),
     Mutant(
@@ -178,8 +178,8 @@ MUTANTS = [
     Mutant(
         "the card of the speculators layout has its own command",
         CARD,
-        'SPECULATORS if self.layout == "speculators" else PUBLISHED',
-        "PUBLISHED",
+        '[SPECULATORS] if self.layout == "speculators" else [',
+        "[",
         TEST_CARD,
     ),
     Mutant(

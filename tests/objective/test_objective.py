@@ -339,7 +339,7 @@ def test_sums_of_micro_batches_read_like_the_whole():
     hidden = random_hidden(blocks).detach()
 
     def sums(rows: slice) -> Sums:
-        part = {name: getattr(blocks, name)[rows] for name in ("labels", "weights")}
+        part = {name: getattr(blocks, name)[rows] for name in ("slot_ids", "labels", "weights")}
         return Objective(chunk=16)(hidden[rows], head, reweighted(replace(blocks, **part))).sums
 
     whole = Statistics.read(sums(slice(0, 3)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from dflash_dist.config import FREE, KNOBS, Config, values
 from dflash_dist.draft.kinds import KINDS
+from dflash_dist.draft.kinds.dflash import DFlashDraftModel
+from dflash_dist.draft.shape import DraftShape
 from dflash_dist.ranks import World
 from dflash_dist.target.tiny import make_tiny_chats, make_tiny_target
 from dflash_dist.training import setup
@@ -52,6 +55,7 @@ CHANGES = {
     "draft.num_attention_heads": "2",
     "draft.num_key_value_heads": "1",
     "draft.head_dim": "8",
+    "draft.options": '{{"spare":8}}',
     "draft.window": "32",
     "draft.full_layers": "[0]",
     "draft.causal": "true",
@@ -106,6 +110,15 @@ DAY_AND_SWITCH = "{{ strftime_now('%Y') }}{% if enable_thinking %}{% endif %}"  
 Load = Callable[..., Config]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShapeWithOption(DraftShape):
+    spare: int = 1
+
+
+class WithOption(DFlashDraftModel):
+    Shape = ShapeWithOption
+
+
 def identify(config: Config) -> dict[str, Any]:
     """As a trainer would, without loading the target."""
     world = World(0, 1, setup.torch.device("cpu"))
@@ -119,6 +132,7 @@ def identify(config: Config) -> dict[str, Any]:
 def load(tmp_path: Path, tiny_target: Path, debug_config, monkeypatch) -> Load:
     """The debug preset with validation and real decoding, on files of this test's own."""
     monkeypatch.setitem(KINDS, "another", KINDS["dflash"])
+    monkeypatch.setitem(KINDS, "dflash", WithOption)
     template = DAY_AND_SWITCH + (tiny_target / "chat_template.jinja").read_text()
     for name in ("target", "other-target"):
         shutil.copytree(tiny_target, tmp_path / name)

@@ -5,9 +5,14 @@ from __future__ import annotations
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.draft.kinds.dflash2 import DFlash2DraftModel
+from dflash_dist.draft.kinds.dspark import DSparkDraftModel
 
 # By the name that draft.kind gives them.
-KINDS: dict[str, type[Draft]] = {"dflash": DFlashDraftModel, "dflash2": DFlash2DraftModel}
+KINDS: dict[str, type[Draft]] = {
+    "dflash": DFlashDraftModel,
+    "dflash2": DFlash2DraftModel,
+    "dspark": DSparkDraftModel,
+}
 
 
 def kind_of(name: str) -> type[Draft]:

@@ -18,6 +18,7 @@ from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.draft.layers import ContextCache, DraftLayer, KeyValue
 from dflash_dist.draft.shape import DraftShape
 from dflash_dist.kernels.attention import Attend
+from dflash_dist.kernels.cross_entropy import Seen
 from dflash_dist.kernels.elementwise import Rope
 
 
@@ -127,24 +128,18 @@ class DFlash2DraftModel(DFlashDraftModel):
             "dflash_config": config["dflash_config"] | {name: getattr(shape, name) for name in shape.of_kind()}
         }
 
-    def judge(
-        self,
-        states: torch.Tensor,
-        labels: torch.Tensor,
-        previous: torch.Tensor,
-        ids: torch.Tensor,
-        logits: torch.Tensor,
-    ) -> Judgement:
+    def judge(self, states: torch.Tensor, previous: torch.Tensor, seen: Seen) -> Judgement:
         """The cross-entropy of the label among the candidates, where it takes the last one's place if it is none."""
-        scores = self.candidate_selector(states, previous, ids, logits)
-        found, last = ids[:, :-1] == labels[:, None], self.candidates - 1
+        scores = self.candidate_selector(states, previous, seen.ids, seen.logits)
+        candidates, labels = seen.ids[:, :-1], seen.ids[:, -1:]
+        found, last = candidates == labels, self.candidates - 1
         recalled = found.any(dim=1)
-        chosen = ids.gather(1, scores[:, :-1].argmax(dim=1, keepdim=True))[:, 0]
+        chosen = candidates.gather(1, scores[:, :-1].argmax(dim=1, keepdim=True))
         out = torch.where(recalled, self.candidates, last)[:, None]  # the label twice; or the last of the candidates
         place = torch.where(recalled, found.long().argmax(dim=1), self.candidates)
         among = scores.scatter(1, out, -torch.inf)
         loss = F.cross_entropy(among, place, reduction="none")
-        return Judgement(loss, (chosen == labels).float(), {"recall": recalled.float()})
+        return Judgement(loss, (chosen == labels)[:, 0].float(), {"recall": recalled.float()})
 
     def scores(self, hidden: torch.Tensor, previous: torch.Tensor | None, head: torch.Tensor) -> torch.Tensor:
         assert previous is not None
