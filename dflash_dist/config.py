@@ -12,6 +12,7 @@ import math
 import operator
 import shutil
 import textwrap
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -404,8 +405,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: naming the file and the key, and what to write instead.
     """
     config = read(Config, _there(path), overrides, synonyms=SYNONYMS)
-    for why in _impossible(config):
-        raise ValueError(why)
+    if reasons := list(_impossible(config)):
+        raise ValueError("\n".join(reasons))
     config.train.lr = config.lr  # so that a run's folder says what it was
     config.target.full_depth |= config.needs_final
     return config
@@ -459,10 +460,16 @@ def describe() -> str:
         if section != (section := name.rpartition(".")[0]):
             lines.append("")
         begin = f"  {name} = {json.dumps(defaults[name])}: "
+        among = [value for kind in (knob.type, *typing.get_args(knob.type)) for value in _choices(kind)]
+        begin += f"{' or '.join(among)}: " if among else ""
         lines += textwrap.wrap(
             begin + knob.metadata["description"], width, subsequent_indent=" " * 6, break_on_hyphens=False
         )
     return "\n".join(lines)
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
 
 
 def _impossible(config: Config) -> Iterator[str]:
@@ -495,7 +502,7 @@ def _impossible(config: Config) -> Iterator[str]:
             f"loss.gamma has no published value for draft.block_size {draft.block_size}: set it (16 was trained with"
             " 7, 8 with 4)"
         )
-    if (draft.block_size - 2) / config.gamma >= LIGHTEST:
+    elif (draft.block_size - 2) / config.gamma >= LIGHTEST:
         yield (
             f"loss.gamma {loss.gamma} leaves the last slot of a block of {draft.block_size} without weight: set it to"
             f" at least {math.ceil((draft.block_size - 2) / LIGHTEST)}"

@@ -73,10 +73,12 @@ def read(
     try:
         return TypeAdapter(cls).validate_python(tree or {})
     except ValidationError as error:
-        key, told = _in_words(error, tree, known, synonyms or {})
         names = {override.partition("=")[0]: override for override in overrides}
-        by = next((name for name in names if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")), None)
-        raise ValueError(f"{f'override {names[by]!r}' if by else path}: {told}") from error
+        lines = []
+        for key, told in _in_words(error, tree, known, synonyms or {}).items():
+            by = next((name for name in names if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")), None)
+            lines.append(f"{f'override {names[by]!r}' if by else path}: {told}")
+        raise ValueError("\n".join(lines)) from error
 
 
 def knobs(cls: type) -> dict[str, dataclasses.Field[Any]]:
@@ -261,25 +263,36 @@ def _at_home(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------- refusals
 
 
-def _in_words(
-    error: ValidationError, tree: Any, known: Collection[str], synonyms: Mapping[str, str]
-) -> tuple[str, str]:
-    """The key that pydantic found fault with, and why in one sentence, with the value as it was typed."""
+def _in_words(error: ValidationError, tree: Any, known: Collection[str], synonyms: Mapping[str, str]) -> dict[str, str]:
+    """The keys that pydantic found fault with, and why in one sentence each, with the value as it was typed."""
     # Of a union every type says what it found: the one that got deepest was meant.
-    found = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
+    by_field: dict[str, Any] = {}
+    for found in sorted(error.errors(include_url=False), key=lambda one: len(one["loc"])):
+        dotted, value = _place(found["loc"], tree)
+        field = next((name for name in known if f"{dotted}.".startswith(f"{name}.")), dotted)
+        by_field[field] = dotted, value, found
+    return {dotted: _sentence(dotted, value, found, known, synonyms) for dotted, value, found in by_field.values()}
+
+
+def _place(location: Sequence[str | int], tree: Any) -> tuple[str, Any]:
+    """The dotted name and the value of what pydantic calls so."""
     keys: list[str] = []
-    for part in found["loc"]:
+    for part in location:
         if isinstance(tree, list) or (isinstance(tree, dict) and part in tree):
             tree = tree[part]  # type: ignore[index]
             keys += [part] if isinstance(part, str) else []
-    dotted, message = ".".join(keys), found["msg"]
+    return ".".join(keys), tree
+
+
+def _sentence(dotted: str, value: Any, found: Any, known: Collection[str], synonyms: Mapping[str, str]) -> str:
+    message = found["msg"]
     if found["type"] == "unexpected_keyword_argument":
-        return dotted, _unknown(dotted, tree, known, synonyms)
+        return _unknown(dotted, value, known, synonyms)
     if found["type"] == "value_error":  # of our own
-        return dotted, dotted + message.removeprefix("Value error, ")
+        return dotted + message.removeprefix("Value error, ")
     for pydantics, ours in WORDS.items():
         message = re.sub(pydantics, ours, message)
-    return dotted, dotted + message + ("" if ", not " in message else f", found {_shown(tree)}")
+    return dotted + message + ("" if ", not " in message else f", found {_shown(value)}")
 
 
 WORDS = {

@@ -110,6 +110,24 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_name(load, override, m
     assert message in str(refusal.value)
 
 
+def test_all_that_is_wrong_is_told_at_once(load, tmp_path):
+    text = "target: {dtype: float16}\ntrain: {learning_rate: 3, seed: abc}\ndata: {path: {a: 2, b: x}}\n"
+    with pytest.raises(ValueError) as error:
+        load("train.epochs=-1", text=text)
+    path = tmp_path / "run.yaml"
+    assert sorted(str(error.value).splitlines()) == [
+        f"{path}: data.path.b must be a valid number, found 'x'",
+        f"{path}: target.dtype must be 'float32' or 'bfloat16', found 'float16'",
+        f"{path}: train.seed must be a valid integer, found 'abc'",
+        f"{path}: unknown key 'train.learning_rate'; did you mean 'train.lr'?",
+        "override 'train.epochs=-1': train.epochs must be greater than 0, found '-1'",
+    ]
+    with pytest.raises(ValueError) as error:
+        load("draft.window=4", "draft.block_size=12", "validate.every=5")
+    names = [line.split()[0] for line in str(error.value).splitlines()]
+    assert names == ["draft.window", "loss.gamma", "validate.every"]
+
+
 def test_an_unknown_key_in_the_file_names_the_file(load, tmp_path):
     with pytest.raises(ValueError, match=r"unknown key 'loss\.anchor'; did you mean 'loss\.anchors'\?") as refusal:
         load(text=MINIMAL + "loss: {anchor: 3}\n")

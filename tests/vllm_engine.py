@@ -62,6 +62,7 @@ UNREPAIRED = "plain, vLLM's CPU kernel unrepaired"  # tests/vllm_serve.py says o
 LAYERS, LENGTH, NEW_TOKENS, PROMPTS = 6, 256, 40, 16
 FEW = 4  # prompts for the V2 runner, which is slow in the interpreter
 WINDOW = 16  # below every prompt's length
+DSPARK = ["draft.kind=dspark", "loss.objective=decay", "loss.distance={ce: 0.1, tv: 1.8}"]
 MIXED = [f"draft.window={WINDOW}", "draft.full_layers=[1]"]
 KINDS = {
     PLAIN: [],
@@ -72,6 +73,8 @@ KINDS = {
     "mixed, causal": [*MIXED, "draft.causal=true"],
     "DFlash 2": ["draft.kind=dflash2"],
     "DFlash 2, sliding": ["draft.kind=dflash2", *MIXED[:1]],
+    "DSpark": DSPARK,
+    "DSpark, mixed": [*DSPARK, *MIXED],
 }
 Drafts = dict[str, tuple[str, Path]]  # by name: the kind of draft that it is meant to be, and its folder
 REFUSED_BY_V1 = {"mixed": "mixed sliding/full dflash drafts", "DFlash 2": "DFlash candidate-head drafts"}
@@ -187,8 +190,29 @@ def broken_windows(draft: Path) -> Drafts:
     }
 
 
+def broken_dspark(draft: Path) -> Drafts:
+    """The DSpark draft as exporters get it wrong."""
+    config, tensors = json.loads((draft / CONFIG).read_text()), load_file(draft / WEIGHTS)
+    table = "markov_head.markov_w2.weight"
+    assert tensors[table].any(), "the head learnt nothing"
+    nested = without(config, "markov_rank", "enable_confidence_head", "confidence_head_with_markov")
+    return {
+        # First, while no memory holds the same tensor of another engine.
+        "DSpark, a table missing": ("DSpark", change(draft, "table", config, without(tensors, table))),
+        "DSpark called DFlashDraftModel": (
+            "DSpark",
+            change(draft, "renamed", config | {"architectures": ["DFlashDraftModel"]}),
+        ),
+        "DSpark, sample_from_anchor missing": (
+            "DSpark",
+            change(draft, "anchor", without(config, "sample_from_anchor")),
+        ),
+        "DSpark, its keys in dflash_config only": ("DSpark", change(draft, "nested", nested)),
+    }
+
+
 def broken_kinds(head: Path, mixed: Path) -> Drafts:
-    """The drafts that only vLLM's V2 runner knows, DFlash 2 and the mixed one, as exporters get them wrong."""
+    """DFlash 2 and the mixed draft as exporters get them wrong."""
     of_head, of_mixed = (json.loads((folder / CONFIG).read_text()) for folder in (head, mixed))
     tensors = load_file(head / WEIGHTS)
     codebook, conv = "candidate_selector.successor_codebook", "layers.0.mlp_conv.kernel_projection.weight"
@@ -289,9 +313,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         name: train(target, chats, folder / f"run-{number}", knobs)
         for number, (name, knobs) in enumerate(KINDS.items())
     }
-    other = {name: write(kinds[name].parent, "speculators") for name in (PLAIN, "mixed", "DFlash 2")}
+    other = {name: write(kinds[name].parent, "speculators") for name in (PLAIN, "mixed", "DFlash 2", "DSpark")}
     by_v1 = broken_exports(kinds[PLAIN], other[PLAIN]) | broken_windows(kinds["sliding"])
-    by_v2 = broken_kinds(kinds["DFlash 2"], kinds["mixed"])
+    by_v2 = broken_dspark(kinds["DSpark"]) | broken_kinds(kinds["DFlash 2"], kinds["mixed"])
     broken = {"V1": dict(by_v1), "V2": dict(by_v2)}
     by_v1 |= {name: (name, kinds[name]) for name in (PLAIN, "sliding", *REFUSED_BY_V1)}
     by_v1 |= {UNREPAIRED: (PLAIN, kinds[PLAIN]), PLAIN + SPECULATORS: (PLAIN, other[PLAIN])}
@@ -331,7 +355,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     [
         *(("V1", name) for name in (PLAIN, PLAIN + SPECULATORS, "sliding", *MISREAD)),
         *(("V2", name) for name in KINDS),
-        *(("V2", name + SPECULATORS) for name in (PLAIN, "mixed", "DFlash 2")),
+        *(("V2", name + SPECULATORS) for name in (PLAIN, "mixed", "DFlash 2", "DSpark")),
     ],
 )
 def test_vllm_accepts_what_our_decoding_accepts(served, runner, name):

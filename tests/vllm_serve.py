@@ -1,4 +1,4 @@
-"""Serves prompts through vLLM's `dflash` method, draft by draft, and writes what it accepted.
+"""Serves prompts through vLLM's methods `dflash` and `dspark`, draft by draft, and writes what it accepted.
 
 `python vllm_serve.py JOB.json RESULT.json`, started by tests/vllm_engine.py inside vLLM's own environment. It may
 import nothing of this project, whose dependencies that environment lacks.
@@ -49,7 +49,9 @@ def serve(job: dict[str, Any], draft: str, by_itself: bool) -> list[dict[str, An
     Args:
         by_itself: vLLM is given the draft's folder only, and finds the target and the number of proposals there.
     """
-    speculative = {"method": "dflash", "model": draft, "num_speculative_tokens": job["block_size"] - 1}
+    is_dspark = "Qwen3DSparkModel" in json.loads((Path(draft) / "config.json").read_text())["architectures"]
+    method = "dspark" if is_dspark else "dflash"
+    speculative = {"method": method, "model": draft, "num_speculative_tokens": job["block_size"] - 1}
     engine = LLM(
         draft if by_itself else job["target"],
         speculative_config=None if by_itself else speculative,

@@ -94,10 +94,10 @@ def describe_jump(done: float, step: int, total_steps: int, config: Config) -> s
     """
     if math.isclose(done, learning_rate(step - 1, total_steps, config), rel_tol=NO_JUMP):
         return None
+    following = learning_rate(step, total_steps, config)
     return (
-        f"the learning rate jumps from {done:.3g} in step {step} to {learning_rate(step, total_steps, config):.3g} in"
-        f" step {step + 1}, where the schedule of {total_steps} steps puts it; to go on at the rate of step {step} set"
-        f" train.lr={done:.4g} train.warmup=0 train.final_lr=1"
+        f"warning: the learning rate jumps from {done:.3g} in step {step} to {following:.3g} in step {step + 1}, where"
+        f" the schedule of {total_steps} steps puts it; to go on at the rate of step {step} set train.lr={done:.4g} train.warmup=0 train.final_lr=1"
     )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,8 +117,8 @@ class Trainer:
         decoder = target.model.model if isinstance(target, LiveTarget) else None
         self.work = Workload.of(config, data.train, draft, decoder)
         self.total_steps = self.work.steps
-        about = describe_begin(config, world, info, source, draft, begun)
-        self.about = list(about) if world.is_main else []
+        self.about = partial(describe_begin, config, world, info, source, draft)
+        self.begun = begun
         sampler = Sampler(config, world, data.train, data.held_out)
         self.training = TrainingStep(config, world, sampler, draft, target, embedding, head, self.total_steps)
         if config.eval.every:
@@ -134,8 +135,8 @@ class Trainer:
             FloatingPointError: a gradient was not finite; no update was applied and nothing was saved since.
         """
         begin = self.resume()
-        if begin < self.total_steps:
-            for line in self.about:
+        if begin < self.total_steps and self.world.is_main:
+            for line in self.about(self.begun if begin == 0 else [f"goes on from step {begin}"]):
                 print(line)
         config_text = setup.describe_run(self.config) if self.world.is_main else ""
         watch = Watch(self.config, self.world, begin, self.work, config_text)
@@ -162,7 +163,7 @@ class Trainer:
             self.save(0)
         unread, saved = None, begin
         if begin < self.total_steps:
-            say_phase("the first step" + ", which compiles the draft" * self.config.train.compile)
+            say_phase(f"step {begin + 1}" + ", which compiles the draft" * self.config.train.compile)
         for step in range(begin, self.total_steps):
             result = self.training.run(step, self.stop_requested)
             if unread is not None:

@@ -72,8 +72,8 @@ MUTANTS = [
     Mutant(
         "of a union, what is wrong inside is told",
         YAML,
-        'found = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))',
-        "found = error.errors(include_url=False)[0]",
+        'sorted(error.errors(include_url=False), key=lambda one: len(one["loc"]))',
+        'sorted(error.errors(include_url=False), key=lambda one: -len(one["loc"]))',
         TEST_YAML,
     ),
     Mutant(
@@ -94,8 +94,8 @@ MUTANTS = [
     Mutant(
         "a config that cannot be is refused",
         CONFIG,
-        "    for why in _impossible(config):\n        raise ValueError(why)\n",
-        "",
+        "    if reasons := list(_impossible(config)):\n        raise ValueError(",
+        "    if reasons := list(_impossible(config)):\n        print(",
         TEST_CONFIG,
     ),
     Mutant(
