@@ -9,7 +9,7 @@ TRITON ?= triton==3.7.1
 BIN := .venv/bin
 RUN := $(BIN)/python -m dflash_dist
 
-.PHONY: setup docs demo debug test test-thorough launch-check slurm-test fault-test mutants families vllm-test bench-gpu check format tensorboard clean
+.PHONY: setup docs configs demo debug test test-thorough launch-check slurm-test fault-test mutants families vllm-test bench-gpu check format tensorboard clean
 
 setup: .venv/installed
 
@@ -76,6 +76,11 @@ check: setup  ## formatter, linter, type checker
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+configs: setup  ## the shipped configs as `init` writes them, each with the command in its second line (needs the hub)
+	@for file in $$(grep -l '^# dflash_dist init' configs/*.yaml); do \
+		command=$$(sed -n 's/^# dflash_dist init //p' $$file) && rm $$file && \
+		eval "$(BIN)/python -m dflash_dist init $$command" || exit 1; done
 
 docs: setup  ## the pages as a site, docs/_build/index.html: a minute, most of it installing Sphinx once
 	$(BIN)/pip install --quiet --constraint .constraints.txt --editable ".[docs]"

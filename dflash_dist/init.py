@@ -137,7 +137,7 @@ def decide(knobs: Knobs, options: InitOptions, info: TargetInfo) -> None:
     Raises:
         ValueError: the data cannot be read or be learned from, or the target is none for a draft.
     """
-    knobs.decide("output_dir", f"runs/{options.name}")
+    knobs.decide("output_dir", f"runs/{options.file.stem}")
     knobs.decide("target.path", options.target)
     knobs.decide("data.path", options.data or f"{options.name}-answers.jsonl", "" if options.data else TO_WRITE)
     sample = decide_data(knobs, options, info)

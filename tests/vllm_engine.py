@@ -77,7 +77,11 @@ KINDS = {
     "DSpark, mixed": [*DSPARK, *MIXED],
 }
 Drafts = dict[str, tuple[str, Path]]  # by name: the kind of draft that it is meant to be, and its folder
-REFUSED_BY_V1 = {"mixed": "mixed sliding/full dflash drafts", "DFlash 2": "DFlash candidate-head drafts"}
+REFUSED_BY_V1 = {
+    "mixed": "mixed sliding/full dflash drafts",
+    "DFlash 2": "DFlash candidate-head drafts",
+    "DSpark": "dspark speculative decoding",
+}
 
 
 def write_target(folder: Path, chats: Path) -> None:

@@ -16,6 +16,7 @@ from dflash_dist.contract.folder import (
     INDEX,
     MASK_EMBEDDING,
     SHAPE,
+    TAKEN_FOR_GRANTED,
     WEIGHTS,
     Sizes,
     expected_tensors,
@@ -199,11 +200,17 @@ def leftovers(draft: Folder) -> list[str]:
 
 
 def as_trained(draft: Folder) -> list[str]:
+    if not draft.trained:
+        return []
     now = dataclasses.asdict(draft.shape)
     return [
         f"{name} is {now[name]}, trained with {then}"
-        for name, then in (draft.trained or {}).items()
+        for name, then in draft.trained.items()
         if name in now and now[name] != then
+    ] + [
+        f"{variant}, trained without"
+        for variant in variants(draft.config, draft.shape)
+        if variant.startswith(tuple(TAKEN_FOR_GRANTED))
     ]
 
 

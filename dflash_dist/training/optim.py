@@ -97,7 +97,8 @@ def describe_jump(done: float, step: int, total_steps: int, config: Config) -> s
     following = learning_rate(step, total_steps, config)
     return (
         f"warning: the learning rate jumps from {done:.3g} in step {step} to {following:.3g} in step {step + 1}, where"
-        f" the schedule of {total_steps} steps puts it; to go on at the rate of step {step} set train.lr={done:.4g} train.warmup=0 train.final_lr=1"
+        f" the schedule of {total_steps} steps puts it; to go on at the rate of step {step} set"
+        f" train.lr={done:.4g} train.warmup=0 train.final_lr=1"
     )
 
 

@@ -316,7 +316,7 @@ def broken(folder: Path, to: Path, top: dict | None = None, inner: dict | None =
         ({"markov_rank": None}, {"markov_rank": None}, "config", "no key 'markov_rank'"),
         ({"enable_confidence_head": False}, {"enable_confidence_head": False}, "other tensors", "confidence_head"),
         ({"sample_from_anchor": None}, {}, "variant", "sample_from_anchor True"),
-        ({"sample_from_anchor": True}, {}, "variant", "sample_from_anchor True"),
+        ({"sample_from_anchor": True}, {}, "as trained", "sample_from_anchor True, trained without"),
         ({"markov_head_type": "gated"}, {"markov_head_type": "gated"}, "Markov head", "markov_head_type is gated"),
         ({"confidence_head_with_markov": False}, {"confidence_head_with_markov": False}, "Markov head", "with_markov"),
     ],
