@@ -2,7 +2,8 @@
 
 The shapes are those of a config, of a published model, of a config.json, or given one by one; nothing is downloaded.
 The steps are those of training, on a GPU or on a CPU, alone or under torchrun. `--reference` times a plain
-implementation in turns with ours (A B A B), each in a process of its own.
+implementation in turns with ours (A B A B), each in a process of its own; `--kind` a kind of draft, with the loss it
+was published with, in turns with plain DFlash.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from dflash_dist.training.setup import draft_shape
 from dflash_dist.training.step import TrainingStep
 
 MASK_TOKEN = 0
+PLAIN = "dflash"  # the kind that others are compared with
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class Trial:
     config: Config
     target: PretrainedConfig  # of the text decoder, at full depth
     threads: int
+
+
+Way = tuple[type["Ours | Plain"], Trial]
 
 
 Count = Annotated[int, Field(gt=0)]
@@ -89,24 +94,30 @@ class BenchOptions:
     rounds: Count = option("rounds", 4, HOW)
     compile: bool = option("run the draft's layers compiled, see train.compile", False, HOW)
     reference: bool = option("also time a plain float32 implementation", False, HOW)
+    kind: str | None = option("kind of draft to time, beside plain DFlash", None, HOW)
     json: Path | None = option("file for the report", None, HOW)
 
     def __post_init__(self) -> None:
         if self.config and self.like:
             raise ValueError("--config and --like both name shapes: choose one")
+        if self.reference and self.kind:
+            raise ValueError("--reference and --kind both name what to compare with: choose one")
 
 
 def main(argv: list[str]) -> None:
     options = parse(BenchOptions, "bench", __doc__, argv)
     trial = make_trial(options)
     with join_world(trial.config.train.hang_timeout) as world:
-        if options.reference and (world.size > 1 or world.device.type == "cuda"):
-            raise ValueError("--reference compares single processes on a CPU: leave torchrun and the GPU away")
-        report = (
-            compare(trial, options.steps, options.rounds)
-            if options.reference
-            else measure(trial, options.steps * options.rounds, world)
-        )
+        if (options.reference or options.kind) and world.size > 1:
+            raise ValueError("--reference and --kind compare single processes: leave torchrun away")
+        if options.reference and world.device.type == "cuda":
+            raise ValueError("--reference is for a CPU: leave the GPU away, or it")
+        if options.reference:
+            report = compare((Ours, trial), (Plain, trial), "reference", options, world)
+        elif options.kind:
+            report = compare((Ours, of_kind(trial, options.kind)), (Ours, of_kind(trial, PLAIN)), PLAIN, options, world)
+        else:
+            report = measure(trial, options.steps * options.rounds, world)
     if world.is_main:
         print(table(report))
         if options.json:
@@ -161,6 +172,15 @@ def make_trial(options: BenchOptions) -> Trial:
     return Trial(config, target, options.threads or torch.get_num_threads())
 
 
+def of_kind(trial: Trial, kind: str) -> Trial:
+    """With a draft of this kind, and what it was published with; a ValueError if there is none."""
+    config = with_knobs(trial.config, "draft", kind=kind)
+    for knob, value in kind_of(kind).published.items():
+        section, name = knob.split(".")
+        config = with_knobs(config, section, **{name: value})
+    return dataclasses.replace(trial, config=with_knobs(config, "target", full_depth=config.needs_final))
+
+
 def _set_depth(target: PretrainedConfig, layers: int) -> None:
     """Fewer layers or more, whose kinds go on as they began."""
     if kinds := getattr(target, "layer_types", None):
@@ -180,7 +200,8 @@ class Ours:
         config = _for_ranks(trial.config, world.size)
         ids = config.layer_ids
         shallow = copy.deepcopy(trial.target)
-        truncate(shallow, max(ids) + 1)
+        if not config.target.full_depth:
+            truncate(shallow, max(ids) + 1)
         model = _random_model(AutoModel, shallow, getattr(torch, config.target.dtype), world.device)
         suit_device(model)
         embedding = model.get_input_embeddings().weight.detach()
@@ -315,33 +336,34 @@ def measure(trial: Trial, steps: int, world: World) -> dict[str, Any]:
     return full_report(ours, meter, meter.times(steps))
 
 
-def compare(trial: Trial, steps: int, rounds: int) -> dict[str, Any]:
-    """Our step and the reference in turns, each in a process of its own."""
+def compare(one: Way, other: Way, name: str, options: BenchOptions, world: World) -> dict[str, Any]:
+    """Two ways in turns, each in a process of its own; what is measured of the other begins with its `name`."""
     spawn = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(1, spawn, _start, (Ours, trial)) as ours,
-        ProcessPoolExecutor(1, spawn, _start, (Plain, trial)) as plain,
+        ProcessPoolExecutor(1, spawn, _start, (*one, world)) as ours,
+        ProcessPoolExecutor(1, spawn, _start, (*other, world)) as others,
     ):
-        times: dict[Any, list[Time]] = {ours: [], plain: []}
+        times: dict[Any, list[Time]] = {ours: [], others: []}
         for started in [process.submit(_times, 0) for process in times]:  # both at once
             started.result()
-        for _ in range(rounds):
+        for _ in range(options.rounds):
             for process in times:
-                times[process] += process.submit(_times, steps).result()
+                times[process] += process.submit(_times, options.steps).result()
         report = ours.submit(_report, times[ours]).result()
-        reference = plain.submit(_report, times[plain]).result()
-    return report | {f"reference_{name}": value for name, value in reference.items()}
+        beside = others.submit(_report, times[others]).result()
+    return report | {f"{name}_{key}": value for key, value in beside.items() if key in COMPARED}
 
 
+COMPARED = ("seconds_per_step", "cpu_seconds_per_step", "peak_mib", "resting_mib")
 _way: Ours | Plain  # of a process that `compare` started
 _meter: Meter
 
 
-def _start(way: type[Ours] | type[Plain], trial: Trial) -> None:
+def _start(way: type[Ours] | type[Plain], trial: Trial, world: World) -> None:
     global _way, _meter
     keep_freed_memory()
-    _way = way(trial, World(0, 1, torch.device("cpu")))
-    _meter = Meter(_way.step, _way.world.device)
+    _way = way(trial, world)
+    _meter = Meter(_way.step, world.device)
 
 
 def _times(steps: int) -> list[Time]:
@@ -364,9 +386,18 @@ def table(report: dict[str, Any]) -> str:
             f" {spent['flops'] / 1e9:>9.2f} {rate:>9.1f}"
         )
     lines += [f"{name:<32} {value:,.4g}" for name, value in report.items() if isinstance(value, (int, float))]
-    if "reference_cpu_seconds_per_step" in report:
-        ratio = report["reference_cpu_seconds_per_step"] / report["cpu_seconds_per_step"]
-        ours, plain = (report[f"{p}peak_mib"] - report[f"{p}resting_mib"] for p in ("", "reference_"))
-        memory = ours / max(plain, 1.0)
-        lines.append(f"CPU-seconds: {ratio:.2f} times less than the reference; memory above rest: {memory:.2f} of it")
+    for name in ("reference", PLAIN):
+        if f"{name}_seconds_per_step" in report:
+            lines.append(in_short(report, name))
     return "\n".join(lines)
+
+
+def in_short(report: dict[str, Any], name: str) -> str:
+    """Our step beside another."""
+    ours, other = (report[f"{of}peak_mib"] - report[f"{of}resting_mib"] for of in ("", f"{name}_"))
+    memory = f"memory above rest: {ours / max(other, 1.0):.2f} of it"
+    if name == PLAIN:
+        ratio = report["seconds_per_step"] / report[f"{name}_seconds_per_step"]
+        return f"time: {ratio:.3f} of that of {PLAIN}; {memory}"
+    ratio = report[f"{name}_cpu_seconds_per_step"] / report["cpu_seconds_per_step"]
+    return f"CPU-seconds: {ratio:.2f} times less than the {name}; {memory}"

@@ -6,9 +6,8 @@ slots' hidden states are computed at once, in one scratch buffer, so backward on
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -126,15 +125,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 factors.append((rows.to(head.dtype), table.to(head.dtype)))
             logits = head.new_empty(size, vocab)
             wide = None if head.dtype == torch.float32 else head.new_empty(tile, vocab, dtype=torch.float32)
-            told = _Teacher(theirs.to(head.dtype), head, distance, size, tile) if theirs is not None else None
+            teacher = _Teacher(theirs.to(head.dtype), head, distance, size, tile) if theirs is not None else None
             for part in (slice(start, min(start + size, count)) for start in range(0, count, max(size, 1))):
                 some = logits[: part.stop - part.start]
                 _multiply([(left[part], right) for left, right in factors], width, out=some)
-                if told:
-                    told.look_at(part, width)
+                if teacher:
+                    teacher.look_at(part, width)
                 parts = (of[part].split(tile) for of in (labels[:, None], loss, *seen))
                 for number, (few, label, *filled) in enumerate(zip(some.split(tile), *parts)):
-                    _to_gradient(few, label, *filled, wide, told and told.tile(number))  # type: ignore[call-arg]
+                    _to_gradient(few, label, *filled, wide, teacher, number)  # type: ignore[call-arg]
                 if gradient is not None:
                     gradient[part] = some @ head
                 if of_rows is not None and of_table is not None:
@@ -169,48 +168,58 @@ def _multiply(factors: Sequence[tuple[torch.Tensor, torch.Tensor]], width: int, 
 
 
 class _Teacher:
-    """What the target foresees at the slots of a chunk, tile by tile."""
+    """What the target foresees at the slots of a chunk, and how far the draft is from it, tile by tile."""
 
     def __init__(self, states: torch.Tensor, head: torch.Tensor, distance: Distance, size: int, tile: int):
         self.states, self.head, self.distance, self.size = states, head, distance, tile
         self._logits = head.new_empty(size, len(head))
-        self._wide = head.new_empty(tile, len(head), dtype=torch.float32)
+        self._wide = None if head.dtype == torch.float32 else head.new_empty(tile, len(head), dtype=torch.float32)
+        self._apart = head.new_empty(tile, len(head), dtype=torch.float32)
 
     def look_at(self, part: slice, width: int) -> None:
+        """Foresees a chunk."""
         self._some = self._logits[: part.stop - part.start]
         _multiply([(self.states[part], self.head)], width, out=self._some)
 
-    def tile(self, number: int) -> Callable[..., None]:
+    def compare(self, number: int, logits: torch.Tensor) -> None:
+        """Takes tile `number` of the chunk, whose logits of the draft, in float32, these are."""
         few = self._some.split(self.size)[number]
-        return functools.partial(self._to_gradient, self._wide[: len(few)].copy_(few))
+        self.p = few if self._wide is None else self._wide[: len(few)].copy_(few)
+        self.divergence = None
+        if self.distance.kl or self.distance.lk:
+            theirs = self.p.clone()
+            torch.softmax(theirs, -1, out=self.p)
+            self.divergence = torch.linalg.vecdot(self.p, theirs - logits) - theirs.logsumexp(-1)
+        else:
+            torch.softmax(self.p, -1, out=self.p)
 
-    def _to_gradient(
+    def to_gradient(
         self,
-        theirs: torch.Tensor,
-        logits: torch.Tensor,
+        q: torch.Tensor,
         label: torch.Tensor,
         loss: torch.Tensor,
         nll: torch.Tensor,
         accepted: torch.Tensor,
+        log_sum_exp: torch.Tensor,
     ) -> None:
-        """Turns logits [N, V] in float32 into the gradient of the distance to `theirs`, in place, and fills in loss and
-        accepted."""
+        """Turns the draft's probabilities into the gradient of the distance, in place; fills in loss and accepted.
+
+        With s the signs of q - p, the gradient of the total variation is q (s - sum q s) / 2.
+        """
         ce, kl, tv, lk = self.distance
-        of_both = logits.logsumexp(-1) - theirs.logsumexp(-1)
-        p = theirs.softmax(-1)
-        divergence = (p * theirs.sub_(logits)).sum(-1) + of_both
-        q = torch.softmax(logits, -1, out=logits)
-        difference = q - p
-        apart = difference.abs().sum(-1) / 2
-        accepted.copy_(1 - apart)
+        apart = torch.sub(q, self.p, out=self._apart[: len(q)])
+        variation = torch.linalg.vector_norm(apart, ord=1, dim=-1) / 2
+        accepted.copy_(1 - variation)
         share = torch.exp(-LK_DECAY * accepted)
         of_kl, of_tv = kl + lk * share, tv + lk * (1 - share)
-        loss.copy_(ce * nll + of_kl * divergence + of_tv * apart)
-        sign = difference.sign()
-        sign -= (q * sign).sum(-1, keepdim=True)
-        of_apart = (sign * q).mul_(of_tv[:, None] / 2)
-        logits.mul_(ce).add_(difference.mul_(of_kl[:, None])).add_(of_apart)
-        logits.scatter_add_(1, label, torch.full_like(label, -ce, dtype=logits.dtype))
+        loss.copy_(ce * nll + of_tv * variation)
+        signs = apart.sign_()
+        level = ce + of_kl - of_tv / 2 * torch.linalg.vecdot(q, signs)
+        q.mul_(signs.mul_(of_tv[:, None] / 2).add_(level[:, None]))
+        if self.divergence is not None:
+            loss.add_(of_kl * (self.divergence + log_sum_exp))
+            q.addcmul_(self.p, of_kl[:, None], value=-1)
+        q.scatter_add_(1, label, torch.full_like(label, -ce, dtype=q.dtype))
 
 
 def _to_gradient(
@@ -223,10 +232,11 @@ def _to_gradient(
     ids: torch.Tensor,
     chosen: torch.Tensor,
     wide: torch.Tensor | None,
-    told: Callable[..., None] | None,
+    teacher: _Teacher | None,
+    number: int,
 ) -> None:
-    """Turns logits [N, V] into their gradient, softmax - one-hot unless `told` otherwise, in place; fills in the rest,
-    as `Seen` has it.
+    """Turns logits [N, V] into their gradient, softmax - one-hot or, with a `teacher`, that of the distance to tile
+    `number` of its chunk, in place; fills in the rest, as `Seen` has it.
 
     In float32: `wide` is room for that where the logits are not. The difference too, since a bfloat16 knows nothing
     between 0.996 and 1, where the probability of a label that has been learned lies.
@@ -238,13 +248,15 @@ def _to_gradient(
         chosen[:, :-1], ids[:, :-1] = _largest(exact, candidates)
     chosen[:, -1:] = label_logit
     correct[:] = (best == label)[:, 0]
-    if told:
-        torch.sub(exact.logsumexp(-1, keepdim=True), label_logit, out=nll[:, None])
-        told(exact, label, loss, nll, accepted)
+    if teacher:
+        teacher.compare(number, exact)
+    torch.softmax(exact, -1, out=exact)
+    # The most likely token's probability is 1 / Σ exp(logit - peak): exact, where the label's own may be 0.
+    largest = exact.gather(1, best).log()
+    torch.sub(peak - label_logit, largest, out=nll[:, None])
+    if teacher:
+        teacher.to_gradient(exact, label, loss, nll, accepted, (peak - largest)[:, 0])
     else:
-        torch.softmax(exact, -1, out=exact)
-        # The most likely token's probability is 1 / Σ exp(logit - peak): exact, where the label's own may be 0.
-        torch.sub(peak - label_logit, exact.gather(1, best).log(), out=nll[:, None])
         loss.copy_(nll)
         accepted.copy_(correct)
         exact.scatter_add_(1, label, torch.full_like(peak, -1))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dflash_dist.cost.bench import STAGES, BenchOptions, Ours, Trial, main, make_trial, measure
+from dflash_dist.cost.bench import STAGES, BenchOptions, Ours, Trial, main, make_trial, measure, of_kind
 from dflash_dist.cost.reference import dense_mask
 from dflash_dist.cost.shapes import PUBLISHED
 from dflash_dist.draft.kinds import dflash
@@ -72,6 +72,27 @@ def test_the_reference_is_timed_beside_ours(tmp_path, capsys) -> None:
     assert report.keys() >= OF_BOTH | OF_OURS | {f"reference_{name}" for name in OF_BOTH}
     ratio = report["reference_cpu_seconds_per_step"] / report["cpu_seconds_per_step"]
     assert f"CPU-seconds: {ratio:.2f} times less than the reference" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_a_kind_is_timed_beside_plain_dflash(tmp_path, capsys) -> None:
+    out = tmp_path / "report.json"
+    main([*TINY, "--steps", "1", "--rounds", "1", "--kind", "dspark", "--json", str(out)])
+    report = json.loads(out.read_text())
+    assert report.keys() >= OF_BOTH | OF_OURS | {f"dflash_{name}" for name in OF_BOTH}
+    ratio = report["seconds_per_step"] / report["dflash_seconds_per_step"]
+    assert f"time: {ratio:.3f} of that of dflash; memory above rest: " in capsys.readouterr().out
+
+
+def test_a_kind_is_timed_with_what_it_was_published_with() -> None:
+    trial = of_kind(trial_of(*TINY), "dspark")
+    assert trial.config.draft.kind == "dspark" and trial.config.loss.objective == "decay"
+    assert trial.config.distances == {"ce": 0.1, "tv": 1.8} and trial.config.target.full_depth
+    assert not of_kind(trial_of(*TINY), "dflash").config.target.full_depth
+    with pytest.raises(ValueError, match="'nosuch' is no kind of draft"):
+        of_kind(trial_of(*TINY), "nosuch")
+    with pytest.raises(SystemExit):
+        trial_of(*TINY, "--reference", "--kind", "dspark")
 
 
 def test_two_ranks_count_what_they_send() -> None:

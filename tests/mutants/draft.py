@@ -478,7 +478,7 @@ MUTANTS = [
         "LK is KL where draft and target overlap little",
         "dflash_dist/kernels/cross_entropy.py",
         "torch.exp(-LK_DECAY * accepted)",
-        "torch.exp(-LK_DECAY * apart)",
+        "torch.exp(-LK_DECAY * variation)",
         TEST_DISTANCE,
     ),
     Mutant(
@@ -486,6 +486,20 @@ MUTANTS = [
         "dflash_dist/kernels/cross_entropy.py",
         "mul_(of_tv[:, None] / 2)",
         "mul_(of_tv[:, None])",
+        TEST_DISTANCE,
+    ),
+    Mutant(
+        "the gradient of a KL divergence pulls towards the target",
+        "dflash_dist/kernels/cross_entropy.py",
+        "of_kl[:, None], value=-1)",
+        "of_kl[:, None], value=-0.5)",
+        TEST_DISTANCE,
+    ),
+    Mutant(
+        "a KL divergence is of probabilities, whatever the logits' level",
+        "dflash_dist/kernels/cross_entropy.py",
+        "of_kl * (self.divergence + log_sum_exp)",
+        "of_kl * self.divergence",
         TEST_DISTANCE,
     ),
     Mutant(
