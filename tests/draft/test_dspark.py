@@ -18,7 +18,7 @@ from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.draft.kinds.dspark import DSparkDraftModel, DSparkShape
 from dflash_dist.export.check import check
 from dflash_dist.export.export import main as export
-from dflash_dist.kernels.cross_entropy import Distance
+from dflash_dist.kernels.cross_entropy import CPU_WORDS, CROSS_ENTROPY, ChunkedCrossEntropy, Distance
 from dflash_dist.objective.objective import Objective
 from dflash_dist.objective.statistics import Statistics
 from dflash_dist.objective.weights import dpace_weights
@@ -178,6 +178,20 @@ def test_loss_gradients_and_what_is_shown_are_those_of_full_logits(kind: str, di
     for name, gradient in slow_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
         assert gradient.abs().max() > 0, name
+
+
+def test_a_table_of_more_words_than_are_multiplied_at_once() -> None:
+    generator, count, vocab = torch.Generator().manual_seed(0), 70, 2 * CPU_WORDS + 90
+    hidden, head, table = (torch.randn(n, 16, generator=generator) for n in (count, vocab, vocab))
+    rows, weights = torch.randn(count, 16, generator=generator), torch.rand(count, generator=generator)
+    labels = torch.randint(vocab, (count,), generator=generator)
+    learned = [tensor.requires_grad_() for tensor in (hidden, rows, table)]
+    expected = (weights * F.cross_entropy(hidden @ head.T + rows @ table.T, labels, reduction="none")).sum()
+    slow = torch.autograd.grad(expected, learned)
+    loss, *_ = ChunkedCrossEntropy.apply(hidden, head, labels, 32, 0, CROSS_ENTROPY, None, rows, table, weights)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(torch.autograd.grad(loss, learned), slow):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_confidence_head_nothing_is_judged() -> None:
