@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from dflash_dist.config import Config
@@ -30,18 +31,16 @@ class Workload:
     tokens: int  # of an epoch, padding aside
     rows_a_step: int
     flops_a_row: float
-    flops_a_label: float  # in the LM head; only slots that count have one
+    flops_a_label: float  # over the vocabulary; only slots that count have one
 
     @staticmethod
     def of(config: Config, rows: PackedRows, draft: Draft, target: nn.Module | None) -> Workload:
         """Of a run over `rows`. The decoder `target`, as deep as it is loaded and however it is sharded, is None where
         stored features take its place."""
-        shape = draft.shape
         flops = draft_flops(draft, rows, config.loss.anchors)
         flops += target_flops(target, rows) if target is not None else 0.0
-        head = 2 * 2 * shape.hidden_size * shape.vocab_size  # it is frozen: backward is for its inputs alone
-        steps = planned_steps(config, len(rows))
-        return Workload(steps, len(rows), rows.tokens, config.train.global_batch_size, flops, head)
+        steps, batch = planned_steps(config, len(rows)), config.train.global_batch_size
+        return Workload(steps, len(rows), rows.tokens, batch, flops, label_flops(draft, config.needs_final))
 
     def epochs(self, step: int) -> float:
         """Passes over the rows after `step` steps."""
@@ -70,6 +69,17 @@ def draft_flops(draft: Draft, rows: PackedRows, anchors: int) -> float:
     attention = 4 * shape.num_attention_heads * shape.head_dim * pairs
     of_context = 2 * 2 * draft.fc.weight.numel() * context  # features need no gradient
     return TRAINED * (linear + attention) + of_context
+
+
+@torch.no_grad()
+def label_flops(draft: Draft, has_teacher: bool) -> float:
+    """Of the products over the vocabulary, for a slot with a label."""
+    shape = draft.shape
+    with torch.device(draft.fc.weight.device):
+        added = draft.added(torch.zeros(1, shape.hidden_size), torch.zeros(1, dtype=torch.int64))
+    head = 2 * shape.hidden_size * shape.vocab_size
+    table = 2 * added[1].numel() if added else 0
+    return head * (2 + has_teacher) + TRAINED * table  # the head is frozen: backward is for its inputs alone
 
 
 def target_flops(target: nn.Module, rows: PackedRows) -> float:

@@ -11,8 +11,9 @@ import torch
 from dflash_dist.cost.rank import one_rank
 from dflash_dist.cost.shapes import PUBLISHED
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
+from dflash_dist.draft.kinds.dspark import DSparkDraftModel
 from dflash_dist.kernels.mask import FULL, Mask
-from dflash_dist.training.workload import Workload, draft_flops, mean_context, mean_pairs, target_flops
+from dflash_dist.training.workload import Workload, draft_flops, label_flops, mean_context, mean_pairs, target_flops
 from tests.steps import SEQ_LEN, packed_rows, step_config
 from tests.tiny import tiny_shape
 
@@ -39,6 +40,27 @@ def test_a_step_computes_what_is_counted_as_it_runs() -> None:
     labels = count * anchors * (block - 1)
     assert work.flops(labels) == pytest.approx(sum(counted.values()), rel=0.02)
     assert count * work.flops_a_row + labels * work.flops_a_label == work.flops(labels)
+
+
+def test_what_a_kind_and_a_teacher_compute_over_the_vocabulary_is_counted_too() -> None:
+    plain = step_config("bfloat16", micro_batches=1)
+    config = dataclasses.replace(
+        plain,
+        target=dataclasses.replace(plain.target, full_depth=True),
+        draft=dataclasses.replace(plain.draft, kind="dspark"),
+        loss=dataclasses.replace(plain.loss, objective="decay", distance={"ce": 0.1, "tv": 1.8}),
+    )
+    with one_rank(config, PUBLISHED["Qwen/Qwen3-0.6B"](), 1) as rank:
+        counted = rank.step().work["loss"].flops
+        with torch.device("meta"):
+            draft = DSparkDraftModel(rank.shape)
+    with one_rank(plain, PUBLISHED["Qwen/Qwen3-0.6B"](), 1) as rank:
+        of_plain = rank.step().work["loss"].flops
+        with torch.device("meta"):
+            plain_draft = DFlashDraftModel(rank.shape)
+    assert label_flops(plain_draft, has_teacher=False) == 2 * 151_936 * 2 * 1024
+    assert label_flops(draft, has_teacher=True) == 2 * 151_936 * (3 * 1024 + 3 * 256)
+    assert counted / of_plain == (3 * 1024 + 3 * 256) / (2 * 1024)
 
 
 def test_rows_are_counted_as_they_are_filled() -> None:
