@@ -164,7 +164,7 @@ def _multiply(factors: Sequence[tuple[torch.Tensor, torch.Tensor]], width: int, 
     for place, (columns, words) in enumerate(zip(out.split(width, dim=1), head.split(width))):
         torch.mm(rows, words.T, out=columns)
         for also, table in more:
-            columns.addmm_(also, table[place * width : (place + 1) * width].T)
+            torch.addmm(columns, also, table[place * width : (place + 1) * width].T, out=columns)
 
 
 class _Teacher:
