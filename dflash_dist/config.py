@@ -203,6 +203,9 @@ class LossConfig(Section):
         " (lk, arXiv 2602.23881); several as a mapping of name to weight. All but ce run the target to its end",
         FIXED,
     )
+    temperature: float = knob(
+        1.0, "at which kl, tv and lk compare the draft with the target: that of serving, if it is sampled", FIXED, gt=0
+    )
     alpha: float = knob(0.5, "dpace: what a slot counts behind one that is never right, from 0 to 1", FIXED, ge=0, le=1)
     gamma: float | None = knob(
         None,

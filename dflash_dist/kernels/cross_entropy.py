@@ -34,10 +34,13 @@ class Distance(NamedTuple):
     kl: float = 0.0  # KL(p || q)
     tv: float = 0.0  # total variation, half of sum |q - p|: what rejection sampling rejects
     lk: float = 0.0  # KL where p and q overlap little, total variation where they overlap (arXiv 2602.23881)
+    temperature: float = (
+        1.0  # of p and q in all but ce; divergences count its square, so that gradients keep their size
+    )
 
     @property
     def needs_target(self) -> bool:
-        return any(self[1:])
+        return any((self.kl, self.tv, self.lk))
 
 
 CROSS_ENTROPY = Distance(ce=1.0)
@@ -175,6 +178,7 @@ class _Teacher:
         self._logits = head.new_empty(size, len(head))
         self._wide = None if head.dtype == torch.float32 else head.new_empty(tile, len(head), dtype=torch.float32)
         self._apart = head.new_empty(tile, len(head), dtype=torch.float32)
+        self._warm = torch.empty_like(self._apart) if distance.temperature != 1 else None
 
     def look_at(self, part: slice, width: int) -> None:
         """Foresees a chunk."""
@@ -185,13 +189,19 @@ class _Teacher:
         """Takes tile `number` of the chunk, whose logits of the draft, in float32, these are."""
         few = self._some.split(self.size)[number]
         self.p = few if self._wide is None else self._wide[: len(few)].copy_(few)
+        if self._warm is not None:
+            self.p.div_(self.distance.temperature)
+            logits = torch.div(logits, self.distance.temperature, out=self._warm[: len(few)])
         self.divergence = None
         if self.distance.kl or self.distance.lk:
             theirs = self.p.clone()
             torch.softmax(theirs, -1, out=self.p)
-            self.divergence = torch.linalg.vecdot(self.p, theirs - logits) - theirs.logsumexp(-1)
+            of_both = logits.logsumexp(-1) - theirs.logsumexp(-1)
+            self.divergence = torch.linalg.vecdot(self.p, theirs.sub_(logits)) + of_both
         else:
             torch.softmax(self.p, -1, out=self.p)
+        if self._warm is not None:
+            torch.softmax(logits, -1, out=logits)
 
     def to_gradient(
         self,
@@ -200,25 +210,28 @@ class _Teacher:
         loss: torch.Tensor,
         nll: torch.Tensor,
         accepted: torch.Tensor,
-        log_sum_exp: torch.Tensor,
     ) -> None:
         """Turns the draft's probabilities into the gradient of the distance, in place; fills in loss and accepted.
 
         With s the signs of q - p, the gradient of the total variation is q (s - sum q s) / 2.
         """
-        ce, kl, tv, lk = self.distance
-        apart = torch.sub(q, self.p, out=self._apart[: len(q)])
+        ce, kl, tv, lk, temperature = self.distance
+        warm = q if self._warm is None else self._warm[: len(q)]
+        apart = torch.sub(warm, self.p, out=self._apart[: len(q)])
         variation = torch.linalg.vector_norm(apart, ord=1, dim=-1) / 2
         accepted.copy_(1 - variation)
         share = torch.exp(-LK_DECAY * accepted)
-        of_kl, of_tv = kl + lk * share, tv + lk * (1 - share)
+        of_kl, of_tv = temperature**2 * (kl + lk * share), tv + lk * (1 - share)
         loss.copy_(ce * nll + of_tv * variation)
         signs = apart.sign_()
-        level = ce + of_kl - of_tv / 2 * torch.linalg.vecdot(q, signs)
-        q.mul_(signs.mul_(of_tv[:, None] / 2).add_(level[:, None]))
+        level = of_kl - of_tv / 2 * torch.linalg.vecdot(warm, signs)
+        level += ce if warm is q else 0
+        warm.mul_(signs.mul_(of_tv[:, None] / 2).add_(level[:, None]))
         if self.divergence is not None:
-            loss.add_(of_kl * (self.divergence + log_sum_exp))
-            q.addcmul_(self.p, of_kl[:, None], value=-1)
+            loss.add_(of_kl * self.divergence)
+            warm.addcmul_(self.p, of_kl[:, None], value=-1)
+        if warm is not q:
+            q.mul_(ce).add_(warm, alpha=1 / temperature)
         q.scatter_add_(1, label, torch.full_like(label, -ce, dtype=q.dtype))
 
 
@@ -252,10 +265,9 @@ def _to_gradient(
         teacher.compare(number, exact)
     torch.softmax(exact, -1, out=exact)
     # The most likely token's probability is 1 / Σ exp(logit - peak): exact, where the label's own may be 0.
-    largest = exact.gather(1, best).log()
-    torch.sub(peak - label_logit, largest, out=nll[:, None])
+    torch.sub(peak - label_logit, exact.gather(1, best).log(), out=nll[:, None])
     if teacher:
-        teacher.to_gradient(exact, label, loss, nll, accepted, (peak - largest)[:, 0])
+        teacher.to_gradient(exact, label, loss, nll, accepted)
     else:
         loss.copy_(nll)
         accepted.copy_(correct)

@@ -63,7 +63,7 @@ class TrainingStep:
         self.objective = Objective(
             loss.alpha if loss.objective == "dpace" else None,
             loss.chunk,
-            Distance(**config.distances),
+            Distance(**config.distances, temperature=loss.temperature),
             draft,
             loss.head_weight,
         )

@@ -498,8 +498,15 @@ MUTANTS = [
     Mutant(
         "a KL divergence is of probabilities, whatever the logits' level",
         "dflash_dist/kernels/cross_entropy.py",
-        "of_kl * (self.divergence + log_sum_exp)",
-        "of_kl * self.divergence",
+        "of_both = logits.logsumexp(-1) - theirs.logsumexp(-1)",
+        "of_both = -theirs.logsumexp(-1)",
+        TEST_DISTANCE,
+    ),
+    Mutant(
+        "a gradient at a temperature is that of the logits, not of their quotient",
+        "dflash_dist/kernels/cross_entropy.py",
+        "q.mul_(ce).add_(warm, alpha=1 / temperature)",
+        "q.mul_(ce).add_(warm)",
         TEST_DISTANCE,
     ),
     Mutant(

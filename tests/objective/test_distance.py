@@ -24,13 +24,15 @@ EACH = {
     "lk": Distance(lk=1.0),
     "DSpark's": Distance(ce=0.1, tv=0.9),
     "all": Distance(0.2, 0.3, 0.4, 0.5),
+    "warm": Distance(0.2, 0.3, 0.4, 0.5, temperature=1.7),
+    "cold": Distance(0.2, 0.3, 0.4, 0.5, temperature=0.6),
 }
 
 
 def slow(logits: torch.Tensor, theirs: torch.Tensor, labels: torch.Tensor, of: Distance) -> torch.Tensor:
     """[N]: as the formulas have it."""
-    p, q = theirs.softmax(-1), logits.softmax(-1)
-    kl = (p * (p.log() - q.log())).sum(-1)
+    p, q = ((of_both / of.temperature).softmax(-1) for of_both in (theirs, logits))
+    kl = of.temperature**2 * (p * (p.log() - q.log())).sum(-1)
     tv = 1 - torch.minimum(p, q).sum(-1)
     share = torch.exp(-3 * torch.minimum(p, q).sum(-1)).detach()
     ce = F.cross_entropy(logits, labels, reduction="none")

@@ -64,6 +64,7 @@ CHANGES = {
     "loss.objective": "decay",
     "loss.head_weight": "0.5",
     "loss.distance": "tv",
+    "loss.temperature": "0.5",
     "loss.alpha": "0.25",
     "loss.gamma": "3",
     "loss.chunk": "64",
