@@ -87,8 +87,9 @@ def from_config(config: dict[str, Any], where: str = f"the draft's {CONFIG}") ->
         key = "num_hidden_layers" if name == "num_layers" else name
         place = next((place for place in (inner, rope) if key in place), config)
         check_fields(place, {key: type_of}, where, AGAIN)
-        values[name] = place[key]
-        if type_of is int and name != "mask_token_id" and not 1 <= values[name] <= MOST.get(name, WIDEST):
+        values[name] = value = place.get(key)
+        counts = type_of in (int, int | None) and name != "mask_token_id"
+        if counts and value is not None and not 1 <= value <= MOST.get(name, WIDEST):
             raise ValueError(f"{name} in {where} is {shown(values[name])}, which is no size: {AGAIN}")
     for place in (config, inner):
         check_fields(place, VISIBILITY, where, AGAIN)

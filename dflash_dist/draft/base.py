@@ -91,13 +91,22 @@ class Draft(nn.Module):
         """
         return None
 
-    def judge(self, states: torch.Tensor, previous: torch.Tensor, seen: Seen) -> Judgement | None:
+    def judge(
+        self,
+        batch: Batch,
+        features: torch.Tensor | None,
+        embedding: torch.Tensor | None,
+        states: torch.Tensor,
+        seen: Seen,
+    ) -> Judgement | None:
         """What training shows a kind with scores of its own, in the order of decoding: each slot behind the label
         before it. None where it has none.
 
         Args:
-            states: [N, H], hidden states of slots.
-            previous: [N], the token before each.
+            batch: as `forward` had it, and so
+            features: and
+            embedding: None where a kind does not look at them again.
+            states: [N, H], hidden states of the batch's `weighted` slots.
             seen: of the same slots.
         """
         return None
@@ -106,13 +115,22 @@ class Draft(nn.Module):
         """Lets the training's forward run compiled from here on."""
         raise NotImplementedError
 
-    def scores(self, hidden: torch.Tensor, previous: torch.Tensor | None, head: torch.Tensor) -> torch.Tensor:
+    def scores(
+        self,
+        hidden: torch.Tensor,
+        previous: torch.Tensor | None,
+        head: torch.Tensor,
+        embedding: torch.Tensor | None = None,
+        before: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The logits [T, V] of the first T slots of a block, behind its anchor.
 
         Args:
             hidden: [T, H], their hidden states.
-            previous: [T], the token before each of them; None where a kind does not look at it.
+            previous: [T], the token before each of them; None where a kind does not look at it, and so
             head: [V, H], the target's.
+            embedding: [V, H], the target's; and
+            before: [L*H], the features of the token before the anchor, None also where the text begins with it.
         """
         return hidden @ head.T
 

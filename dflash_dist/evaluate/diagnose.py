@@ -128,12 +128,14 @@ class Examiner:
             mask_token_id=draft.shape.mask_token_id,
             generators=[np.random.default_rng(0)],  # all of the anchors are drawn
         ).to(self.device)
-        hidden = draft(batch, torch.cat(captured(), dim=-1), decoder.embedding)
+        features = torch.cat(captured(), dim=-1)
+        hidden = draft(batch, features, decoder.embedding)
         blocks = hidden.unflatten(1, (anchors, labels + 1))[0, :, 1:]
+        befores = [features[0, anchor - 1] if anchor else None for anchor in batch.anchors[0].tolist()]
         proposals = torch.stack(  # block by block: no large logits
             [
-                draft.scores(block, previous, decoder.head).argmax(dim=-1)
-                for block, previous in zip(blocks, batch.previous[0])
+                draft.scores(block, previous, decoder.head, decoder.embedding, before).argmax(dim=-1)
+                for block, previous, before in zip(blocks, batch.previous[0], befores)
             ]
         )
         counts = batch.weights[0] > 0

@@ -67,10 +67,11 @@ def even_chunk(count: int, chunk: int) -> int:
 class Seen(NamedTuple):
     """What a pass over the logits of slots showed of each of them, in float32 where nothing else is said."""
 
-    nll: torch.Tensor  # [N], of the label
+    nll: torch.Tensor  # [N], of the label, with gradient where candidates are asked for
     correct: torch.Tensor  # [N], 1 where the likeliest token is the label
     accepted: torch.Tensor  # [N]: the overlap of the draft's probabilities with the target's; `correct` where those are
     # not looked at
+    of_target: torch.Tensor  # [N, candidates + 1], the target's logits of `ids`; 0 where it is not looked at
     ids: torch.Tensor  # [N, candidates + 1] int64, the likeliest tokens, the first one likeliest; behind them the label
     logits: torch.Tensor  # [N, candidates + 1], theirs, with gradient
 
@@ -79,7 +80,7 @@ class Seen(NamedTuple):
         """To be filled in."""
         nll, correct, accepted = (torch.empty(len(labels), device=labels.device) for _ in range(3))
         ids = torch.cat([labels.new_empty(len(labels), candidates), labels[:, None]], dim=1)
-        return Seen(nll, correct, accepted, ids, nll.new_empty(ids.shape))
+        return Seen(nll, correct, accepted, nll.new_zeros(ids.shape), ids, nll.new_empty(ids.shape))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -119,6 +120,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         learns = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if learns else None
         of_rows, of_table = (torch.zeros_like(of) if learns and of is not None else None for of in (rows, table))
+        of_nll = gradient if theirs is None else torch.empty_like(hidden) if learns and candidates else None
         size = even_chunk(count, chunk)
         tile, width = suitable_tile(size, vocab, head.is_cuda), vocab if head.is_cuda else CPU_WORDS
         tile = tile if theirs is None else min(tile, TEACHER_TILE)
@@ -128,7 +130,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 factors.append((rows.to(head.dtype), table.to(head.dtype)))
             logits = head.new_empty(size, vocab)
             wide = None if head.dtype == torch.float32 else head.new_empty(tile, vocab, dtype=torch.float32)
-            teacher = _Teacher(theirs.to(head.dtype), head, distance, size, tile) if theirs is not None else None
+            teacher = None
+            if theirs is not None:
+                teacher = _Teacher(theirs.to(head.dtype), head, distance, size, tile, of_nll is not None)
             for part in (slice(start, min(start + size, count)) for start in range(0, count, max(size, 1))):
                 some = logits[: part.stop - part.start]
                 _multiply([(left[part], right) for left, right in factors], width, out=some)
@@ -139,21 +143,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     _to_gradient(few, label, *filled, wide, teacher, number)  # type: ignore[call-arg]
                 if gradient is not None:
                     gradient[part] = some @ head
+                if teacher and of_nll is not None:
+                    of_nll[part] = teacher.of_nll[: len(some)] @ head
                 if of_rows is not None and of_table is not None:
                     left, right = factors[1]
                     of_rows[part] = some @ right
                     of_table += some.T @ (weights[part, None] * left[part]).to(some.dtype)
-        ctx.save_for_backward(gradient, of_rows, of_table, weights, seen.ids, head)
+        ctx.save_for_backward(gradient, of_nll, of_rows, of_table, weights, seen.ids, head)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*seen[:-1])
+        ctx.mark_non_differentiable(*seen[1 if candidates else 0 : -1])
         return loss if weights is None else (weights * loss).sum(), *seen
 
     @staticmethod
     def backward(ctx, d_loss, *d_seen):
-        gradient, of_rows, of_table, weights, ids, head = ctx.saved_tensors
+        gradient, of_nll, of_rows, of_table, weights, ids, head = ctx.saved_tensors
         of_each = (d_loss if weights is None else weights * d_loss)[:, None]
         result = gradient * of_each.to(gradient.dtype)
-        if (d_logits := d_seen[-1]) is not None:
+        d_nll, *_, d_logits = d_seen
+        if d_nll is not None:
+            result += of_nll * d_nll[:, None].to(of_nll.dtype)
+        if d_logits is not None:
             of_chosen = F.embedding_bag(ids, head, per_sample_weights=d_logits.to(head.dtype), mode="sum")
             result += of_chosen.to(result.dtype)
         if of_table is None:
@@ -173,22 +182,28 @@ def _multiply(factors: Sequence[tuple[torch.Tensor, torch.Tensor]], width: int, 
 class _Teacher:
     """What the target foresees at the slots of a chunk, and how far the draft is from it, tile by tile."""
 
-    def __init__(self, states: torch.Tensor, head: torch.Tensor, distance: Distance, size: int, tile: int):
+    def __init__(
+        self, states: torch.Tensor, head: torch.Tensor, distance: Distance, size: int, tile: int, keep_nll: bool
+    ):
         self.states, self.head, self.distance, self.size = states, head, distance, tile
         self._logits = head.new_empty(size, len(head))
         self._wide = None if head.dtype == torch.float32 else head.new_empty(tile, len(head), dtype=torch.float32)
         self._apart = head.new_empty(tile, len(head), dtype=torch.float32)
         self._warm = torch.empty_like(self._apart) if distance.temperature != 1 else None
+        self.of_nll = head.new_empty(size if keep_nll else 0, len(head))  # its gradient, of a chunk
 
     def look_at(self, part: slice, width: int) -> None:
         """Foresees a chunk."""
         self._some = self._logits[: part.stop - part.start]
         _multiply([(self.states[part], self.head)], width, out=self._some)
 
-    def compare(self, number: int, logits: torch.Tensor) -> None:
-        """Takes tile `number` of the chunk, whose logits of the draft, in float32, these are."""
+    def compare(self, number: int, logits: torch.Tensor, ids: torch.Tensor, of_target: torch.Tensor) -> None:
+        """Takes tile `number` of the chunk, whose logits of the draft, in float32, these are; fills in what the target
+        says of `ids`."""
         few = self._some.split(self.size)[number]
         self.p = few if self._wide is None else self._wide[: len(few)].copy_(few)
+        torch.gather(self.p, 1, ids, out=of_target)
+        self.kept = self.of_nll[number * self.size :][: len(few)]
         if self._warm is not None:
             self.p.div_(self.distance.temperature)
             logits = torch.div(logits, self.distance.temperature, out=self._warm[: len(few)])
@@ -216,6 +231,8 @@ class _Teacher:
         With s the signs of q - p, the gradient of the total variation is q (s - sum q s) / 2.
         """
         ce, kl, tv, lk, temperature = self.distance
+        if len(self.kept):
+            self.kept.copy_(q).scatter_(1, label, (q.gather(1, label) - 1).to(self.kept.dtype))
         warm = q if self._warm is None else self._warm[: len(q)]
         apart = torch.sub(warm, self.p, out=self._apart[: len(q)])
         variation = torch.linalg.vector_norm(apart, ord=1, dim=-1) / 2
@@ -242,6 +259,7 @@ def _to_gradient(
     nll: torch.Tensor,
     correct: torch.Tensor,
     accepted: torch.Tensor,
+    of_target: torch.Tensor,
     ids: torch.Tensor,
     chosen: torch.Tensor,
     wide: torch.Tensor | None,
@@ -262,7 +280,7 @@ def _to_gradient(
     chosen[:, -1:] = label_logit
     correct[:] = (best == label)[:, 0]
     if teacher:
-        teacher.compare(number, exact)
+        teacher.compare(number, exact, ids, of_target)
     torch.softmax(exact, -1, out=exact)
     # The most likely token's probability is 1 / Σ exp(logit - peak): exact, where the label's own may be 0.
     torch.sub(peak - label_logit, exact.gather(1, best).log(), out=nll[:, None])

@@ -32,7 +32,12 @@ class Kind(Protocol):
     def added(self, states: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None: ...
 
     def judge(
-        self, states: torch.Tensor, previous: torch.Tensor, seen: Seen
+        self,
+        batch: Batch,
+        features: torch.Tensor | None,
+        embedding: torch.Tensor | None,
+        states: torch.Tensor,
+        seen: Seen,
     ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]] | None: ...
 
 
@@ -68,7 +73,13 @@ class Objective:
     kind_weight: float = 1.0  # of what its own scores lose
 
     def __call__(
-        self, hidden: torch.Tensor, head: torch.Tensor, batch: Batch, final: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        batch: Batch,
+        final: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        embedding: torch.Tensor | None = None,
     ) -> Terms:
         """
         Args:
@@ -76,6 +87,8 @@ class Objective:
             head: [V, H], frozen; its dtype is that of the matrix products.
             batch: with blocks, on the device.
             final: [B, S, H], what the LM head reads of the target itself, where the distance needs it.
+            features: as the draft read them; and
+            embedding: likewise, both for kinds that look at them again.
 
         Returns:
             The loss, and sums from the same pass. Their losses are weighted as the batch says, whatever the objective,
@@ -107,7 +120,7 @@ class Objective:
             loss = (weights * each).sum()
 
         correct, shown = seen.correct, dict[str, torch.Tensor]()
-        if self.kind and (judged := self.kind.judge(states, previous.flatten()[slots.index], seen)):
+        if self.kind and (judged := self.kind.judge(batch, features, embedding, states, seen)):
             own, chosen, shown = judged
             if chosen is not None:
                 correct, shown = chosen, {BASE: correct, **shown}

@@ -337,8 +337,10 @@ def _options(draft: DraftConfig, kind: type[Draft]) -> dict[str, Any]:
         if name not in kind.Shape.of_kind():
             has = ", ".join(kind.Shape.of_kind()) or "none"
             raise ValueError(f"draft.options: {name!r} is none of what draft.kind {draft.kind} has: {has}")
-        if not is_kind(value, types[name]) or (types[name] is int and value < 1):
-            raise ValueError(f"draft.options: {name} must be a {types[name].__name__}, found {value!r}")
+        kind_of_value = types[name]
+        if not is_kind(value, kind_of_value) or (is_kind(value, int) and value < 1):
+            shown = getattr(kind_of_value, "__name__", kind_of_value)
+            raise ValueError(f"draft.options: {name} must be a {shown}, found {value!r}")
     return draft.options
 
 

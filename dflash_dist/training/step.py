@@ -122,7 +122,7 @@ class TrainingStep:
 
     def loss(self, hidden: torch.Tensor, batch: Batch, output: Output) -> Terms:
         """Loss sum and statistics of a micro-batch."""
-        return self.objective(hidden, self.head, batch, output.final)
+        return self.objective(hidden, self.head, batch, output.final, output.features, self.embedding)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()

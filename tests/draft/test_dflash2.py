@@ -78,7 +78,7 @@ def test_the_config_has_the_keys_that_engines_read() -> None:
 
 def test_a_convolution_is_what_its_formula_says_and_stays_inside_a_block() -> None:
     torch.manual_seed(0)
-    conv = GroupedConv(shape())
+    conv = GroupedConv(shape(), 3, 16)
     conv.base_kernel.data.normal_()
     conv.kernel_projection.weight.data.normal_()
     slots = torch.randn(2, 2 * K, 64)

@@ -6,12 +6,14 @@ from dflash_dist.draft.base import Draft
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.draft.kinds.dflash2 import DFlash2DraftModel
 from dflash_dist.draft.kinds.dspark import DSparkDraftModel
+from dflash_dist.draft.kinds.lilicorr import LiLiCorrDraftModel
 
 # By the name that draft.kind gives them.
 KINDS: dict[str, type[Draft]] = {
     "dflash": DFlashDraftModel,
     "dflash2": DFlash2DraftModel,
     "dspark": DSparkDraftModel,
+    "lilicorr": LiLiCorrDraftModel,
 }
 
 

@@ -29,20 +29,22 @@ class DFlashDraftModel(Draft):
     """All slots of a block are foretold at once."""
 
     architecture = "DFlashDraftModel"
-    Layer: type[DraftLayer] = DraftLayer
 
     def __init__(self, shape: DraftShape, gradient_checkpointing: bool = False):
         super().__init__(shape, gradient_checkpointing)
         hidden, eps = shape.hidden_size, shape.rms_norm_eps
         self.fc = nn.Linear(len(shape.target_layer_ids) * hidden, hidden, bias=False)
         self.hidden_norm = RMSNorm(hidden, eps)
-        layers = nn.ModuleList(self.Layer(shape) for _ in range(shape.num_layers))
+        layers = nn.ModuleList(self.new_layer() for _ in range(shape.num_layers))
         self.layers = cast("Sequence[DraftLayer]", layers)
         self.masks = shape.masks  # in training and in decoding
         self.norm = RMSNorm(hidden, eps)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)  # as Qwen3, whose layers these are
+
+    def new_layer(self) -> DraftLayer:
+        return DraftLayer(self.shape)
 
     @classmethod
     def to_config(cls, shape: DraftShape, dtype: str) -> dict[str, Any]:

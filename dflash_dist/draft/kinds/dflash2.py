@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dflash_dist.batch import Batch
 from dflash_dist.draft.base import Choose, Judgement
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.draft.layers import ContextCache, DraftLayer, KeyValue
@@ -33,14 +34,13 @@ class DFlash2Shape(DraftShape):
 class GroupedConv(nn.Module):
     """Convolutions over the slots of a block, before (side 0) and behind (side 1) what they surround."""
 
-    def __init__(self, shape: DFlash2Shape):
+    def __init__(self, shape: DraftShape, taps: int, group: int):
         super().__init__()
-        if shape.hidden_size % shape.conv_group_size:
-            raise ValueError(f"conv_group_size {shape.conv_group_size} does not divide {shape.hidden_size} channels")
-        self.slots, self.taps, self.group = shape.block_size, shape.conv_kernel_size, shape.conv_group_size
-        groups = shape.hidden_size // self.group
-        self.base_kernel = nn.Parameter(torch.zeros(2, self.taps, shape.hidden_size))
-        self.kernel_projection = nn.Linear(shape.hidden_size, 2 * self.taps * groups, bias=False)
+        if shape.hidden_size % group:
+            raise ValueError(f"conv_group_size {group} does not divide {shape.hidden_size} channels")
+        self.slots, self.taps, self.group = shape.block_size, taps, group
+        self.base_kernel = nn.Parameter(torch.zeros(2, taps, shape.hidden_size))
+        self.kernel_projection = nn.Linear(shape.hidden_size, 2 * taps * shape.hidden_size // group, bias=False)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -66,9 +66,9 @@ class GroupedConv(nn.Module):
 class DFlash2Layer(DraftLayer):
     added = ("attention_conv", "mlp_conv")
 
-    def __init__(self, shape: DFlash2Shape):
+    def __init__(self, shape: DraftShape, taps: int, group: int):
         super().__init__(shape)
-        self.attention_conv, self.mlp_conv = GroupedConv(shape), GroupedConv(shape)
+        self.attention_conv, self.mlp_conv = (GroupedConv(shape, taps, group) for _ in range(2))
 
     def forward(self, hidden: torch.Tensor, rope: Rope, context: KeyValue, attend: Attend) -> torch.Tensor:
         slots = self.input_layernorm(hidden)
@@ -109,7 +109,6 @@ class DFlash2DraftModel(DFlashDraftModel):
 
     architecture = "DFlash2DraftModel"
     Shape = DFlash2Shape
-    Layer = DFlash2Layer
     shape: DFlash2Shape
 
     def __init__(self, shape: DFlash2Shape, gradient_checkpointing: bool = False):
@@ -120,6 +119,9 @@ class DFlash2DraftModel(DFlashDraftModel):
             if isinstance(module, (GroupedConv, CandidateSelector)):
                 module.begin()
 
+    def new_layer(self) -> DFlash2Layer:
+        return DFlash2Layer(self.shape, self.shape.conv_kernel_size, self.shape.conv_group_size)
+
     @classmethod
     def to_config(cls, shape: DraftShape, dtype: str) -> dict[str, Any]:
         assert isinstance(shape, DFlash2Shape)
@@ -128,8 +130,16 @@ class DFlash2DraftModel(DFlashDraftModel):
             "dflash_config": config["dflash_config"] | {name: getattr(shape, name) for name in shape.of_kind()}
         }
 
-    def judge(self, states: torch.Tensor, previous: torch.Tensor, seen: Seen) -> Judgement:
+    def judge(
+        self,
+        batch: Batch,
+        features: torch.Tensor | None,
+        embedding: torch.Tensor | None,
+        states: torch.Tensor,
+        seen: Seen,
+    ) -> Judgement:
         """The cross-entropy of the label among the candidates, where it takes the last one's place if it is none."""
+        previous = batch.previous.flatten()[batch.weighted]
         scores = self.candidate_selector(states, previous, seen.ids, seen.logits)
         candidates, labels = seen.ids[:, :-1], seen.ids[:, -1:]
         found, last = candidates == labels, self.candidates - 1
@@ -141,7 +151,14 @@ class DFlash2DraftModel(DFlashDraftModel):
         loss = F.cross_entropy(among, place, reduction="none")
         return Judgement(loss, (chosen == labels)[:, 0].float(), {"recall": recalled.float()})
 
-    def scores(self, hidden: torch.Tensor, previous: torch.Tensor | None, head: torch.Tensor) -> torch.Tensor:
+    def scores(
+        self,
+        hidden: torch.Tensor,
+        previous: torch.Tensor | None,
+        head: torch.Tensor,
+        embedding: torch.Tensor | None = None,
+        before: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         assert previous is not None
         return self._among_candidates(super().scores(hidden, None, head), hidden, previous)
 

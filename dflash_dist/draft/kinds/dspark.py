@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dflash_dist.batch import Batch
 from dflash_dist.draft.base import Choose, Judgement
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.draft.layers import ContextCache
@@ -113,16 +114,31 @@ class DSparkDraftModel(DFlashDraftModel):
     def added(self, states: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.markov_head.rows(states, previous)[0], self.markov_head.markov_w2.weight
 
-    def judge(self, states: torch.Tensor, previous: torch.Tensor, seen: Seen) -> Judgement | None:
+    def judge(
+        self,
+        batch: Batch,
+        features: torch.Tensor | None,
+        embedding: torch.Tensor | None,
+        states: torch.Tensor,
+        seen: Seen,
+    ) -> Judgement | None:
         """How far the confidence is from what is accepted, as binary cross-entropy."""
         if self.confidence_head is None:
             return None
-        told = self.confidence_head(states, self.markov_head.markov_w1(previous)).float()
+        previous = self.markov_head.markov_w1(batch.previous.flatten()[batch.weighted])
+        told = self.confidence_head(states, previous).float()
         loss = F.binary_cross_entropy_with_logits(told, seen.accepted, reduction="none")
         off = (told.detach().sigmoid() - seen.accepted).abs()
         return Judgement(loss, None, {"overlap": seen.accepted, "confidence_error": off})
 
-    def scores(self, hidden: torch.Tensor, previous: torch.Tensor | None, head: torch.Tensor) -> torch.Tensor:
+    def scores(
+        self,
+        hidden: torch.Tensor,
+        previous: torch.Tensor | None,
+        head: torch.Tensor,
+        embedding: torch.Tensor | None = None,
+        before: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         assert previous is not None
         rows, table = self.added(hidden, previous)
         return super().scores(hidden, None, head) + rows @ table.T
