@@ -14,6 +14,7 @@ PUBLISHED = {
     "qwen3-8b": (36, 151936, range(151669)),
     "qwen3-8b-dflash2": (36, 151936, range(151669)),
     "qwen3-8b-dspark": (36, 151936, range(151669)),
+    "qwen3-8b-lilicorr": (36, 151936, range(151669)),
     "qwen3-8b-window": (36, 151936, range(151669)),
     "qwen3-coder-30b-a3b": (48, 151936, range(151669)),
     "llama-3.1-8b": (32, 128256, [*range(128002), 128006, 128007, 128008, 128009, 128010]),

@@ -64,6 +64,7 @@ FEW = 4  # prompts for the V2 runner, which is slow in the interpreter
 WINDOW = 16  # below every prompt's length
 DSPARK = ["draft.kind=dspark", "loss.objective=decay", "loss.distance={ce: 0.1, tv: 1.8}"]
 MIXED = [f"draft.window={WINDOW}", "draft.full_layers=[1]"]
+LATTICE = "draft.options={lilicorr_hidden_size: 32, lilicorr_factor_dim: 32}"
 KINDS = {
     PLAIN: [],
     "causal": ["draft.causal=true"],
@@ -75,6 +76,8 @@ KINDS = {
     "DFlash 2, sliding": ["draft.kind=dflash2", *MIXED[:1]],
     "DSpark": DSPARK,
     "DSpark, mixed": [*DSPARK, *MIXED],
+    "LiLiCorr": ["draft.kind=lilicorr", LATTICE],
+    "LiLiCorr, convolutions": ["draft.kind=lilicorr", LATTICE[:-1] + ", conv_kernel_size: 2, conv_group_size: 16}"],
 }
 Drafts = dict[str, tuple[str, Path]]  # by name: the kind of draft that it is meant to be, and its folder
 REFUSED_BY_V1 = {
@@ -215,6 +218,17 @@ def broken_dspark(draft: Path) -> Drafts:
     }
 
 
+def broken_lilicorr(draft: Path) -> Drafts:
+    """The LiLiCorr draft with convolutions as exporters get it wrong."""
+    config, tensors = json.loads((draft / CONFIG).read_text()), load_file(draft / WEIGHTS)
+    sizes = inner(config, conv_kernel_size=None, conv_group_size=None)
+    broken = {
+        "LiLiCorr, a bias missing": change(draft, "bias", config, without(tensors, "lilicorr.out_head.bias")),
+        "LiLiCorr, its convolutions' sizes missing": change(draft, "sizes", sizes),
+    }
+    return {name: ("LiLiCorr, convolutions", folder) for name, folder in broken.items()}
+
+
 def broken_kinds(head: Path, mixed: Path) -> Drafts:
     """DFlash 2 and the mixed draft as exporters get them wrong."""
     of_head, of_mixed = (json.loads((folder / CONFIG).read_text()) for folder in (head, mixed))
@@ -319,7 +333,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     other = {name: write(kinds[name].parent, "speculators") for name in (PLAIN, "mixed", "DFlash 2", "DSpark")}
     by_v1 = broken_exports(kinds[PLAIN], other[PLAIN]) | broken_windows(kinds["sliding"])
-    by_v2 = broken_dspark(kinds["DSpark"]) | broken_kinds(kinds["DFlash 2"], kinds["mixed"])
+    by_v2 = broken_dspark(kinds["DSpark"]) | broken_lilicorr(kinds["LiLiCorr, convolutions"])
+    by_v2 |= broken_kinds(kinds["DFlash 2"], kinds["mixed"])
     broken = {"V1": dict(by_v1), "V2": dict(by_v2)}
     by_v1 |= {name: (name, kinds[name]) for name in (PLAIN, "sliding", *REFUSED_BY_V1)}
     by_v1 |= {UNREPAIRED: (PLAIN, kinds[PLAIN]), PLAIN + SPECULATORS: (PLAIN, other[PLAIN])}

@@ -46,6 +46,7 @@ SHIPPED = {
     "qwen3-8b": (QWEN3, 36),
     "qwen3-8b-dflash2": (QWEN3, 36),
     "qwen3-8b-dspark": (QWEN3, 36),
+    "qwen3-8b-lilicorr": (QWEN3, 36),
     "qwen3-8b-window": (QWEN3, 36),
     "qwen3-coder-30b-a3b": (QWEN3, 48),
     "llama-3.1-8b": (LLAMA, 32),

@@ -123,7 +123,8 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(debug_config, micro: int, 
 
 @pytest.mark.parametrize("kind", [name for name in KINDS if name != "dflash"])
 def test_so_do_the_scores_of_a_kinds_own(debug_config, kind: str) -> None:
-    knobs = [f"draft.kind={kind}", "loss.objective=decay"]
+    small = "{lilicorr_hidden_size: 16, lilicorr_factor_dim: 8}" if kind == "lilicorr" else "{}"
+    knobs = [f"draft.kind={kind}", "loss.objective=decay", f"draft.options={small}"]
     alone_loss, alone = first_step(ALONE, debug_config("train.micro_batch_size=4", *knobs), [0, 1])
     for loss, gradients in run_ranks(first_step, 2, debug_config("train.micro_batch_size=1", *knobs), [0, 1]):
         assert loss == pytest.approx(alone_loss, rel=1e-6)
