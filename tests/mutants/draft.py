@@ -18,6 +18,7 @@ TEST_OBJECTIVE = "tests/objective/test_objective.py"
 TEST_DISTANCE = "tests/objective/test_distance.py"
 DSPARK, TEST_DSPARK = "dflash_dist/draft/kinds/dspark.py", "tests/draft/test_dspark.py"
 DFLASH2, TEST_DFLASH2 = "dflash_dist/draft/kinds/dflash2.py", "tests/draft/test_dflash2.py"
+LILICORR, TEST_LILICORR = "dflash_dist/draft/kinds/lilicorr.py", "tests/draft/test_lilicorr.py"
 
 MUTANTS = [
     Mutant(
@@ -599,5 +600,103 @@ MUTANTS = [
         '"sample_from_anchor": True}',
         '"sample_from_anchor": False}',
         TEST_DSPARK,
+    ),
+    Mutant(
+        "the logarithm of a candidate's probability has the gradient of all logits",
+        CROSS_ENTROPY,
+        "            result += of_nll * d_nll[:, None].to(of_nll.dtype)\n",
+        "            pass\n",
+        TEST_LILICORR,
+    ),
+    Mutant(
+        "that gradient is the nll's where the loss is a distance to the target, too",
+        CROSS_ENTROPY,
+        "of_nll = gradient if theirs is None else torch.empty_like(hidden) if learns and candidates else None",
+        "of_nll = gradient",
+        TEST_LILICORR,
+    ),
+    Mutant(
+        "LiLiCorr: candidates are told how far they are below the likeliest",
+        LILICORR,
+        "apart = log_probabilities - log_probabilities[..., :1]",
+        "apart = log_probabilities - log_probabilities[..., -1:]",
+        TEST_LILICORR,
+    ),
+    Mutant(
+        "LiLiCorr: attention knows which of two slots comes first",
+        LILICORR,
+        "apart = slot[:, None] - slot\n",
+        "apart = slot - slot[:, None]\n",
+        TEST_LILICORR,
+    ),
+    Mutant(
+        "LiLiCorr: the token before the anchor tells of the context",
+        LILICORR,
+        "features[rows, batch.anchors - 1]",
+        "features[rows, batch.anchors]",
+        TEST_LILICORR,
+    ),
+    Mutant(
+        "LiLiCorr: before the first token of a document there is none",
+        LILICORR,
+        "batch.slot_positions[..., 0].flatten() > 0",
+        "batch.anchors.flatten() > 0",
+        TEST_LILICORR,
+    ),
+    Mutant(
+        "LiLiCorr: a block's loss ends at the first label that is no candidate",
+        LILICORR,
+        "whole & (recalled.cumprod(dim=-1) > 0)",
+        "whole & recalled",
+        TEST_LILICORR,
+    ),
+    Mutant(
+        "LiLiCorr: only blocks in which all labels count have a loss",
+        LILICORR,
+        "torch.where(whole & (recalled",
+        "torch.where((recalled",
+        TEST_LILICORR,
+    ),
+    Mutant(
+        "LiLiCorr: a label's score leads by a margin",
+        LILICORR,
+        "F.relu(LEAD - of_label + of_others)",
+        "F.relu(LEAD - of_label)",
+        TEST_LILICORR,
+    ),
+    Mutant(
+        "LiLiCorr: what the target likes less than the label is not chosen",
+        LILICORR,
+        "F.relu(liked[..., -1:] - liked[..., :-1])",
+        "F.relu(liked[..., :-1] - liked[..., -1:])",
+        TEST_LILICORR,
+    ),
+    Mutant(
+        "LiLiCorr: convolutions are there where the config has their sizes",
+        LILICORR,
+        "DFlash2Layer(self.shape, taps, group) if taps and group else",
+        "DFlash2Layer(self.shape, 3, group) if taps and group else",
+        TEST_LILICORR,
+    ),
+    Mutant(
+        "LiLiCorr: a block is walked from what was chosen",
+        LILICORR,
+        "after[candidates == tokens[-1]]",
+        "after[:1]",
+        TEST_LILICORR,
+    ),
+    Mutant(
+        "LiLiCorr: the cache knows the last token's features",
+        LILICORR,
+        "cache.before = features[0, -1].clone()",
+        "cache.before = features[0, 0].clone()",
+        TEST_LILICORR,
+    ),
+    Mutant(
+        "LiLiCorr: behind a token that is no candidate, the logits choose",
+        LILICORR,
+        "torch.where(reached[:, None], scores, logits.gather(1, ids))",
+        "scores",
+        TEST_LILICORR,
     ),
 ]
