@@ -265,7 +265,8 @@ RULES = [
     Rule(
         "tensors",
         lambda draft: missing(draft.sizes, draft.expected),
-        "vLLM and SGLang serve what the memory held in its place, transformers random numbers; none says so",
+        "vLLM and SGLang serve what the memory held in its place, transformers random numbers, and none says so; of"
+        " LiLiCorr's own vLLM does",
     ),
     Rule(
         "other tensors",

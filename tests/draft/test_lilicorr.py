@@ -54,7 +54,10 @@ def shape(**changes) -> LiLiCorrShape:
 
 def lively(**changes) -> LiLiCorrDraftModel:
     """With parameters that all matter."""
-    draft, generator = LiLiCorrDraftModel(shape(**changes)), torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(5)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        draft = LiLiCorrDraftModel(shape(**changes))
     draft.load_state_dict(draft.state_dict() | lively_draft(tiny_shape(block_size=K)).state_dict())
     with torch.no_grad():
         for name, parameter in draft.named_parameters():
