@@ -117,8 +117,8 @@ class Lattice(nn.Module):
         self.token_proj = nn.Identity() if hidden == outside else nn.Linear(outside, hidden)
         self.pass_hidden_proj, self.context_proj = nn.Linear(outside, hidden), nn.Linear(outside, hidden)
         self.feature_norm, self.feature_mlp = nn.LayerNorm(FEATURES), LatticeMLP(FEATURES, hidden, hidden)
-        self.slot_embedding = nn.Parameter(torch.empty(1, 1, self.slots, 1, hidden))
-        self.rank_embedding = nn.Parameter(torch.empty(1, 1, 1, self.candidates, hidden))
+        self.slot_embedding = nn.Parameter(torch.zeros(1, 1, self.slots, 1, hidden))
+        self.rank_embedding = nn.Parameter(torch.zeros(1, 1, 1, self.candidates, hidden))
         self.relative_slot_bias = nn.Parameter(torch.empty(shape.lilicorr_num_heads, 2 * shape.block_size - 1))
         self.same_slot_bias = nn.Parameter(torch.empty(shape.lilicorr_num_heads))
         self.layers = nn.ModuleList(LatticeLayer(shape) for _ in range(shape.lilicorr_num_layers))
@@ -129,11 +129,10 @@ class Lattice(nn.Module):
     @torch.no_grad()
     def begin(self) -> None:
         """Small random products, and zeros beside them."""
-        norms = [norm.weight for norm in self.modules() if isinstance(norm, (RMSNorm, nn.LayerNorm))]
         for name, parameter in self.named_parameters():
             if name.endswith("weight") and parameter.ndim == 2:
                 parameter.normal_(std=0.02)
-            elif all(parameter is not weight for weight in norms):
+            elif name.endswith("bias"):
                 parameter.zero_()
 
     def forward(
@@ -256,7 +255,7 @@ class LiLiCorrDraftModel(DFlashDraftModel):
 
         of_label = scores.take_along_dim(place[..., None], dim=-1)[..., 0]
         of_others = scores.masked_fill(found, -torch.inf).amax(dim=-1)
-        liked = grid(seen.of_target)
+        liked = grid(seen.of_target)  # 0 where the loss does not look at the target, and so is what is given away
         given_away = scores.softmax(dim=-1) * F.relu(liked[..., -1:] - liked[..., :-1])
         loss = CROSS_ENTROPY * (scores.logsumexp(dim=-1) - of_label) + PENALTY * given_away.sum(dim=-1)
         loss = loss + MARGIN * F.relu(LEAD - of_label + of_others)
@@ -264,8 +263,8 @@ class LiLiCorrDraftModel(DFlashDraftModel):
         reached = whole & F.pad(recalled[:, :-1], (1, 0), value=True)
         right = ids.take_along_dim(scores.argmax(dim=-1, keepdim=True), dim=-1) == labels
         correct = torch.where(reached, right[..., 0].float(), grid(seen.correct))
-        flat = (of.flatten()[batch.weighted] for of in (loss, correct, recalled.float()))
-        return Judgement(next(flat), next(flat), {"recall": next(flat)})
+        loss, correct, recall = (of.flatten()[batch.weighted] for of in (loss, correct, recalled.float()))
+        return Judgement(loss, correct, {"recall": recall})
 
     def scores(
         self,
