@@ -41,6 +41,7 @@ def shape(**changes) -> DSparkShape:
 
 def lively(**changes) -> DSparkDraftModel:
     """With parameters that all matter."""
+    torch.manual_seed(0)
     draft, generator = DSparkDraftModel(shape(**changes)), torch.Generator().manual_seed(5)
     draft.load_state_dict(draft.state_dict() | lively_draft(tiny_shape(block_size=K)).state_dict())
     with torch.no_grad():
@@ -48,6 +49,10 @@ def lively(**changes) -> DSparkDraftModel:
             if "markov" in name or "confidence" in name:
                 parameter += 0.8 * torch.randn(parameter.shape, generator=generator)
     return draft
+
+
+def random_head() -> torch.Tensor:
+    return torch.randn(V, 64, generator=torch.Generator().manual_seed(1))
 
 
 def test_tensors_have_the_names_and_shapes_that_engines_load() -> None:
@@ -93,7 +98,7 @@ def test_at_its_beginning_it_proposes_what_the_plain_draft_does() -> None:
         draft.load_state_dict(draft.state_dict() | case.draft.state_dict())
         hidden = draft(case.blocks, case.features, case.embedding)
         assert torch.equal(hidden, case.draft(case.blocks, case.features, case.embedding))
-        states, head = hidden[0, :9], torch.randn(V, 64)
+        states, head = hidden[0, :9], random_head()
         assert torch.equal(draft.scores(states, torch.arange(9), head), states @ head.T)
 
 
@@ -195,7 +200,7 @@ def test_a_table_of_more_words_than_are_multiplied_at_once() -> None:
 
 
 def test_without_a_confidence_head_nothing_is_judged() -> None:
-    case, draft, head = packed_case(), lively(enable_confidence_head=False), torch.randn(V, 64)
+    case, draft, head = packed_case(), lively(enable_confidence_head=False), random_head()
     hidden = draft(case.blocks, case.features, case.embedding)
     loss, sums = Objective(None, 16, kind=draft, kind_weight=9.0)(hidden, head, case.blocks)
     assert Statistics.read(sums).of_kind == {}
@@ -203,7 +208,7 @@ def test_without_a_confidence_head_nothing_is_judged() -> None:
 
 
 def test_full_logits_never_exist_and_a_bfloat16_head_stays_within_two_percent() -> None:
-    case, draft, head = packed_case(), lively(), 0.4 * torch.randn(V, 64)
+    case, draft, head = packed_case(), lively(), 0.4 * random_head()
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         draft.zero_grad()
@@ -226,7 +231,7 @@ def test_a_micro_batch_without_an_anchor_gives_every_parameter_a_gradient_of_zer
             object.__setattr__(empty, name, value[:0] if name == "weighted" else value * 0)
         object.__setattr__(empty, "count", 0)
         hidden = draft(empty, case.features, case.embedding)
-        Objective(None, 16, kind=draft)(hidden, torch.randn(V, 64), empty).loss.backward()
+        Objective(None, 16, kind=draft)(hidden, random_head(), empty).loss.backward()
         assert all(parameter.grad is not None and not parameter.grad.any() for parameter in draft.parameters())
 
 
