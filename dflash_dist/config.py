@@ -138,7 +138,7 @@ class DataConfig(Section):
 
 @dataclass
 class DraftConfig(Section):
-    kind: str = knob("dflash", "kind of draft: dflash, dflash2, dspark or lilicorr", FIXED)
+    kind: str = knob("dflash", "kind of draft: dflash, dflash2, dspark, lilicorr or domino", FIXED)
     options: dict[str, Any] = knob(
         {}, "what only this kind has, by the names in its config.json, such as markov_rank: 64 of dspark", FIXED
     )

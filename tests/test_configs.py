@@ -13,6 +13,7 @@ PUBLISHED = {
     "qwen3-4b": (36, 151936, range(151669)),
     "qwen3-8b": (36, 151936, range(151669)),
     "qwen3-8b-dflash2": (36, 151936, range(151669)),
+    "qwen3-8b-domino": (36, 151936, range(151669)),
     "qwen3-8b-dspark": (36, 151936, range(151669)),
     "qwen3-8b-lilicorr": (36, 151936, range(151669)),
     "qwen3-8b-window": (36, 151936, range(151669)),

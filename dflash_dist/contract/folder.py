@@ -49,7 +49,12 @@ RECORD = {
 MOST = {"num_layers": 1000, "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1}
 WIDEST = 2**20
 # What engines take where a config does not say it, among what is the same in all drafts of a kind.
-TAKEN_FOR_GRANTED = {"hidden_act": "silu", "sample_from_anchor": True}
+TAKEN_FOR_GRANTED = {
+    "hidden_act": "silu",
+    "sample_from_anchor": True,
+    "shift_label": None,
+    "pure_draft_prefix_len": None,
+}
 
 
 def expected_tensors(kind: type[Draft], shape: DraftShape, attention_bias: bool = False) -> Sizes:
@@ -64,8 +69,9 @@ def expected_tensors(kind: type[Draft], shape: DraftShape, attention_bias: bool 
 def kind_of_config(config: dict[str, Any]) -> type[Draft]:
     """The kind of draft that a `config.json` names by its architecture; plain DFlash where it names none of ours, so
     that what differs can be told."""
-    named = config.get("architectures")
-    return next((kind for kind in KINDS.values() if [kind.architecture] == named), KINDS["dflash"])
+    inner = config.get("dflash_config")
+    named = config.get("architectures"), inner.get("projector_type") if isinstance(inner, dict) else None
+    return next((kind for kind in KINDS.values() if ([kind.architecture], kind.projector) == named), KINDS["dflash"])
 
 
 def from_config(config: dict[str, Any], where: str = f"the draft's {CONFIG}") -> DraftShape:
@@ -138,8 +144,11 @@ def variants(config: dict[str, Any], shape: DraftShape) -> list[str]:
     """What makes a draft another model than its kind computes here, though engines may know it."""
     ours = kind_of_config(config).to_config(shape, dtype="")
     inner, rope = config.get("dflash_config") or {}, config.get("rope_parameters") or {}
-    stated = {key: config.get(key, default) for key, default in TAKEN_FOR_GRANTED.items() if key in ours}
-    found = {key: value for key, value in stated.items() if value != ours[key]}
+    found: dict[str, Any] = {}
+    for key, default in TAKEN_FOR_GRANTED.items():
+        fixed, stated = (ours, config) if key in ours else (ours["dflash_config"], inner)
+        if key in fixed and stated.get(key, default) != fixed[key]:
+            found[key] = stated.get(key, default)
     found |= {key: config[key] for key in ("attention_bias", "rope_scaling") if config.get(key)}
     found |= {key: value for key, value in rope.items() if (ours | ours["rope_parameters"]).get(key) != value}
     found |= {key: value for key, value in inner.items() if key not in ours | ours["dflash_config"] | VISIBILITY}

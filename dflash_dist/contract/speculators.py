@@ -38,8 +38,10 @@ def to_speculators(config: dict[str, Any], target: str, architectures: list[str]
             layout cannot say.
     """
     types = [name for name, architecture in TYPES.items() if config["architectures"] == [architecture]]
-    if not types:
-        raise ValueError(f"the speculators library has no {config['architectures'][0]}: write --format dflash")
+    projector = config["dflash_config"].get("projector_type")
+    if projector or not types:
+        unknown = projector or config["architectures"][0]
+        raise ValueError(f"the speculators library has no {unknown}: write --format dflash")
     causal = config.get("is_causal", True)  # without the key, sliding layers are
     if causal and ("is_causal" not in config or "full_attention" in config["layer_types"]):
         raise ValueError(

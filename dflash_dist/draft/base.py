@@ -42,7 +42,8 @@ class Draft(nn.Module):
     layers: Sequence[DraftLayer]
     norm: RMSNorm  # of the last layer's hidden states
 
-    architecture: ClassVar[str]  # in config.json
+    architecture: ClassVar[str]  # in config.json, and
+    projector: ClassVar[str | None] = None  # in its dflash_config, where kinds share an architecture
     method: ClassVar[str] = "dflash"  # what vLLM calls it, and in capitals SGLang
     engines: ClassVar[tuple[str, ...]] = ("vLLM", "SGLang", "transformers")  # that serve it
     published: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # knobs besides those of all kinds, and their values
@@ -81,15 +82,22 @@ class Draft(nn.Module):
         """
         raise NotImplementedError
 
-    def added(self, states: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def added(
+        self, states: torch.Tensor, previous: torch.Tensor, embedding: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What a kind adds to the logits of slots, as a product of learned rows [.., T, r] and a learned table [V, r]:
         few numbers, with which the loss goes through the logits in chunks. None where it adds nothing.
 
         Args:
             states: [.., T, H], hidden states of the first T slots of blocks, behind the anchors.
             previous: [.., T], the token before each.
+            embedding: [V, H], the target's; None where a kind does not look at it.
         """
         return None
+
+    def base_share(self, progress: float) -> float:
+        """What the loss of the logits without `added` counts in that of both, at this share of the run."""
+        return 0.0
 
     def judge(
         self,

@@ -109,7 +109,7 @@ Render chats as the training did, or acceptance suffers: with the template argum
         served = [SPECULATORS] if self.layout == "speculators" else [PUBLISHED[name] for name in engines]
         others = [name for name in PUBLISHED if name not in engines]
         if others:
-            served.append(f"No class of {' or '.join(others)} knows this kind of draft, {self.kind.architecture}.")
+            served.append(f"This kind of draft is not served by {' or '.join(others)}.")
         told = {"method": self.kind.method, "algorithm": self.kind.method.upper(), "target": self.target}
         commands = "\n\n".join(served).format(**told, draft=self.name, proposals=block - 1, block=block)
         return f"""## Serve

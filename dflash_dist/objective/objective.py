@@ -29,7 +29,11 @@ class Kind(Protocol):
 
     candidates: int
 
-    def added(self, states: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None: ...
+    def added(
+        self, states: torch.Tensor, previous: torch.Tensor, embedding: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None: ...
+
+    def base_share(self, progress: float) -> float: ...
 
     def judge(
         self,
@@ -80,6 +84,7 @@ class Objective:
         final: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
         embedding: torch.Tensor | None = None,
+        progress: float = 0.0,
     ) -> Terms:
         """
         Args:
@@ -89,6 +94,7 @@ class Objective:
             final: [B, S, H], what the LM head reads of the target itself, where the distance needs it.
             features: as the draft read them; and
             embedding: likewise, both for kinds that look at them again.
+            progress: share of the run, by which a kind may shift what it learns.
 
         Returns:
             The loss, and sums from the same pass. Their losses are weighted as the batch says, whatever the objective,
@@ -104,8 +110,9 @@ class Objective:
             theirs = foreseen_by_target(final, batch)
         of_all = states, head, slots.labels, chunk, candidates, self.distance, theirs
 
+        shown = dict[str, torch.Tensor]()
         blocks = hidden.unflatten(1, (batch.anchors.shape[1], batch.slots))[:, :, 1:].flatten(0, 1)
-        if self.kind and (added := self.kind.added(blocks, previous)):
+        if self.kind and (added := self.kind.added(blocks, previous, embedding)):
             rows, table = added[0].flatten(0, 1).index_select(0, slots.index), added[1]
             weights = slots.weights
             if self.dpace_alpha is not None:  # what the draft gets right must be known first
@@ -113,17 +120,21 @@ class Objective:
                 weights = self.weights(slots, ChunkedCrossEntropy.apply(*once, weights)[1])
             loss, *parts = ChunkedCrossEntropy.apply(*of_all, rows, table, weights)
             seen = Seen(*parts)
+            if share := self.kind.base_share(progress):
+                of_base, _, shown[BASE], *_ = ChunkedCrossEntropy.apply(*of_all)
+                loss = (1 - share) * loss + share * (weights * of_base).sum()
         else:
             each, *parts = ChunkedCrossEntropy.apply(*of_all)
             seen = Seen(*parts)
             weights = self.weights(slots, seen.nll)
             loss = (weights * each).sum()
 
-        correct, shown = seen.correct, dict[str, torch.Tensor]()
+        correct = seen.correct
         if self.kind and (judged := self.kind.judge(batch, features, embedding, states, seen)):
-            own, chosen, shown = judged
+            own, chosen, shares_of_kind = judged
+            shown |= shares_of_kind
             if chosen is not None:
-                correct, shown = chosen, {BASE: correct, **shown}
+                shown[BASE], correct = correct, chosen
             loss = loss + self.kind_weight * (weights * own).sum()
         shares = {name: slots.grid(values) for name, values in shown.items()}
         of_slots = slots.grid(seen.nll.detach() * slots.weights), slots.grid(correct), batch.weights.flatten(0, 1)

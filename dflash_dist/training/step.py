@@ -67,6 +67,7 @@ class TrainingStep:
             draft,
             loss.head_weight,
         )
+        self.progress = 0.0  # the step's share of the run
         self.compute_dtype = getattr(torch, config.train.precision)
         self.embedding = embedding.to(self.compute_dtype)
         self.head = self.embedding if head is embedding else head.to(self.compute_dtype)
@@ -78,7 +79,7 @@ class TrainingStep:
 
     def run(self, step: int, stop: bool = False) -> StepResult | None:
         """Step `step` (from 0). Does nothing and returns None where any rank wants to `stop`."""
-        waited, batches = self.waited, self.sample(step)
+        waited, batches, self.progress = self.waited, self.sample(step), step / max(self.total_steps, 1)
         total_weight, stops = self.world.sum_numbers(sum(batch.weight for batch in batches), stop)
         if stops:
             return None
@@ -122,7 +123,7 @@ class TrainingStep:
 
     def loss(self, hidden: torch.Tensor, batch: Batch, output: Output) -> Terms:
         """Loss sum and statistics of a micro-batch."""
-        return self.objective(hidden, self.head, batch, output.final, output.features, self.embedding)
+        return self.objective(hidden, self.head, batch, output.final, output.features, self.embedding, self.progress)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()

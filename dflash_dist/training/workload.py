@@ -76,10 +76,12 @@ def label_flops(draft: Draft, has_teacher: bool) -> float:
     """Of the products over the vocabulary, for a slot with a label."""
     shape = draft.shape
     with torch.device(draft.fc.weight.device):
-        added = draft.added(torch.zeros(1, shape.hidden_size), torch.zeros(1, dtype=torch.int64))
+        embedding = torch.zeros(1, shape.hidden_size)
+        added = draft.added(embedding, torch.zeros(1, dtype=torch.int64), embedding)
     head = 2 * shape.hidden_size * shape.vocab_size
     table = 2 * added[1].numel() if added else 0
-    return head * (2 + has_teacher) + TRAINED * table  # the head is frozen: backward is for its inputs alone
+    passes = 2 if draft.base_share(0.0) else 1  # of the logits without what is added, too
+    return passes * head * (2 + has_teacher) + TRAINED * table  # the head is frozen: backward is for its inputs alone
 
 
 def target_flops(target: nn.Module, rows: PackedRows) -> float:

@@ -16,6 +16,7 @@ OBJECTIVE, STATISTICS, WEIGHTS = (f"dflash_dist/objective/{name}.py" for name in
 TEST_ATTENTION, TEST_ELEMENTWISE = "tests/kernels/test_attention.py", "tests/kernels/test_elementwise.py"
 TEST_OBJECTIVE = "tests/objective/test_objective.py"
 TEST_DISTANCE = "tests/objective/test_distance.py"
+DOMINO, TEST_DOMINO = "dflash_dist/draft/kinds/domino.py", "tests/draft/test_domino.py"
 DSPARK, TEST_DSPARK = "dflash_dist/draft/kinds/dspark.py", "tests/draft/test_dspark.py"
 DFLASH2, TEST_DFLASH2 = "dflash_dist/draft/kinds/dflash2.py", "tests/draft/test_dflash2.py"
 LILICORR, TEST_LILICORR = "dflash_dist/draft/kinds/lilicorr.py", "tests/draft/test_lilicorr.py"
@@ -464,8 +465,8 @@ MUTANTS = [
     Mutant(
         "the acceptance length without a kind's own scores stands beside it",
         "dflash_dist/objective/objective.py",
-        "correct, shown = chosen, {BASE: correct, **shown}",
-        "shown = {BASE: correct, **shown}",
+        "shown[BASE], correct = correct, chosen",
+        "shown[BASE] = correct",
         TEST_DFLASH2,
     ),
     Mutant(
@@ -553,6 +554,50 @@ MUTANTS = [
         TEST_DSPARK,
     ),
     Mutant(
+        "Domino: the loss shifts from the logits without the head to those with it",
+        OBJECTIVE,
+        "loss = (1 - share) * loss + share * ",
+        "loss = share * loss + (1 - share) * ",
+        TEST_DOMINO,
+    ),
+    Mutant("Domino: it begins as the plain draft", DOMINO, "nn.init.zeros_(self.table)", "pass", TEST_DOMINO),
+    Mutant(
+        "Domino: the first slot has no head when trained",
+        DOMINO,
+        "torch.zeros_like(rows[..., :1, :])",
+        "rows[..., :1, :]",
+        TEST_DOMINO,
+    ),
+    Mutant("Domino: the first slot has no head when decoding", DOMINO, " if slot else of_slot", "", TEST_DOMINO),
+    Mutant(
+        "Domino: the network remembers from slot to slot when decoding, too",
+        DOMINO,
+        "memory = memories[-1]",
+        "memory = None",
+        TEST_DOMINO,
+    ),
+    Mutant(
+        "Domino: the update gate keeps what was",
+        DOMINO,
+        "(1 - share) * new + share * memory",
+        "share * new + (1 - share) * memory",
+        TEST_DOMINO,
+    ),
+    Mutant(
+        "Domino: a draft that shifts its labels is another",
+        "dflash_dist/contract/folder.py",
+        '    "shift_label": None,\n',
+        "",
+        TEST_DOMINO,
+    ),
+    Mutant(
+        "Domino: no draft of the speculators library",
+        "dflash_dist/contract/speculators.py",
+        "if projector or not types:",
+        "if not types:",
+        TEST_DOMINO,
+    ),
+    Mutant(
         "DSpark: it begins as the plain draft",
         DSPARK,
         "self.markov_w2.weight.zero_()",
@@ -597,8 +642,8 @@ MUTANTS = [
     Mutant(
         "a draft whose anchor proposes, too, as engines take for granted, is another",
         "dflash_dist/contract/folder.py",
-        '"sample_from_anchor": True}',
-        '"sample_from_anchor": False}',
+        '"sample_from_anchor": True,',
+        '"sample_from_anchor": False,',
         TEST_DSPARK,
     ),
     Mutant(

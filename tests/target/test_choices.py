@@ -45,6 +45,7 @@ SHIPPED = {
     "qwen3-4b": (QWEN3, 36),
     "qwen3-8b": (QWEN3, 36),
     "qwen3-8b-dflash2": (QWEN3, 36),
+    "qwen3-8b-domino": (QWEN3, 36),
     "qwen3-8b-dspark": (QWEN3, 36),
     "qwen3-8b-lilicorr": (QWEN3, 36),
     "qwen3-8b-window": (QWEN3, 36),

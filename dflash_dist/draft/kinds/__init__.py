@@ -5,6 +5,7 @@ from __future__ import annotations
 from dflash_dist.draft.base import Draft
 from dflash_dist.draft.kinds.dflash import DFlashDraftModel
 from dflash_dist.draft.kinds.dflash2 import DFlash2DraftModel
+from dflash_dist.draft.kinds.domino import DominoDraftModel
 from dflash_dist.draft.kinds.dspark import DSparkDraftModel
 from dflash_dist.draft.kinds.lilicorr import LiLiCorrDraftModel
 
@@ -14,6 +15,7 @@ KINDS: dict[str, type[Draft]] = {
     "dflash2": DFlash2DraftModel,
     "dspark": DSparkDraftModel,
     "lilicorr": LiLiCorrDraftModel,
+    "domino": DominoDraftModel,
 }
 
 

@@ -111,7 +111,9 @@ class DSparkDraftModel(DFlashDraftModel):
         stated = {name: inner[name] for name in ("mask_token_id", "target_layer_ids")}
         return config | stated | of_kind | {"dflash_config": inner}
 
-    def added(self, states: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def added(
+        self, states: torch.Tensor, previous: torch.Tensor, embedding: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.markov_head.rows(states, previous)[0], self.markov_head.markov_w2.weight
 
     def judge(
