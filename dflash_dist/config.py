@@ -408,10 +408,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: naming the file and the key, and what to write instead.
     """
     config = read(Config, _there(path), overrides, synonyms=SYNONYMS)
+    config.target.full_depth |= config.needs_final
     if reasons := list(_impossible(config)):
         raise ValueError("\n".join(reasons))
     config.train.lr = config.lr  # so that a run's folder says what it was
-    config.target.full_depth |= config.needs_final
     return config
 
 

@@ -91,7 +91,8 @@ def export(options: ExportOptions) -> None:
             with whole(out / name) as file:
                 file.write_text(text)
     print(f"exported {folder} to {out} ({options.dtype}); serve it with blocks of {shape.proposals + 1} tokens:")
-    print(f"  vLLM    method {kind.method}, num_speculative_tokens={shape.proposals}")
+    if "vLLM" in kind.engines:
+        print(f"  vLLM    method {kind.method}, num_speculative_tokens={shape.proposals}")
     if options.format == "dflash" and "SGLang" in kind.engines:
         tokens = f"--speculative-num-draft-tokens {shape.proposals + 1}"
         print(f"  SGLang  --speculative-algorithm {kind.method.upper()} {tokens}")

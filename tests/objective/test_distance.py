@@ -119,7 +119,7 @@ def test_stored_features_hold_the_final_state_where_it_is_asked_for(step_losses,
 
 def test_a_run_that_needs_it_loads_the_target_whole(debug_config) -> None:
     assert not debug_config().target.full_depth
-    config = debug_config("loss.distance=kl")
+    config = debug_config("loss.distance=kl", "eval.every=5")  # which needs the whole target, too
     assert config.needs_final and config.target.full_depth
     assert debug_config("loss.distance={tv: 0.9, ce: 0.1}").distances == {"tv": 0.9, "ce": 0.1}
     with pytest.raises(ValueError, match=r"loss.distance names nothing to learn from"):
