@@ -34,9 +34,8 @@ class Distance(NamedTuple):
     kl: float = 0.0  # KL(p || q)
     tv: float = 0.0  # total variation, half of sum |q - p|: what rejection sampling rejects
     lk: float = 0.0  # KL where p and q overlap little, total variation where they overlap (arXiv 2602.23881)
-    temperature: float = (
-        1.0  # of p and q in all but ce; divergences count its square, so that gradients keep their size
-    )
+    # Of p and q in all but ce; KL counts its square times, so that its gradients keep their size.
+    temperature: float = 1.0
 
     @property
     def needs_target(self) -> bool:
@@ -69,8 +68,7 @@ class Seen(NamedTuple):
 
     nll: torch.Tensor  # [N], of the label, with gradient where candidates are asked for
     correct: torch.Tensor  # [N], 1 where the likeliest token is the label
-    accepted: torch.Tensor  # [N]: the overlap of the draft's probabilities with the target's; `correct` where those are
-    # not looked at
+    accepted: torch.Tensor  # [N], the overlap of the draft's probabilities with the target's, or `correct` without
     of_target: torch.Tensor  # [N, candidates + 1], the target's logits of `ids`; 0 where it is not looked at
     ids: torch.Tensor  # [N, candidates + 1] int64, the likeliest tokens, the first one likeliest; behind them the label
     logits: torch.Tensor  # [N, candidates + 1], theirs, with gradient
